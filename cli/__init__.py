@@ -1,0 +1,1 @@
+"""The `pocketfed` command; every sub-command imports what it needs when it runs."""

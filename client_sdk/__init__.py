@@ -1,0 +1,1 @@
+"""What an app embeds to fine-tune on the device: base dependencies only."""

@@ -1,0 +1,114 @@
+"""Text to token ids on a device, by running the artifact's tokenize plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+END_OF_TEXT = 0x110000  # what closes each text in the plan's input
+CODE_POINTS_PER_RUN = 1 << 15  # of all texts of one run together, unless one text alone is longer
+
+Ids = NDArray[np.int64]
+
+
+class PlanTokenizer:
+    """Holds the tokenize plan open. No Unicode table, no vocabulary and no rule of BERT is in this code: all are in the plan.
+
+    Args:
+        pad_id, cls_id, sep_id: ids of the special tokens; left out, the plan's own metadata gives them.
+
+    Raises:
+        FileNotFoundError: no plan there.
+    """
+
+    def __init__(
+        self, plan_path: Path, pad_id: int | None = None, cls_id: int | None = None, sep_id: int | None = None
+    ) -> None:
+        import onnxruntime
+        import onnxruntime_extensions
+
+        if not Path(plan_path).is_file():
+            raise FileNotFoundError(f"there is no tokenize plan at {plan_path}; fetch the artifact again")
+        options = onnxruntime.SessionOptions()
+        options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(plan_path), options, providers=["CPUExecutionProvider"])
+        stated = self._session.get_modelmeta().custom_metadata_map
+        self.pad_id = int(stated["pad_id"]) if pad_id is None else pad_id
+        self.cls_id = int(stated["cls_id"]) if cls_id is None else cls_id
+        self.sep_id = int(stated["sep_id"]) if sep_id is None else sep_id
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str | None] | None = None, max_length: int = 128
+    ) -> tuple[Ids, Ids]:
+        """`[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, cut to `max_length` tokens (the longer of a pair first).
+
+        Returns:
+            ids and mask, (B, T) int64 each, T the longest of this call, filled up with `pad_id`.
+
+        Raises:
+            ValueError: `max_length` under 3, or not one pair for each text.
+        """
+        if max_length < 3:
+            raise ValueError(f"max_length is {max_length}; [CLS] and two [SEP] need at least 3")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ValueError(f"there are {len(texts)} texts and {len(pairs)} pairs; give one, or None, for each text")
+        if not texts:
+            return np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64)
+        seconds: Sequence[str | None] = [None] * len(texts) if pairs is None else pairs
+        paired = np.array([b is not None for b in seconds])  # (B,)
+        pieces, starts, lengths = self._pieces([*texts, *(b for b in seconds if b is not None)])
+        first, second = lengths[: len(texts)], np.zeros(len(texts), np.int64)
+        second[paired] = lengths[len(texts) :]
+        second_starts = np.zeros(len(texts), np.int64)
+        second_starts[paired] = starts[len(texts) :]
+        first, second = _shorten(first, second, max_length - 2 - paired)
+        return self._lay_out(pieces, starts[: len(texts)], first, second_starts, second, paired)
+
+    def _pieces(self, texts: Sequence[str]) -> tuple[Ids, Ids, Ids]:
+        """The pieces of all texts in a row, each text's closed by `[SEP]`; where each begins; how many it has."""
+        runs = [self._session.run(["ids"], {"code_points": points})[0] for points in _code_points(texts)]
+        pieces = np.concatenate(runs)
+        ends = np.flatnonzero(pieces == self.sep_id)
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        return pieces, starts, ends - starts
+
+    def _lay_out(self, pieces: Ids, a: Ids, first: Ids, b: Ids, second: Ids, paired: NDArray[np.bool_]) -> tuple[Ids, Ids]:
+        """Rows of `[CLS] a [SEP]` and, where paired, `b [SEP]`; all arguments but `pieces` are (B,)."""
+        total = first + 2 + np.where(paired, second + 1, 0)
+        column = np.arange(total.max())[None]  # (1, T)
+        in_first = (column >= 1) & (column <= first[:, None])  # (B, T)
+        in_second = (column >= first[:, None] + 2) & (column < total[:, None] - 1)
+        source = np.where(in_first, a[:, None] + column - 1, b[:, None] + column - first[:, None] - 2)
+        mask = column < total[:, None]
+        ids = np.where(mask, self.sep_id, self.pad_id)
+        ids[:, 0] = self.cls_id
+        inside = in_first | in_second
+        ids[inside] = pieces[source[inside]]
+        return ids.astype(np.int64), mask.astype(np.int64)
+
+
+def _code_points(texts: Sequence[str]) -> Iterator[NDArray[np.int32]]:
+    """The texts' code points, each text closed by `END_OF_TEXT`, a few texts at a time. Lone surrogates stay as they are."""
+    begin, held = 0, 0
+    for i, text in enumerate(texts):
+        held += len(text) + 1
+        if held >= CODE_POINTS_PER_RUN or i + 1 == len(texts):
+            group = texts[begin : i + 1]
+            points = np.frombuffer("".join(group).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int32)
+            yield np.insert(points, np.cumsum([len(t) for t in group]), END_OF_TEXT)
+            begin, held = i + 1, 0
+
+
+def _shorten(first: Ids, second: Ids, room: Ids) -> tuple[Ids, Ids]:
+    """How many pieces of each text are kept, (B,) each: the longer gives way, then both get half, the longer the odd one."""
+    short, long = np.minimum(first, second), np.maximum(first, second)
+    over = short + long > room
+    short = np.where(over, np.minimum(short, room // 2), short)
+    long = np.where(over, room - short, long)
+    swapped = first > second
+    return np.where(swapped, long, short), np.where(swapped, short, long)

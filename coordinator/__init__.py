@@ -1,0 +1,1 @@
+"""Runs rounds over the fleet and remembers them in SQL."""

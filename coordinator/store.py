@@ -1,0 +1,367 @@
+"""What the coordinator remembers: typed tables, and the few writes that touch more than one of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import ForeignKey, String, UniqueConstraint
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+CHUNK_BYTES = 1 << 20
+MIGRATIONS = Path(__file__).with_name("migrations")
+
+
+class StoreError(RuntimeError):
+    """The database cannot be used; the message says why and what to do."""
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """An aware UTC datetime; SQLite has none of its own."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: sa.JSON, list[str]: sa.JSON}
+
+
+class Chunk(Base):
+    """A piece of at most CHUNK_BYTES of one or more blobs."""
+
+    __tablename__ = "chunks"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)  # sha256, hex
+    data: Mapped[bytes] = mapped_column(sa.LargeBinary)
+
+
+class Blob(Base):
+    """Bytes by their sha256: artifact files and the parameters of every round."""
+
+    __tablename__ = "blobs"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    chunks: Mapped[list[str]]  # digests in order
+
+
+class Artifact(Base):
+    """A published model: its manifest names the blobs it is made of."""
+
+    __tablename__ = "artifacts"
+    version: Mapped[str] = mapped_column(String(64), primary_key=True)
+    manifest: Mapped[dict[str, Any]]
+    bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Release(Base):
+    """What devices on a channel should run: an artifact, one of its trainable sets, and values for it. The newest counts."""
+
+    __tablename__ = "releases"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    channel: Mapped[str] = mapped_column(String(100), index=True)
+    artifact_version: Mapped[str] = mapped_column(ForeignKey("artifacts.version"))
+    trainable_set: Mapped[str] = mapped_column(String(50))
+    parameters: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
+    run_id: Mapped[int | None] = mapped_column(ForeignKey("runs.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Device(Base):
+    """An enrolled device. `id` is also its Flower node id."""
+
+    __tablename__ = "devices"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    channel: Mapped[str] = mapped_column(String(100), default="stable", index=True)
+    token_hash: Mapped[str] = mapped_column(String(64), index=True)  # sha256 of the bearer token; the token itself is not kept
+    sdk_version: Mapped[str] = mapped_column(String(50), default="")
+    examples: Mapped[int] = mapped_column(default=0)
+    enrolled_at: Mapped[datetime] = mapped_column(default=now)
+    last_seen_at: Mapped[datetime | None] = mapped_column(index=True)
+
+
+class Run(Base):
+    """One training of the fleet. status: waiting, running, finished, failed."""
+
+    __tablename__ = "runs"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    channel: Mapped[str] = mapped_column(String(100))
+    status: Mapped[str] = mapped_column(String(20), default="waiting")
+    reason: Mapped[str | None] = mapped_column(String(500))
+    config: Mapped[dict[str, Any]]
+    artifact_version: Mapped[str] = mapped_column(ForeignKey("artifacts.version"))
+    trainable_set: Mapped[str] = mapped_column(String(50))
+    seed: Mapped[int]
+    rounds_planned: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Round(Base):
+    """One round; number 0 holds the evaluation of what the run started from. status: running, finished, failed."""
+
+    __tablename__ = "rounds"
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column(String(20), default="running")
+    reason: Mapped[str | None] = mapped_column(String(500))
+    parameters: Mapped[str | None] = mapped_column(ForeignKey("blobs.digest"))  # what the round ended with
+    accuracy: Mapped[float | None]  # on the coordinator's test set, or on the devices' own where there is none
+    loss: Mapped[float | None]
+    train_loss: Mapped[float | None]  # mean over the devices' last local epoch, weighted by examples
+    devices: Mapped[int] = mapped_column(default=0)  # updates that were aggregated
+    failed: Mapped[int] = mapped_column(default=0)  # assignments that ended otherwise
+    bytes_up: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    bytes_down: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+    seconds: Mapped[float] = mapped_column(default=0.0)
+    started_at: Mapped[datetime] = mapped_column(default=now)
+    finished_at: Mapped[datetime | None]
+
+
+class Assignment(Base):
+    """One device's part in a round.
+
+    status: offered, accepted, uploaded, aggregated, quarantined, failed (the device said so), expired (lease or deadline).
+    """
+
+    __tablename__ = "assignments"
+    __table_args__ = (UniqueConstraint("run_id", "round", "attempt", "device_id", "kind"),)
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    round: Mapped[int]
+    attempt: Mapped[int] = mapped_column(default=1)
+    device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"), index=True)
+    kind: Mapped[str] = mapped_column(String(10))  # train, evaluate
+    status: Mapped[str] = mapped_column(String(20), default="offered", index=True)
+    config: Mapped[dict[str, Any]]
+    parameters: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
+    phase: Mapped[str | None] = mapped_column(String(20))  # downloading, training, uploading: as the device last said
+    progress: Mapped[float] = mapped_column(default=0.0)  # 0 to 1 within the phase
+    offered_at: Mapped[datetime] = mapped_column(default=now)
+    accepted_at: Mapped[datetime | None]
+    lease_until: Mapped[datetime | None]
+    deadline: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    error: Mapped[str | None] = mapped_column(String(500))
+    bytes_down: Mapped[int] = mapped_column(sa.BigInteger, default=0)
+
+
+class Update(Base):
+    """What a device sent back; its bytes are deleted once the round has committed."""
+
+    __tablename__ = "updates"
+    assignment_id: Mapped[str] = mapped_column(ForeignKey("assignments.id"), primary_key=True)
+    num_examples: Mapped[int]
+    bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    digest: Mapped[str] = mapped_column(String(64))
+    metrics: Mapped[dict[str, Any]]
+    norm: Mapped[float | None]
+    reason: Mapped[str | None] = mapped_column(String(500))  # why it was quarantined
+    received_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Metric(Base):
+    """Any further number of a round, by name."""
+
+    __tablename__ = "metrics"
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    value: Mapped[float]
+
+
+def database_url(text: str) -> URL:
+    """`fleet.db`, `/data/fleet.db` or any SQLAlchemy URL.
+
+    Raises:
+        StoreError: not a URL, an unknown kind of database, or a folder that does not exist.
+    """
+    if "://" not in text:
+        text = f"sqlite:///{text}"
+    try:
+        url = make_url(text)
+        url.get_dialect()
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
+        raise StoreError(f"{text!r} is not a database URL: {error}; use a file name or e.g. sqlite:///fleet.db") from None
+    if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
+        folder = Path(url.database).absolute().parent
+        if not folder.is_dir():
+            raise StoreError(f"the folder {folder} of database {url.database} does not exist; create it first")
+        if Path(url.database).is_dir():
+            raise StoreError(f"{url.database} is a folder; name a file in it, e.g. {url.database}/fleet.db")
+    return url
+
+
+class Store:
+    """An open database. Sessions come from `read()` and `write()`; a write is one transaction.
+
+    Args:
+        database: a file name or SQLAlchemy URL.
+        create: make or upgrade the tables (a reader leaves the schema alone).
+
+    Raises:
+        StoreError: unreachable, unreadable, missing, or of a schema this version does not know.
+    """
+
+    def __init__(self, database: str, create: bool = True) -> None:
+        self.url = database_url(database)
+        if not create and self.file is not None and not self.file.exists():
+            raise StoreError(f"there is no database {self.file}; start `pocketfed simulate` or `pocketfed serve` with it first")
+        self.engine = sa.create_engine(self.url)
+        if self.url.get_backend_name() == "sqlite":
+            sa.event.listen(self.engine, "connect", _prepare_sqlite)
+        try:
+            self._migrate(create)
+        except sa.exc.DBAPIError as error:
+            self.close()
+            raise StoreError(f"cannot use the database {self.name}: {error.orig}; check that it is there, is a database and may be written") from None
+        except StoreError:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    @property
+    def file(self) -> Path | None:
+        """The database's file, where it has one."""
+        is_file = self.url.get_backend_name() == "sqlite" and self.url.database not in (None, "", ":memory:")
+        return Path(str(self.url.database)).absolute() if is_file else None
+
+    def _migrate(self, create: bool) -> None:
+        from alembic import command
+        from alembic.config import Config
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.set_main_option("path_separator", "os")
+        script = ScriptDirectory.from_config(config)
+        with self.engine.connect() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+        if found is not None and found not in {r.revision for r in script.walk_revisions()}:
+            raise StoreError(
+                f"the database {self.name} has schema revision {found}, newer than this version of pocketfed knows "
+                f"({script.get_current_head()}); upgrade pocketfed or use another database"
+            )
+        if found == script.get_current_head():
+            return
+        if not create:
+            raise StoreError(f"the database {self.name} has schema revision {found}; run `pocketfed serve` or `simulate` once to upgrade it")
+        with self.engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        with Session(self.engine) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+# ---- blobs -------------------------------------------------------------------------------------------------------------
+
+
+def split_chunks(data: bytes | memoryview) -> Iterator[tuple[str, memoryview]]:
+    """(sha256, piece) for each CHUNK_BYTES of data."""
+    view = memoryview(data)
+    for start in range(0, len(view), CHUNK_BYTES):
+        piece = view[start : start + CHUNK_BYTES]
+        yield hashlib.sha256(piece).hexdigest(), piece
+
+
+def put_blob(session: Session, data: bytes) -> str:
+    """Store bytes once, whatever the number of times they are put. Returns their sha256."""
+    digest = hashlib.sha256(data).hexdigest()
+    if session.get(Blob, digest) is not None:
+        return digest
+    pieces = list(split_chunks(data))
+    wanted = {piece_digest: piece for piece_digest, piece in pieces}
+    held = set(session.scalars(sa.select(Chunk.digest).where(Chunk.digest.in_(wanted))))
+    session.add_all(Chunk(digest=d, data=bytes(p)) for d, p in wanted.items() if d not in held)
+    session.add(Blob(digest=digest, bytes=len(data), chunks=[d for d, _ in pieces]))
+    session.flush()
+    return digest
+
+
+def get_blob(session: Session, digest: str) -> bytes:
+    """The bytes with that sha256.
+
+    Raises:
+        StoreError: the database does not hold them.
+    """
+    return b"".join(iterate_blob(session, digest))
+
+
+def iterate_blob(session: Session, digest: str, first_chunk: int = 0) -> Iterator[bytes]:
+    """The chunks of a blob in order, from `first_chunk` on; one in memory at a time."""
+    blob = session.get(Blob, digest)
+    if blob is None:
+        raise StoreError(f"the database holds no bytes with sha256 {digest}; was it restored from an older copy?")
+    for chunk in blob.chunks[first_chunk:]:
+        yield session.scalars(sa.select(Chunk.data).where(Chunk.digest == chunk)).one()
+
+
+# ---- the writes that touch more than one row -----------------------------------------------------------------------------
+
+
+def put_artifact(session: Session, manifest: Mapping[str, Any], version: str, files: Iterable[bytes]) -> bool:
+    """Publish an artifact's files and manifest. False if that very version was there already."""
+    if session.get(Artifact, version) is not None:
+        return False
+    total = 0
+    for data in files:
+        put_blob(session, data)
+        total += len(data)
+    session.add(Artifact(version=version, manifest=dict(manifest), bytes=total))
+    session.flush()
+    return True
+
+
+def latest_release(session: Session, channel: str) -> Release | None:
+    return session.scalars(sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(1)).first()
+
+
+def device_named(session: Session, name: str, **values: Any) -> Device:
+    """The device of that name, made if there is none (with `values`)."""
+    device = session.scalars(sa.select(Device).where(Device.name == name)).first()
+    if device is None:
+        device = Device(name=name, **({"token_hash": ""} | values))
+        session.add(device)
+        session.flush()
+    return device

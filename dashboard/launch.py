@@ -1,0 +1,30 @@
+"""How to start the dashboard: the command line and the environment, in one place for the CLI, the tests and the screenshots."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+DATABASE_VARIABLE = "POCKETFED_DATABASE"
+APP = Path(__file__).with_name("app.py")
+
+
+def command(port: int, address: str = "127.0.0.1") -> list[str]:
+    """The process to start. It asks nothing, sends no statistics, and shows no developer's tools and no tracebacks.
+
+    The address is always given: without one, Streamlit asks a public web service for this machine's own.
+    """
+    return [
+        sys.executable, "-m", "streamlit", "run", str(APP),
+        "--server.address", address, "--server.port", str(port), "--server.headless", "true",
+        "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
+        "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none", "--client.showErrorLinks", "false",
+        "--theme.primaryColor", "#2D7DD2",
+    ]  # fmt: skip
+
+
+def environment(database: str, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of that process; `base` is this process's own where not given."""
+    return {**(os.environ if base is None else base), DATABASE_VARIABLE: database}

@@ -1,0 +1,119 @@
+"""Round: who was asked, how far each came, and why some did not arrive."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from pocketfed.coordinator.store import Store
+from pocketfed.dashboard import charts, frame, queries, words
+
+TONES = {"finished": "good", "running": "busy", "failed": "bad"}
+
+
+def show(opened: Store) -> None:
+    run_id = frame.chosen_run(opened)
+    frame.heading("Round", "Who was asked, how far each device came, and why some did not arrive. Times are UTC.")
+    with opened.read() as session:
+        rounds = queries.rounds(session, [run_id])
+    if not rounds:
+        raise frame.Trouble("No round yet", "the run has not begun its first round; it does when enough devices have asked for work")
+    numbers = [r.number for r in rounds][::-1]
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        number = st.selectbox("Round", numbers, index=_wanted(numbers), key=f"round of {run_id}", width=160)
+        st.query_params["round"] = str(number)
+        with opened.read() as session:
+            kinds = queries.kinds(session, run_id, number)
+        kind = st.segmented_control("Task", kinds, default=kinds[0], key="kind") if len(kinds) > 1 else next(iter(kinds), "train")
+    chosen = next(r for r in rounds if r.number == number)
+    if chosen.status == "running":
+        frame.live(lambda again: _round(again, run_id, chosen, kind or "train"))()
+    else:
+        _round(opened, run_id, chosen, kind or "train")
+
+
+def _wanted(numbers: list[int]) -> int:
+    """The round of the address (`?round=3`), else the newest."""
+    text = st.query_params.get("round", "")
+    return numbers.index(int(text)) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) in numbers else 0
+
+
+def _round(opened: Store, run_id: int, line: queries.RoundLine, kind: str) -> None:
+    with opened.read() as session:
+        line = next((r for r in queries.rounds(session, [run_id]) if r.number == line.number), line)
+        funnel = queries.funnel(session, run_id, line.number, kind)
+        reasons = queries.drop_reasons(session, run_id, line.number, kind)
+        norms = queries.norms(session, run_id, line.number) if kind == "train" else []
+    _banner(line, funnel)
+    if not funnel.sampled:
+        st.info("No device took part: round 0 is the coordinator's own evaluation of the start." if line.number == 0 else "No device was asked yet.")
+        return
+    _pictures(funnel, reasons, norms)
+    _devices(opened, run_id, line.number, kind, funnel)
+
+
+def _banner(line: queries.RoundLine, funnel: queries.Funnel) -> None:
+    parts = [f"Began {words.utc(line.started_at)}"]
+    if line.status != "running":
+        parts.append(f"took {words.duration(line.seconds)}")
+    if line.accuracy is not None:
+        parts.append(f"accuracy {words.percent(line.accuracy)}")
+    if funnel.sampled:
+        parts.append(f"{funnel.aggregated:,} of {words.number_of(funnel.sampled, 'device')} counted")
+    parts.append(f"{words.size(line.bytes_up)} up, {words.size(line.bytes_down)} down")
+    reason = f"<br>{words.markup(line.reason, 300)}" if line.reason else ""
+    frame.notice(TONES.get(line.status, "quiet"), f"Round {line.number}: {words.plain(line.status, 20)}", "; ".join(parts) + "." + reason)
+
+
+def _pictures(funnel: queries.Funnel, reasons: list[tuple[str, str, int]], norms: list[queries.Bin]) -> None:
+    left, right = st.columns(2, gap="large")
+    with left:
+        st.subheader("How far they came")
+        st.altair_chart(charts.funnel(funnel), width="stretch")
+    with right:
+        if reasons:
+            st.subheader("Why some do not count")
+            st.altair_chart(charts.dropped(reasons), width="stretch")
+        elif norms:
+            st.subheader("Size of the updates")
+            st.altair_chart(charts.histogram(norms), width="stretch")
+    if reasons and norms:
+        with st.expander("Size of the updates", expanded=False):
+            st.altair_chart(charts.histogram(norms), width="stretch")
+
+
+def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries.Funnel) -> None:
+    st.subheader("Devices")
+    place = f"{run_id}/{number}/{kind}"
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        statuses = st.multiselect("Status", sorted(funnel.statuses), key=f"statuses of {place}", placeholder="all", width=420)
+        total = sum(funnel.statuses.get(s, 0) for s in statuses) if statuses else funnel.sampled
+        first = frame.offset(total, f"assignments of {place}", "devices")
+    with opened.read() as session:
+        rows = queries.assignments(session, run_id, number, kind, statuses, limit=frame.PAGE_ROWS, offset=first)
+    columns = {
+        "Time": st.column_config.NumberColumn("Time (s)", format="%.1f", help="from the offer to the end"),
+        "Up": st.column_config.NumberColumn("Up (kB)", format="%.1f"),
+        "Down": st.column_config.NumberColumn("Down (kB)", format="%.1f"),
+        "Norm": st.column_config.NumberColumn("Update norm", format="%.3f", help="L2 norm of the update"),
+        "Reason": st.column_config.TextColumn(width="large"),
+    }
+    frame.table(pd.DataFrame([_row(a) for a in rows]), **columns)
+
+
+def _row(a: queries.AssignmentLine) -> dict[str, object]:
+    doing = f"{a.phase}, {a.progress:.0%}" if a.status == "accepted" and a.phase else ""
+    return {
+        "Device": words.plain(a.device, 60),
+        "Status": f"{a.status} ({words.plain(doing, 40)})" if doing else a.status,
+        "Time": a.seconds,
+        "Examples": a.examples,
+        "Up": None if a.bytes_up is None else a.bytes_up / 1e3,
+        "Down": a.bytes_down / 1e3,
+        "Norm": a.norm,
+        "Reason": words.plain(a.reason, 200),
+    }
+
+
+if __name__ == "__main__":
+    frame.page(show)

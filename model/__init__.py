@@ -1,0 +1,1 @@
+"""The student, its teacher, and what is done to them: distill, quantize, export as plans."""

@@ -1,0 +1,156 @@
+"""Model configurations: the published MobileBERT family and presets small enough for a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that no model can be built from."""
+
+
+@dataclass(frozen=True)
+class MobileBertConfig:
+    """Geometry of one bottleneck BERT; keys and defaults are those of Hugging Face's `config.json` for MobileBERT.
+
+    The same class describes the inverted-bottleneck teacher (`intra_bottleneck_size` larger than `hidden_size`).
+
+    Raises:
+        ConfigError: sizes that do not fit together, or an unknown choice.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 512  # width between blocks
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 4
+    intermediate_size: int = 512
+    intra_bottleneck_size: int = 128  # width inside a block
+    embedding_size: int = 128
+    num_feedforward_networks: int = 4
+    hidden_act: Literal["relu", "relu6", "gelu", "gelu_tanh"] = "relu"
+    normalization_type: Literal["no_norm", "layer_norm"] = "no_norm"
+    key_query_shared_bottleneck: bool = True
+    use_bottleneck_attention: bool = False
+    trigram_input: bool = True
+    classifier_activation: bool = False  # a tanh pooler on [CLS]; the released models have none
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    # ours
+    mask_style: Literal["hard", "soft"] = "hard"  # soft: masked scores become -6, as in Google's code (quantization friendly, but padding leaks)
+    isolate_padding: bool = True  # zero [PAD] embeddings before the trigram, so that padding never changes an example's output
+    pooling: Literal["cls", "mean"] = "cls"  # what a classification head reads
+    head_norm: bool = False  # parameter-free LayerNorm before a classification head
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                     "intra_bottleneck_size", "embedding_size", "num_feedforward_networks",
+                     "max_position_embeddings", "type_vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.intra_bottleneck_size % self.num_attention_heads:
+            raise ConfigError(
+                f"intra_bottleneck_size {self.intra_bottleneck_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; choose a multiple"
+            )
+        choices = {
+            "hidden_act": ("relu", "relu6", "gelu", "gelu_tanh"),
+            "normalization_type": ("no_norm", "layer_norm"),
+            "mask_style": ("hard", "soft"),
+            "pooling": ("cls", "mean"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    @property
+    def query_key_size(self) -> int:
+        """Width of what queries and keys are projected from."""
+        narrow = self.key_query_shared_bottleneck or self.use_bottleneck_attention
+        return self.intra_bottleneck_size if narrow else self.hidden_size
+
+    @property
+    def value_size(self) -> int:
+        """Width of what values are projected from."""
+        return self.intra_bottleneck_size if self.use_bottleneck_attention else self.hidden_size
+
+    def with_changes(self, **changes: Any) -> MobileBertConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MobileBertConfig:
+        """From a `config.json`; keys that belong to other tools are ignored."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known})
+
+    @classmethod
+    def load(cls, path: Path) -> MobileBertConfig:
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+_MICRO = MobileBertConfig(
+    vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+    intra_bottleneck_size=64, embedding_size=64, num_feedforward_networks=2, max_position_embeddings=128,
+    attention_probs_dropout_prob=0.0, pooling="mean", head_norm=True,
+)
+_NANO = _MICRO.with_changes(
+    vocab_size=2048, hidden_size=64, num_hidden_layers=2, intermediate_size=64, intra_bottleneck_size=32,
+    embedding_size=32, max_position_embeddings=64,
+)
+
+
+def _teacher_of(student: MobileBertConfig, intra: int, intermediate: int) -> MobileBertConfig:
+    """The inverted-bottleneck teacher of a student: same width between blocks, wider inside (Sun et al. 2020, table 1)."""
+    return student.with_changes(
+        intra_bottleneck_size=intra, intermediate_size=intermediate, num_feedforward_networks=1,
+        key_query_shared_bottleneck=False, use_bottleneck_attention=False, normalization_type="layer_norm",
+        hidden_act="gelu", attention_probs_dropout_prob=0.0 if student.hidden_size < 512 else 0.1,
+    )
+
+
+STUDENTS: dict[str, MobileBertConfig] = {
+    "mobilebert": MobileBertConfig(),
+    "mobilebert-paper": MobileBertConfig(key_query_shared_bottleneck=False),
+    "mobilebert-tiny": MobileBertConfig(
+        num_feedforward_networks=2, use_bottleneck_attention=True, key_query_shared_bottleneck=False
+    ),
+    "mobilebert-layernorm": MobileBertConfig(normalization_type="layer_norm", hidden_act="gelu"),
+    "micro": _MICRO,
+    "nano": _NANO,
+}
+
+TEACHERS: dict[str, MobileBertConfig] = {
+    "mobilebert": _teacher_of(STUDENTS["mobilebert"], intra=1024, intermediate=4096),
+    "mobilebert-paper": _teacher_of(STUDENTS["mobilebert-paper"], intra=1024, intermediate=4096),
+    "mobilebert-tiny": _teacher_of(STUDENTS["mobilebert-tiny"], intra=1024, intermediate=4096),
+    "mobilebert-layernorm": _teacher_of(STUDENTS["mobilebert-layernorm"], intra=1024, intermediate=4096),
+    "micro": _teacher_of(_MICRO, intra=256, intermediate=512),
+    "nano": _teacher_of(_NANO, intra=128, intermediate=256),
+}
+
+
+def preset(name: str) -> MobileBertConfig:
+    """The student configuration of that name.
+
+    Raises:
+        ConfigError: no such preset; the message lists those there are.
+    """
+    if name not in STUDENTS:
+        near = difflib.get_close_matches(name, STUDENTS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"there is no preset {name!r}; {hint}the presets are {', '.join(STUDENTS)}")
+    return STUDENTS[name]

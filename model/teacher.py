@@ -1,0 +1,91 @@
+"""The pre-training model of teacher and student alike: MobileBERT with a masked-language head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketfed.model.config import ConfigError, MobileBertConfig
+from pocketfed.model.mobilebert import MobileBert, activate
+
+
+class Transform(nn.Module):
+    """Dense, activation, LayerNorm: the head keeps its LayerNorm even where the encoder has NoNorm."""
+
+    def __init__(self, config: MobileBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(activate(self.config, self.dense(x)))  # type: ignore[no-any-return]
+
+
+class MaskedLanguageHead(nn.Module):
+    """Logits over the vocabulary: h @ [word embeddings ; extra weights]^T + bias.
+
+    Words are embedded in E numbers but predicted from D, so each has D - E further output weights of its own (the name
+    `dense` and its transposed shape (D - E, V) are those of Hugging Face's checkpoint).
+
+    Raises:
+        ConfigError: embeddings wider than the hidden state, which no tied output layer fits.
+    """
+
+    def __init__(self, config: MobileBertConfig) -> None:
+        super().__init__()
+        extra = config.hidden_size - config.embedding_size
+        if extra < 0:
+            raise ConfigError(
+                f"embedding_size {config.embedding_size} is larger than hidden_size {config.hidden_size}; "
+                "pre-training ties both, so choose at most hidden_size"
+            )
+        self.transform = Transform(config)
+        self.dense = nn.Linear(config.vocab_size, extra, bias=False) if extra else None
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """hidden: (M, D), word_embeddings: (V, E) -> (M, V)."""
+        table = word_embeddings if self.dense is None else torch.cat([word_embeddings, self.dense.weight.t()], dim=1)
+        return F.linear(self.transform(hidden), table, self.bias)
+
+
+class PreTrainingHeads(nn.Module):
+    def __init__(self, config: MobileBertConfig) -> None:
+        super().__init__()
+        self.predictions = MaskedLanguageHead(config)
+
+
+class PreTrainingModel(nn.Module):
+    """A teacher or a student while it is pre-trained; state-dict names as in Hugging Face's `MobileBertForPreTraining`."""
+
+    def __init__(self, config: MobileBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mobilebert = MobileBert(config)
+        self.cls = PreTrainingHeads(config)
+        self.cls.apply(self.mobilebert._initialise)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> (M, V) logits: the head alone, for positions picked from the encoder's output."""
+        return self.cls.predictions(hidden, self.mobilebert.embeddings.word_embeddings.weight)  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, chosen: Tensor) -> Tensor:
+        """(B, T) int64, int64 and bool -> logits (M, V) of the M chosen positions, in row order."""
+        return self.predict(self.mobilebert(input_ids, attention_mask).last[chosen])
+
+
+def copy_from_teacher(student: PreTrainingModel, teacher: PreTrainingModel) -> None:
+    """Initialise a student with its teacher's embeddings and masked-language head, as google-research/mobilebert does.
+
+    Everything outside the encoder is copied, save a norm of another kind: NoNorm's gain and LayerNorm's are not the same thing.
+    """
+    kept = {
+        name: value
+        for name, value in teacher.state_dict().items()
+        if not name.startswith(("mobilebert.encoder.", "mobilebert.pooler."))
+    }
+    if student.config.normalization_type != teacher.config.normalization_type:
+        kept = {name: value for name, value in kept.items() if not name.startswith("mobilebert.embeddings.LayerNorm.")}
+    student.load_state_dict(kept, strict=False)

@@ -1,0 +1,1 @@
+"""The contract between coordinator and devices: .proto files and their committed stubs."""

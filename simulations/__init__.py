@@ -1,0 +1,1 @@
+"""Many devices on one machine, driven by the coordinator's own rounds."""
