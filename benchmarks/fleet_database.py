@@ -15,49 +15,107 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from pocketfed.coordinator.store import Artifact, Assignment, Device, Release, Round, Run, Store, Update, now, put_blob
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Artifact, Assignment, Device, Release, Round, Run, Store, Update, now, put_blob
-
 FAILURES = ("the battery fell below 20 %", "the app was closed", "no space left for the artifact")
+PHASES = ("downloading", "training", "training", "uploading")
 REFUSALS = ("norm 48.20 is above the limit 10.00", "theta holds a value that is not finite")
-PROMISED_DOWN, PROMISED_UP = 24_000, 25_100  # bytes of a trainable set each way
+BYTES_DOWN, BYTES_UP = 24_000, 25_100  # bytes of a trainable set each way
 BACKBONE = 688_000
 
 
 def fill(
-    database: str, *, seed: int = 7, devices: int = 24, rounds: int = 12, planned: int = 20, cohort: int = 0, at: datetime | None = None
+    database: str,
+    *,
+    seed: int = 7,
+    devices: int = 24,
+    rounds: int = 12,
+    planned: int = 20,
+    cohort: int = 0,
+    at: datetime | None = None,
 ) -> None:
     """Two artifacts, a finished run, and a run whose round `rounds` is under way at the time `at` (default: now)."""
     rng = random.Random(seed)
     at = at or now()
     store = Store(database)
     with store.write() as session:
-        parameters = put_blob(session, rng.randbytes(PROMISED_DOWN))
+        parameters = put_blob(session, rng.randbytes(BYTES_DOWN))
         versions = [_artifact(session, rng, at, name) for name in ("nano", "micro")]
         for number in range(devices):
             seen = None if number == devices - 1 else at - timedelta(seconds=rng.choice((1, 3, 8, 15, 400)))
-            session.add(Device(id=number + 1, name=f"phone-{number:05d}", token_hash=f"{number:064d}", sdk_version="0.1.0",
-                               examples=rng.randrange(40, 400), enrolled_at=at - timedelta(days=3), last_seen_at=seen))  # fmt: skip
+            session.add(
+                Device(
+                    id=number + 1,
+                    name=f"phone-{number:05d}",
+                    token_hash=f"{number:064d}",
+                    sdk_version="0.1.0",
+                    examples=rng.randrange(40, 400),
+                    enrolled_at=at - timedelta(days=3),
+                    last_seen_at=seen,
+                )
+            )
         session.flush()
         cohort = min(cohort or devices, devices)
         for run_id, (name, version, goal, last) in enumerate(
-            (("first try, head only", versions[0], rounds, rounds), ("assistant intents", versions[1], planned, rounds)), 1
+            (
+                ("first try, head only", versions[0], rounds, rounds),
+                ("assistant intents", versions[1], planned, rounds),
+            ),
+            1,
         ):
             running = last < goal
             begin = at - timedelta(hours=26 if run_id == 1 else 0, seconds=30.0 * last)
-            session.add(Run(id=run_id, name=name, channel="stable", status="running" if running else "finished", reason=None,
-                            config={"strategy": "fedavg"}, artifact_version=version, trainable_set="lora:8" if running else "head",
-                            seed=seed, rounds_planned=goal, created_at=begin, started_at=begin,
-                            finished_at=None if running else begin + timedelta(seconds=30.0 * last)))  # fmt: skip
+            session.add(
+                Run(
+                    id=run_id,
+                    name=name,
+                    channel="stable",
+                    status="running" if running else "finished",
+                    reason=None,
+                    config={"strategy": "fedavg"},
+                    artifact_version=version,
+                    trainable_set="lora:8" if running else "head",
+                    seed=seed,
+                    rounds_planned=goal,
+                    created_at=begin,
+                    started_at=begin,
+                    finished_at=None if running else begin + timedelta(seconds=30.0 * last),
+                )
+            )
             session.flush()
             for number in range(last + 1):
-                _round(session, rng, run_id, number, begin + timedelta(seconds=30.0 * (number - 1)), cohort, parameters,
-                       under_way=running and number == last, ceiling=0.97 if running else 0.88)  # fmt: skip
-        session.add(Release(channel="stable", artifact_version=versions[0], trainable_set="head", parameters=parameters, run_id=1,
-                            created_at=at - timedelta(hours=25)))  # fmt: skip
-        session.add(Release(channel="stable", artifact_version=versions[1], trainable_set="lora:8", parameters=parameters,
-                            run_id=None, created_at=at - timedelta(hours=1)))  # fmt: skip
+                _round(
+                    session,
+                    rng,
+                    run_id,
+                    number,
+                    begin + timedelta(seconds=30.0 * (number - 1)),
+                    cohort,
+                    parameters,
+                    under_way=running and number == last,
+                    ceiling=0.97 if running else 0.88,
+                )
+        session.add(
+            Release(
+                channel="stable",
+                artifact_version=versions[0],
+                trainable_set="head",
+                parameters=parameters,
+                run_id=1,
+                created_at=at - timedelta(hours=25),
+            )
+        )
+        session.add(
+            Release(
+                channel="stable",
+                artifact_version=versions[1],
+                trainable_set="lora:8",
+                parameters=parameters,
+                run_id=None,
+                created_at=at - timedelta(hours=1),
+            )
+        )
     store.close()
 
 
@@ -77,50 +135,91 @@ def _artifact(session: Session, rng: random.Random, at: datetime, preset: str) -
         "metrics": {},
     }
     days = 3 if preset == "nano" else 1
-    session.add(Artifact(version=version, manifest=manifest, bytes=int(1.2 * parameters), created_at=at - timedelta(days=days)))
+    session.add(
+        Artifact(version=version, manifest=manifest, bytes=int(1.2 * parameters), created_at=at - timedelta(days=days))
+    )
     session.flush()
     return version
 
 
 def _round(
-    session: Session, rng: random.Random, run_id: int, number: int, begin: datetime, cohort: int, parameters: str,
-    under_way: bool, ceiling: float,
-) -> None:  # fmt: skip
+    session: Session,
+    rng: random.Random,
+    run_id: int,
+    number: int,
+    begin: datetime,
+    cohort: int,
+    parameters: str,
+    under_way: bool,
+    ceiling: float,
+) -> None:
     """A round and its assignments, added in bulk: a large fleet has millions of them."""
-    learned = 1 - 0.7 ** (number * 12 / 12)
+    learned = 1 - 0.7 ** (number)
     accuracy = None if under_way else 0.083 + (ceiling - 0.083) * learned + rng.uniform(-0.006, 0.006)
     loss = None if under_way else 2.48 * (1 - learned) + 0.12 + rng.uniform(-0.01, 0.01)
-    chosen = [] if number == 0 else sorted(rng.sample(range(1, session.scalar(sa.select(sa.func.count(Device.id))) + 1), cohort))  # type: ignore[operator]
+    enrolled = session.scalar(sa.select(sa.func.count(Device.id))) or 0
+    chosen = [] if number == 0 else sorted(rng.sample(range(1, enrolled + 1), cohort))
     statuses = [_status(rng, under_way) for _ in chosen]
     rows, updates = [], []
     for device, status in zip(chosen, statuses, strict=True):
         name = f"{run_id}-{number}-{device}"
         took = rng.lognormvariate(2.4, 0.35)
         arrived = status in ("uploaded", "aggregated", "quarantined")
-        rows.append({
-            "id": name, "run_id": run_id, "round": number, "attempt": 1, "device_id": device, "kind": "train", "status": status, "config": {},
-            "parameters": parameters, "phase": rng.choice(("downloading", "training", "training", "uploading")) if status == "accepted" else None,
-            "progress": rng.random() if status == "accepted" else 0.0, "offered_at": begin,
-            "accepted_at": None if status in ("offered", "expired") else begin + timedelta(seconds=1), "lease_until": None, "deadline": None,
-            "finished_at": begin + timedelta(seconds=took) if arrived or status in ("failed", "expired") else None,
-            "error": rng.choice(FAILURES) if status == "failed" else None,
-            "bytes_down": 0 if status == "offered" else PROMISED_DOWN + (BACKBONE if number == 1 else 0),
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": name,
+                "run_id": run_id,
+                "round": number,
+                "attempt": 1,
+                "device_id": device,
+                "kind": "train",
+                "status": status,
+                "config": {},
+                "parameters": parameters,
+                "phase": rng.choice(PHASES) if status == "accepted" else None,
+                "progress": rng.random() if status == "accepted" else 0.0,
+                "offered_at": begin,
+                "accepted_at": None if status in ("offered", "expired") else begin + timedelta(seconds=1),
+                "lease_until": None,
+                "deadline": None,
+                "finished_at": begin + timedelta(seconds=took) if arrived or status in ("failed", "expired") else None,
+                "error": rng.choice(FAILURES) if status == "failed" else None,
+                "bytes_down": 0 if status == "offered" else BYTES_DOWN + (BACKBONE if number == 1 else 0),
+            }
+        )
         if arrived:
             refused = status == "quarantined"
-            updates.append({
-                "assignment_id": name, "num_examples": rng.randrange(40, 400), "bytes": PROMISED_UP + rng.randrange(200), "digest": f"{device:064x}",
-                "metrics": {"train_loss": 1.0}, "norm": rng.lognormvariate(0.2, 0.25) * (8 if refused else 1),
-                "reason": rng.choice(REFUSALS) if refused else None, "received_at": begin + timedelta(seconds=took),
-            })  # fmt: skip
+            updates.append(
+                {
+                    "assignment_id": name,
+                    "num_examples": rng.randrange(40, 400),
+                    "bytes": BYTES_UP + rng.randrange(200),
+                    "digest": f"{device:064x}",
+                    "metrics": {"train_loss": 1.0},
+                    "norm": rng.lognormvariate(0.2, 0.25) * (8 if refused else 1),
+                    "reason": rng.choice(REFUSALS) if refused else None,
+                    "received_at": begin + timedelta(seconds=took),
+                }
+            )
     counted = statuses.count("aggregated")
-    session.add(Round(
-        run_id=run_id, number=number, status="running" if under_way else "finished", parameters=parameters, accuracy=accuracy, loss=loss,
-        train_loss=None if loss is None or number == 0 else 0.85 * loss + rng.uniform(-0.02, 0.02), devices=counted,
-        failed=sum(s in ("failed", "expired", "quarantined") for s in statuses), bytes_up=sum(u["bytes"] for u in updates),
-        bytes_down=sum(r["bytes_down"] for r in rows), seconds=0.0 if under_way else 0.4 if number == 0 else 24 + rng.uniform(0, 5),
-        started_at=begin, finished_at=None if under_way else begin + timedelta(seconds=29),
-    ))  # fmt: skip
+    session.add(
+        Round(
+            run_id=run_id,
+            number=number,
+            status="running" if under_way else "finished",
+            parameters=parameters,
+            accuracy=accuracy,
+            loss=loss,
+            train_loss=None if loss is None or number == 0 else 0.85 * loss + rng.uniform(-0.02, 0.02),
+            devices=counted,
+            failed=sum(s in ("failed", "expired", "quarantined") for s in statuses),
+            bytes_up=sum(u["bytes"] for u in updates),
+            bytes_down=sum(r["bytes_down"] for r in rows),
+            seconds=0.0 if under_way else 0.4 if number == 0 else 24 + rng.uniform(0, 5),
+            started_at=begin,
+            finished_at=None if under_way else begin + timedelta(seconds=29),
+        )
+    )
     session.flush()
     if rows:
         session.execute(sa.insert(Assignment), rows)
@@ -142,7 +241,14 @@ def main() -> None:
     parser.add_argument("--cohort", type=int, default=100)
     parser.add_argument("--seed", type=int, default=7)
     given = parser.parse_args()
-    fill(str(given.out), seed=given.seed, devices=given.devices, rounds=given.rounds, planned=given.rounds + 8, cohort=given.cohort)
+    fill(
+        str(given.out),
+        seed=given.seed,
+        devices=given.devices,
+        rounds=given.rounds,
+        planned=given.rounds + 8,
+        cohort=given.cohort,
+    )
     print(f"{given.out}: {given.devices:,} devices, 2 runs of {given.rounds:,} rounds")
 
 

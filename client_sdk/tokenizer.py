@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +17,9 @@ Ids = NDArray[np.int64]
 
 
 class PlanTokenizer:
-    """Holds the tokenize plan open. No Unicode table, no vocabulary and no rule of BERT is in this code: all are in the plan.
+    """Holds the tokenize plan open: vocabulary, Unicode tables and BERT's rules are all in it, none in this code.
+
+    What a port needs: the texts' code points (not UTF-16 units), `END_OF_TEXT` after each, one run, and `_lay_out`.
 
     Args:
         pad_id, cls_id, sep_id: ids of the special tokens; left out, the plan's own metadata gives them.
@@ -28,12 +32,11 @@ class PlanTokenizer:
         self, plan_path: Path, pad_id: int | None = None, cls_id: int | None = None, sep_id: int | None = None
     ) -> None:
         import onnxruntime
-        import onnxruntime_extensions
 
         if not Path(plan_path).is_file():
             raise FileNotFoundError(f"there is no tokenize plan at {plan_path}; fetch the artifact again")
         options = onnxruntime.SessionOptions()
-        options.register_custom_ops_library(onnxruntime_extensions.get_library_path())
+        options.register_custom_ops_library(_extensions_library())
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(str(plan_path), options, providers=["CPUExecutionProvider"])
@@ -77,7 +80,9 @@ class PlanTokenizer:
         starts = np.concatenate([[0], ends[:-1] + 1])
         return pieces, starts, ends - starts
 
-    def _lay_out(self, pieces: Ids, a: Ids, first: Ids, b: Ids, second: Ids, paired: NDArray[np.bool_]) -> tuple[Ids, Ids]:
+    def _lay_out(
+        self, pieces: Ids, a: Ids, first: Ids, b: Ids, second: Ids, paired: NDArray[np.bool_]
+    ) -> tuple[Ids, Ids]:
         """Rows of `[CLS] a [SEP]` and, where paired, `b [SEP]`; all arguments but `pieces` are (B,)."""
         total = first + 2 + np.where(paired, second + 1, 0)
         column = np.arange(total.max())[None]  # (1, T)
@@ -92,8 +97,24 @@ class PlanTokenizer:
         return ids.astype(np.int64), mask.astype(np.int64)
 
 
+def _extensions_library() -> str:
+    """Where onnxruntime-extensions keeps its operators, found without importing it.
+
+    Importing it imports torch and transformers wherever they are installed: seconds, and hundreds of megabytes.
+    """
+    spec = importlib.util.find_spec("onnxruntime_extensions")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            library = Path(folder) / f"_extensions_pydll{suffix}"
+            if library.is_file():
+                return str(library)
+    import onnxruntime_extensions
+
+    return str(onnxruntime_extensions.get_library_path())
+
+
 def _code_points(texts: Sequence[str]) -> Iterator[NDArray[np.int32]]:
-    """The texts' code points, each text closed by `END_OF_TEXT`, a few texts at a time. Lone surrogates stay as they are."""
+    """The texts' code points, each closed by `END_OF_TEXT`, a few texts at a time. Lone surrogates stay."""
     begin, held = 0, 0
     for i, text in enumerate(texts):
         held += len(text) + 1
@@ -105,7 +126,7 @@ def _code_points(texts: Sequence[str]) -> Iterator[NDArray[np.int32]]:
 
 
 def _shorten(first: Ids, second: Ids, room: Ids) -> tuple[Ids, Ids]:
-    """How many pieces of each text are kept, (B,) each: the longer gives way, then both get half, the longer the odd one."""
+    """How many pieces of each text are kept, (B,) each: the longer gives way, at last both get half."""
     short, long = np.minimum(first, second), np.maximum(first, second)
     over = short + long > room
     short = np.where(over, np.minimum(short, room // 2), short)

@@ -7,20 +7,40 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
-
 from pocketfed.dashboard.queries import ArtifactLine, Bin, Funnel, RoundLine
 from pocketfed.dashboard.words import plain
 
-# Tol's "vibrant" scheme (Paul Tol, "Colour Schemes", 2021): distinct for every kind of colour vision, and on white and near-black
-BLUE, ORANGE, TEAL, MAGENTA, CYAN, RED, GREY = "#0077BB", "#EE7733", "#009988", "#EE3377", "#33BBEE", "#CC3311", "#999999"
+# the "vibrant" scheme (Paul Tol, "Colour Schemes", 2021): distinct for all kinds of colour vision, on white and black
+BLUE, ORANGE, TEAL, MAGENTA, CYAN, RED, GREY = (
+    "#0077BB",
+    "#EE7733",
+    "#009988",
+    "#EE3377",
+    "#33BBEE",
+    "#CC3311",
+    "#999999",
+)
 SERIES = [BLUE, ORANGE, TEAL, MAGENTA, CYAN, RED, GREY]
 STATUS_COLOURS = {
     "aggregated": TEAL, "uploaded": CYAN, "accepted": BLUE, "offered": GREY,
     "failed": RED, "expired": ORANGE, "quarantined": MAGENTA,
 }  # fmt: skip
-STATE_COLOURS = {"training": BLUE, "downloading": CYAN, "uploading": TEAL, "offered": ORANGE, "idle": GREY, "offline": "#6B6B6B"}
+STATE_COLOURS = {
+    "training": BLUE,
+    "downloading": CYAN,
+    "uploading": TEAL,
+    "offered": ORANGE,
+    "idle": GREY,
+    "offline": "#6B6B6B",
+}
 PRECISION_COLOURS = {"fp32": GREY, "fp16": CYAN, "int8": BLUE}
-AXES = {"round": ("Round", "number"), "data moved": ("Data moved, up and down (MB)", "megabytes"), "time": ("Time spent in rounds (s)", "seconds")}
+AXES = {
+    "round": ("Round", "number"),
+    "data moved": ("Data moved, up and down (MB)", "megabytes"),
+    "time": ("Time spent in rounds (s)", "seconds"),
+}
+EVALUATED, TRAINING = "evaluation", "training, on the devices"
+_NAMES = alt.Axis(labelLimit=230, ticks=False, domain=False)  # an axis of names needs no line
 _POINTS_UP_TO = 60  # rounds; beyond that, dots are a smear
 
 
@@ -30,7 +50,7 @@ def run_label(run_id: int, name: str) -> str:
 
 
 def learning_frame(rounds: Sequence[RoundLine], names: Mapping[int, str]) -> pd.DataFrame:
-    """One line a round and curve: test values, and the devices' own training loss."""
+    """One line a round and curve: what was evaluated, and the devices' own training loss."""
     lines: list[dict[str, Any]] = []
     for r in rounds:
         common = {
@@ -38,7 +58,7 @@ def learning_frame(rounds: Sequence[RoundLine], names: Mapping[int, str]) -> pd.
             "seconds": r.total_seconds, "devices": r.devices,
         }  # fmt: skip
         for measure, curve, value in (
-            ("accuracy", "test set", r.accuracy), ("loss", "test set", r.loss), ("loss", "devices, in training", r.train_loss)
+            ("accuracy", EVALUATED, r.accuracy), ("loss", EVALUATED, r.loss), ("loss", TRAINING, r.train_loss)
         ):  # fmt: skip
             if value is not None:
                 lines.append({**common, "measure": measure, "curve": curve, "value": value})
@@ -51,18 +71,34 @@ def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int
     title, field = AXES[axis]
     shown = frame[frame["measure"] == measure]
     runs = list(dict.fromkeys(shown["run"]))
-    curves = [c for c in ("test set", "devices, in training") if c in set(shown["curve"])]
-    value_title, value_format = ("Accuracy on the test set (%)", "~%") if measure == "accuracy" else ("Loss, cross-entropy (nats)", "~g")
-    ticks = {"format": "d", "tickMinStep": 1} if axis == "round" else {"format": "~s" if axis == "time" else "~g"}
-    x = alt.X(f"{field}:Q", title=title, axis=alt.Axis(grid=False, tickCount=8, **ticks), scale=alt.Scale(nice=axis != "round"))
-    y = alt.Y("value:Q", title=value_title, axis=alt.Axis(format=value_format, tickCount=6), scale=alt.Scale(zero=False, nice=True))
+    curves = [c for c in (EVALUATED, TRAINING) if c in set(shown["curve"])]
+    value_title, value_format = (
+        ("Accuracy (%)", "~%") if measure == "accuracy" else ("Loss, cross-entropy (nats)", "~r")
+    )
+    ticks = {"format": "d", "tickMinStep": 1} if axis == "round" else {"format": "~s" if axis == "time" else "~r"}
+    x = alt.X(
+        f"{field}:Q",
+        title=title,
+        axis=alt.Axis(grid=False, tickCount=8, labelFlush=False, **ticks),
+        scale=alt.Scale(nice=axis != "round"),
+    )
+    y = alt.Y(
+        "value:Q",
+        title=value_title,
+        axis=alt.Axis(format=value_format, tickCount=6),
+        scale=alt.Scale(zero=False, nice=True),
+    )
     color = alt.Color(
         "run:N", title="Run", scale=alt.Scale(domain=runs, range=SERIES[: max(len(runs), 1)]),
-        legend=alt.Legend(orient="top", labelLimit=300, columns=2) if len(runs) > 1 else None,
+        legend=None if len(runs) < 2 else alt.Legend(
+            orient="top", title=None, labelLimit=300, columns=2, symbolType="stroke", symbolSize=300
+        ),
     )  # fmt: skip
     dash = alt.StrokeDash(
         "curve:N", title="Measured on", scale=alt.Scale(domain=curves, range=[[1, 0], [5, 4]][: max(len(curves), 1)]),
-        legend=alt.Legend(orient="top", symbolStrokeColor=GREY) if len(curves) > 1 else None,
+        legend=None if len(curves) < 2 else alt.Legend(
+            orient="top-right", title=None, symbolType="stroke", symbolSize=500
+        ),
     )  # fmt: skip
     tooltip = [
         alt.Tooltip("run:N", title="Run"),
@@ -88,7 +124,12 @@ def states(counts: Mapping[str, int], height: int = 220) -> Any:
 
 def funnel(found: Funnel, height: int = 200) -> Any:
     """How far the assignments of a round came, as counts and as shares of those sampled."""
-    steps = {"sampled": found.sampled, "accepted": found.accepted, "uploaded": found.uploaded, "aggregated": found.aggregated}
+    steps = {
+        "sampled": found.sampled,
+        "accepted": found.accepted,
+        "uploaded": found.uploaded,
+        "aggregated": found.aggregated,
+    }
     frame = pd.DataFrame({"step": list(steps), "devices": list(steps.values())})
     frame["label"] = [f"{n:,}  ({n / max(found.sampled, 1):.0%})" for n in steps.values()]
     colours = {"sampled": GREY, "accepted": BLUE, "uploaded": CYAN, "aggregated": TEAL}
@@ -98,7 +139,10 @@ def funnel(found: Funnel, height: int = 200) -> Any:
 def dropped(reasons: Sequence[tuple[str, str, int]], height: int = 200) -> Any:
     """Why assignments did not count."""
     frame = pd.DataFrame(
-        [{"status": status, "reason": plain(reason, 60) or f"{status}, no reason given", "devices": n} for status, reason, n in reasons]
+        [
+            {"status": status, "reason": plain(reason, 60) or f"{status}, no reason given", "devices": n}
+            for status, reason, n in reasons
+        ]
     )
     order = list(dict.fromkeys(frame["reason"]))
     return _bars(frame, "reason", "devices", "Assignments (count)", STATUS_COLOURS, order, height, color="status")
@@ -114,7 +158,7 @@ def _bars(
     top = max(int(frame[value].max()), 1)
     tooltip = [alt.Tooltip(f"{name}:N", title=name.capitalize()) for name in dict.fromkeys((category, color))]
     base = alt.Chart(frame).encode(
-        y=alt.Y(f"{category}:N", sort=list(order), title=None, axis=alt.Axis(labelLimit=230, ticks=False, domain=False)),
+        y=alt.Y(f"{category}:N", sort=list(order), title=None, axis=_NAMES),
         x=alt.X(
             f"{value}:Q", title=title, scale=alt.Scale(domain=[0, top * 1.22], nice=False),
             axis=alt.Axis(format=",d", tickMinStep=1, tickCount=5, grid=False),
@@ -123,11 +167,13 @@ def _bars(
     )  # fmt: skip
     bars = base.mark_bar(cornerRadiusEnd=3, height={"band": 0.7}).encode(
         color=alt.Color(
-            f"{color}:N", title=color.capitalize(), scale=alt.Scale(domain=present, range=[colours[c] for c in present]),
+            f"{color}:N", title=None, scale=alt.Scale(domain=present, range=[colours[c] for c in present]),
             legend=None if color == category else alt.Legend(orient="top"),
         )
     )  # fmt: skip
-    text = base.mark_text(align="left", dx=5, color=GREY, fontSize=12).encode(text=alt.Text(label or f"{value}:Q", **({} if label else {"format": ",d"})))
+    text = base.mark_text(align="left", dx=5, color=GREY, fontSize=12).encode(
+        text=alt.Text(label or f"{value}:Q", **({} if label else {"format": ",d"}))
+    )
     return alt.layer(bars, text).properties(height=height)
 
 
@@ -138,7 +184,12 @@ def histogram(bins: Sequence[Bin], height: int = 200) -> Any:
         alt.Chart(frame)
         .mark_bar(color=BLUE, binSpacing=1)
         .encode(
-            x=alt.X("low:Q", bin="binned", title="Norm of the update (L2, no unit)", axis=alt.Axis(format="~g", grid=False, tickCount=6)),
+            x=alt.X(
+                "low:Q",
+                bin="binned",
+                title="Norm of the update (L2, no unit)",
+                axis=alt.Axis(format="~r", grid=False, tickCount=6),
+            ),
             x2="high:Q",
             y=alt.Y("count:Q", title="Updates (count)", axis=alt.Axis(format="d", tickMinStep=1, tickCount=5)),
             tooltip=[
@@ -152,7 +203,7 @@ def histogram(bins: Sequence[Bin], height: int = 200) -> Any:
 
 
 def artifact_label(artifact: ArtifactLine) -> str:
-    return f"{plain(artifact.preset, 24) or 'model'} · {artifact.version[:8]}"
+    return f"{plain(artifact.preset, 24) or 'model'} · {plain(artifact.version[:8])}"
 
 
 def sizes(artifacts: Sequence[ArtifactLine]) -> Any:
@@ -166,19 +217,23 @@ def sizes(artifacts: Sequence[ArtifactLine]) -> Any:
     models = list(dict.fromkeys(frame["model"]))
     precisions = list(PRECISION_COLOURS)
     base = alt.Chart(frame).encode(
-        y=alt.Y("model:N", sort=models, title=None, axis=alt.Axis(labelLimit=220, ticks=False, domain=False), scale=alt.Scale(paddingInner=0.3)),
+        y=alt.Y("model:N", sort=models, title=None, axis=_NAMES, scale=alt.Scale(paddingInner=0.3)),
         yOffset=alt.YOffset("precision:N", sort=precisions),
         x=alt.X(
-            "MB:Q", title="Size (MB, 1 MB = 1,000,000 bytes)", axis=alt.Axis(format="~g", grid=False, tickCount=6),
+            "MB:Q", title="Size (MB, 1 MB = 1,000,000 bytes)", axis=alt.Axis(format="~r", grid=False, tickCount=6),
             scale=alt.Scale(domain=[0, float(frame["MB"].max() or 1) * 1.18], nice=False),
         ),
-        tooltip=[alt.Tooltip("model:N", title="Model"), alt.Tooltip("precision:N", title="Precision"), alt.Tooltip("MB:Q", title="Size (MB)", format=",.3f")],
+        tooltip=[
+            alt.Tooltip("model:N", title="Model"),
+            alt.Tooltip("precision:N", title="Precision"),
+            alt.Tooltip("MB:Q", title="Size (MB)", format=",.3f"),
+        ],
     )  # fmt: skip
     bars = base.mark_bar(cornerRadiusEnd=3).encode(
         color=alt.Color(
-            "precision:N", title="Precision", sort=precisions, legend=alt.Legend(orient="top"),
+            "precision:N", title=None, sort=precisions, legend=alt.Legend(orient="top"),
             scale=alt.Scale(domain=precisions, range=list(PRECISION_COLOURS.values())),
         )
     )  # fmt: skip
     text = base.mark_text(align="left", dx=5, color=GREY, fontSize=12).encode(text="label:N")
-    return alt.layer(bars, text).properties(height=max(90 * len(models) + 30, 150))
+    return alt.layer(bars, text).properties(height=75 * len(models) + 110)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import pandas as pd
 import sqlalchemy as sa
 import streamlit as st
-
 from pocketfed.coordinator.store import Store, StoreError, database_url
 from pocketfed.dashboard import queries
 from pocketfed.dashboard.charts import BLUE, GREY, ORANGE, RED, TEAL, run_label
 from pocketfed.dashboard.launch import DATABASE_VARIABLE
 from pocketfed.dashboard.words import markup
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RETRY_S = 4  # how often a page with nothing to show looks again
 LIVE_S = 2  # how often a page that shows something under way looks again
@@ -26,15 +22,16 @@ PAGE_ROWS = 50
 TONES = {"good": TEAL, "busy": BLUE, "wait": ORANGE, "bad": RED, "quiet": GREY}
 
 
-@dataclass(frozen=True)
-class Trouble(Exception):
-    """Nothing to show, for a reason that is no fault of the reader."""
+class NothingToShowError(Exception):
+    """The page has nothing to show, for a reason that is no fault of the reader; `sentence` says what to do."""
 
-    title: str
-    sentence: str
+    def __init__(self, title: str, sentence: str) -> None:
+        super().__init__(f"{title}: {sentence}")
+        self.title = title
+        self.sentence = sentence
 
 
-# ---- the database ------------------------------------------------------------------------------------------------------
+# ---- the database ------------------------------------------------------------------------------------------
 
 
 @st.cache_resource(show_spinner=False, max_entries=4)
@@ -58,50 +55,55 @@ def store() -> Store:
     """The store named by the environment.
 
     Raises:
-        Trouble: no database is named, or it cannot be used.
+        NothingToShowError: no database is named, or it cannot be used.
     """
     database = os.environ.get(DATABASE_VARIABLE, "")
     if not database:
-        raise Trouble("No database is named", f"set {DATABASE_VARIABLE}, or start `pocketfed dashboard --database fleet.db`")
+        raise NothingToShowError(
+            "No database is named", f"set {DATABASE_VARIABLE}, or start `pocketfed dashboard --database fleet.db`"
+        )
     try:
         return _open(database, _file_identity(database))
     except StoreError as error:
-        raise Trouble("The database cannot be shown", str(error)) from None
+        raise NothingToShowError("The database cannot be shown", str(error)) from None
 
 
-# ---- a page ------------------------------------------------------------------------------------------------------------
+# ---- a page ------------------------------------------------------------------------------------------------
 
 
 def page(body: Callable[[Store], None]) -> None:
     """Draw a page from the store, or say in a sentence why it cannot be; then look again every RETRY_S seconds."""
     try:
         body(store())
-    except (Trouble, StoreError, sa.exc.DBAPIError) as error:
+    except (NothingToShowError, StoreError, sa.exc.DBAPIError) as error:
         trouble = _as_trouble(error)
         st.session_state["fresh"] = True
         _retrying(trouble.title, trouble.sentence)
 
 
 def live(body: Callable[[Store], None]) -> Callable[[], None]:
-    """`body` as a part of the page that redraws itself every LIVE_S seconds and leaves the rest, and what was chosen, alone."""
+    """`body` as a part of the page that redraws itself every LIVE_S seconds and leaves the rest alone."""
 
     @st.fragment(run_every=LIVE_S)
     def part() -> None:
         try:
             body(store())
-        except (Trouble, StoreError, sa.exc.DBAPIError) as error:
+        except (NothingToShowError, StoreError, sa.exc.DBAPIError) as error:
             trouble = _as_trouble(error)
             notice("wait", trouble.title, html.escape(trouble.sentence))
 
     return part
 
 
-def _as_trouble(error: Exception) -> Trouble:
-    if isinstance(error, Trouble):
+def _as_trouble(error: Exception) -> NothingToShowError:
+    if isinstance(error, NothingToShowError):
         return error
     if isinstance(error, sa.exc.DBAPIError):
-        return Trouble("The database does not answer", f"{error.orig}; it may be in use by another process, or be of another version of pocketfed")
-    return Trouble("The database cannot be shown", str(error))
+        return NothingToShowError(
+            "The database does not answer",
+            f"{error.orig}; it may be in use by another process, or be of another version of pocketfed",
+        )
+    return NothingToShowError("The database cannot be shown", str(error))
 
 
 @st.fragment(run_every=RETRY_S)
@@ -116,10 +118,24 @@ def notice(tone: str, title: str, body_html: str) -> None:
     """A banner. `title` is text; `body_html` is ours, with every foreign part through `markup` or `html.escape`."""
     colour = TONES[tone]
     st.html(
-        f'<div role="status" style="border-left:6px solid {colour};background:{colour}1f;border-radius:8px;padding:14px 18px;overflow-wrap:anywhere">'
+        f'<div role="status" style="border-left:6px solid {colour};background:{colour}1f;'
+        f'border-radius:8px;padding:14px 18px;overflow-wrap:anywhere">'
         f'<div style="font-size:1.3rem;font-weight:600;line-height:1.35">{html.escape(title)}</div>'
         f'<div style="margin-top:4px;line-height:1.5">{body_html}</div></div>'
     )
+
+
+def cards(*entries: tuple[str, str, str]) -> None:
+    """Numbers worth a glance: (label, value, note) each, side by side as far as the screen is wide."""
+    style = "border:1px solid #8884;border-radius:8px;padding:10px 14px;min-width:0;overflow-wrap:anywhere"
+    drawn = "".join(
+        f'<div style="{style}"><div style="font-size:.85rem;opacity:.75">{html.escape(label)}</div>'
+        f'<div style="font-size:1.65rem;font-weight:600;line-height:1.3">{html.escape(value)}</div>'
+        f'<div style="font-size:.85rem;opacity:.75;min-height:1.2em">{html.escape(note)}</div></div>'
+        for label, value, note in entries
+    )
+    columns = "repeat(auto-fit,minmax(min(150px,100%),1fr))"
+    st.html(f'<div style="display:grid;grid-template-columns:{columns};gap:12px">{drawn}</div>')
 
 
 def heading(title: str, under: str) -> None:
@@ -128,28 +144,32 @@ def heading(title: str, under: str) -> None:
     st.caption(under)
 
 
-# ---- choosing ----------------------------------------------------------------------------------------------------------
+# ---- choosing ----------------------------------------------------------------------------------------------
 
 
 def chosen_run(opened: Store) -> int:
     """The run this page is about: the one in the address (`?run=3`) or in the sidebar, else the newest.
 
     Raises:
-        Trouble: there is no run, or none of that number.
+        NothingToShowError: there is no run, or none of that number.
     """
     with opened.read() as session:
         names = queries.run_names(session)
         newest = queries.newest_run_id(session)
         if newest is None:
-            raise Trouble(
-                "No run yet", "the database is there and holds no run; start one with `pocketfed simulate` or `pocketfed serve --run run.toml` on it"
+            raise NothingToShowError(
+                "No run yet",
+                "the database holds no run; start one with `pocketfed simulate` or `pocketfed serve --run run.toml`",
             )
         wanted = _wanted_run()
         if wanted is not None and wanted not in names:
             asked = queries.run(session, wanted)
             if asked is None:
                 _forget_run()
-                raise Trouble(f"There is no run {wanted}", "this database holds no run of that number; the newest is shown in a moment")
+                raise NothingToShowError(
+                    f"There is no run {wanted}",
+                    "this database holds no run of that number; the newest is shown in a moment",
+                )
             names = {wanted: asked.name, **names}
     options = [None, *names]
     choice = st.sidebar.selectbox(
@@ -189,16 +209,16 @@ def offset(total: int, key: str, noun: str) -> int:
     return (int(number) - 1) * PAGE_ROWS
 
 
-def table(frame: pd.DataFrame, *, height: int | None = None, **columns: object) -> None:
-    """A table without an index; `columns` are `st.column_config` entries."""
-    # Streamlit shows a missing text as "None"; an empty cell says the same in the reader's language
-    rows = min(len(frame), 12)
-    st.dataframe(frame, hide_index=True, width="stretch", column_config=dict(columns), height=height or 38 + 35 * max(rows, 1), placeholder="–")  # type: ignore[arg-type]
+def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, Any]) -> None:
+    """A table of as many lines as it has, twelve at most in sight; `columns` says how some are shown."""
+    height = 38 + 35 * min(max(len(rows), 1), 12)
+    frame = pd.DataFrame(list(rows))
+    st.dataframe(frame, hide_index=True, width="stretch", column_config=columns, height=height, placeholder="–")
 
 
 def run_sentence(line: queries.RunLine) -> str:
     """HTML: what a run trains, on which channel."""
     return (
         f"Run {line.id} <b>{markup(line.name, 60)}</b> trains <b>{markup(line.trainable_set, 30)}</b> "
-        f"of model <code>{markup(line.artifact_version, 8)}</code> for channel <b>{markup(line.channel, 30)}</b>."
+        f"of model <code>{markup(line.artifact_version[:8])}</code> for channel <b>{markup(line.channel, 30)}</b>."
     )

@@ -1,4 +1,4 @@
-"""How to start the dashboard: the command line and the environment, in one place for the CLI, the tests and the screenshots."""
+"""How to start the dashboard: its command line and environment, for the CLI, the tests and the screenshots alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def command(port: int, address: str = "127.0.0.1") -> list[str]:
         "--server.address", address, "--server.port", str(port), "--server.headless", "true",
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none", "--client.showErrorLinks", "false",
-        "--theme.primaryColor", "#2D7DD2",
+        "--theme.light.primaryColor", "#2D7DD2", "--theme.dark.primaryColor", "#5AA2E6",
     ]  # fmt: skip
 
 

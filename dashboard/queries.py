@@ -1,5 +1,6 @@
-"""What the dashboard asks the store: SQL in, small frozen rows out. Nothing here writes, and nothing here knows Streamlit.
+"""What the dashboard asks the store: SQL in, small frozen rows out.
 
+Nothing here writes, and nothing here knows Streamlit.
 Counting and summing happen in SQL, and every list that grows with the fleet is a page (`limit`, `offset`), so that
 10,000 devices and 1,000 rounds cost no more than what is shown. Bytes are bytes, durations are seconds, times are UTC.
 """
@@ -12,19 +13,19 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
-
 from pocketfed.coordinator.store import Artifact, Assignment, Blob, Device, Release, Round, Run, Update
+from sqlalchemy.orm import Session
 
 OFFLINE_AFTER_S = 60
 STATES = ("offered", "downloading", "training", "uploading", "idle", "offline")
+OPEN = ("offered", "accepted")
 DROPPED = ("failed", "expired", "quarantined")
 PROBLEM_ROUNDS = 5  # problems are looked for in this many of a run's newest rounds that had any
 
 
 @dataclass(frozen=True)
 class RunLine:
-    """A run and what its rounds add up to. `accuracy` and `loss` are the newest known, `first_accuracy` is round 0's."""
+    """A run and what its rounds add up to. `accuracy` and `loss`: the newest known; `first_accuracy`: of round 0."""
 
     id: int
     name: str
@@ -174,7 +175,7 @@ class Problem:
     reason: str | None
 
 
-# ---- runs and rounds ---------------------------------------------------------------------------------------------------
+# ---- runs and rounds ---------------------------------------------------------------------------------------
 
 
 def _newest(column: sa.orm.InstrumentedAttribute[float | None]) -> sa.ScalarSelect[Any]:
@@ -183,7 +184,7 @@ def _newest(column: sa.orm.InstrumentedAttribute[float | None]) -> sa.ScalarSele
     return known.order_by(Round.number.desc()).limit(1).scalar_subquery()
 
 
-def _run_lines(session: Session, page: sa.Select[tuple[int]]) -> list[RunLine]:
+def _run_lines(session: Session, page: sa.Select[Any]) -> list[RunLine]:
     ids = page.subquery()
     totals = (
         sa.select(
@@ -199,7 +200,13 @@ def _run_lines(session: Session, page: sa.Select[tuple[int]]) -> list[RunLine]:
     )  # fmt: skip
     first = sa.select(Round.accuracy).where(Round.run_id == Run.id, Round.number == 0).scalar_subquery()
     query = (
-        sa.select(Run, totals, _newest(Round.accuracy).label("accuracy"), _newest(Round.loss).label("loss"), first.label("first"))
+        sa.select(
+            Run,
+            totals,
+            _newest(Round.accuracy).label("accuracy"),
+            _newest(Round.loss).label("loss"),
+            first.label("first"),
+        )
         .join(ids, ids.c.id == Run.id)
         .outerjoin(totals, totals.c.run_id == Run.id)
         .order_by(Run.id.desc())
@@ -259,7 +266,7 @@ def rounds(session: Session, run_ids: Sequence[int], limit: int = 10_000) -> lis
     return [RoundLine(**{**row, "total_bytes": int(row["total_bytes"])}) for row in session.execute(query).mappings()]
 
 
-# ---- one round ---------------------------------------------------------------------------------------------------------
+# ---- one round ---------------------------------------------------------------------------------------------
 
 
 def _of_round(run_id: int, number: int, kind: str) -> sa.ColumnElement[bool]:
@@ -296,7 +303,9 @@ def _reason() -> sa.ColumnElement[str | None]:
     return sa.func.coalesce(Update.reason, Assignment.error)
 
 
-def drop_reasons(session: Session, run_id: int, number: int, kind: str = "train", limit: int = 8) -> list[tuple[str, str, int]]:
+def drop_reasons(
+    session: Session, run_id: int, number: int, kind: str = "train", limit: int = 8
+) -> list[tuple[str, str, int]]:
     """(status, reason, count) of the assignments that did not count, most frequent first."""
     reason = sa.func.coalesce(Update.reason, Assignment.error, "").label("reason")
     query = (
@@ -360,63 +369,86 @@ def norms(session: Session, run_id: int, number: int, bins: int = 24) -> list[Bi
     # a cast to integer rounds on PostgreSQL and truncates on SQLite; floor first, and both agree
     index = sa.cast(sa.func.floor((base.c.norm - low) / width), sa.Integer)
     place = sa.case((index >= bins, bins - 1), else_=index).label("place")
-    found = {place: count for place, count in session.execute(sa.select(place, sa.func.count()).group_by(place))}
+    counted = sa.select(place, sa.func.count().label("n")).group_by(place)
+    found = {row.place: row.n for row in session.execute(counted)}
     return [Bin(low + i * width, low + (i + 1) * width, found.get(i, 0)) for i in range(max(found) + 1)]
 
 
-# ---- the fleet ---------------------------------------------------------------------------------------------------------
+# ---- the fleet ---------------------------------------------------------------------------------------------
 
 
-def _devices_with_state(at: datetime) -> sa.Subquery:
-    """Every device with its newest open assignment and the state that follows from it."""
-    newest = sa.func.row_number().over(partition_by=Assignment.device_id, order_by=(Assignment.offered_at.desc(), Assignment.id))
-    work = (
-        sa.select(
-            Assignment.device_id, Assignment.run_id, Assignment.round, Assignment.status, Assignment.phase,
-            Assignment.progress, newest.label("rank"),
-        )
-        .where(Assignment.status.in_(("offered", "accepted")))
-        .subquery()
-    )  # fmt: skip
+def _state(at: datetime) -> sa.Case[str]:
+    """A device's state: offline when not seen lately, else what the furthest of its open assignments is at.
+
+    Sets of device ids rather than a join: SQLite would join the open assignments without an index, which takes
+    10,000 devices 10,000 times through them.
+    """
     online = sa.and_(Device.last_seen_at.is_not(None), Device.last_seen_at >= at - timedelta(seconds=OFFLINE_AFTER_S))
-    state = sa.case(
+    phase = sa.func.coalesce(Assignment.phase, "")
+    moving = ("downloading", "uploading")
+
+    def doing(*conditions: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        return Device.id.in_(sa.select(Assignment.device_id).where(*conditions))
+
+    return sa.case(
         (sa.not_(online), "offline"),
-        (work.c.status.is_(None), "idle"),
-        (work.c.status == "offered", "offered"),
-        (work.c.phase.in_(("downloading", "uploading")), work.c.phase),
-        else_="training",
-    )
-    return (
-        sa.select(Device, work.c.run_id, work.c.round, work.c.progress, state.label("state"))
-        .outerjoin(work, sa.and_(work.c.device_id == Device.id, work.c["rank"] == 1))
-        .subquery()
+        (doing(Assignment.status == "accepted", phase == "uploading"), "uploading"),
+        # what a device calls its phase is not trusted: anything that is not known is training
+        (doing(Assignment.status == "accepted", phase.not_in(moving)), "training"),
+        (doing(Assignment.status == "accepted", phase == "downloading"), "downloading"),
+        (doing(Assignment.status == "offered"), "offered"),
+        else_="idle",
     )
 
 
 def device_states(session: Session, at: datetime) -> dict[str, int]:
     """How many devices are in each state at that time; every state is named, also those with none."""
-    devices = _devices_with_state(at)
-    found = {s: n for s, n in session.execute(sa.select(devices.c.state, sa.func.count()).group_by(devices.c.state))}
-    return {state: found.get(state, 0) for state in STATES}
+    state = _state(at).label("state")
+    found = {row.state: row.n for row in session.execute(sa.select(state, sa.func.count().label("n")).group_by(state))}
+    return {name: found.get(name, 0) for name in STATES}
 
 
 def devices(
     session: Session, at: datetime, search: str = "", states: Sequence[str] = (), limit: int = 50, offset: int = 0
 ) -> tuple[list[DeviceLine], int]:
     """A page of devices by name, and how many match in all. `search` is part of a name, taken literally."""
-    source = _devices_with_state(at)
     conditions: list[sa.ColumnElement[bool]] = []
     if search:
-        conditions.append(source.c.name.icontains(search, autoescape=True))
+        conditions.append(Device.name.icontains(search, autoescape=True))
     if states:
-        conditions.append(source.c.state.in_(states))
-    total = session.scalar(sa.select(sa.func.count()).select_from(source).where(*conditions)) or 0
-    query = sa.select(source).where(*conditions).order_by(source.c.name, source.c.id).limit(limit).offset(offset)
-    names = ("id", "name", "sdk_version", "examples", "state", "run_id", "round", "progress", "enrolled_at", "last_seen_at")
-    return [DeviceLine(**{name: row[name] for name in names}) for row in session.execute(query).mappings()], total
+        conditions.append(_state(at).in_(states))
+    total = session.scalar(sa.select(sa.func.count(Device.id)).where(*conditions)) or 0
+    query = (
+        sa.select(Device, _state(at).label("state"))
+        .where(*conditions)
+        .order_by(Device.name)
+        .limit(limit)
+        .offset(offset)
+    )
+    rows = [(device, state) for device, state in session.execute(query)]
+    work = _open_assignments(session, [device.id for device, _ in rows])
+    return [_device_line(device, state, work.get(device.id)) for device, state in rows], total
 
 
-# ---- models ------------------------------------------------------------------------------------------------------------
+def _open_assignments(session: Session, device_ids: Sequence[int]) -> dict[int, Assignment]:
+    """Each device's open assignment: an accepted one before an offered one, a newer before an older."""
+    query = (
+        sa.select(Assignment)
+        .where(Assignment.device_id.in_(device_ids), Assignment.status.in_(OPEN))
+        .order_by(sa.desc(Assignment.status), Assignment.offered_at)  # later ones replace earlier ones
+    )
+    return {found.device_id: found for found in session.scalars(query)}
+
+
+def _device_line(device: Device, state: str, work: Assignment | None) -> DeviceLine:
+    return DeviceLine(
+        id=device.id, name=device.name, sdk_version=device.sdk_version, examples=device.examples, state=state,
+        run_id=work.run_id if work else None, round=work.round if work else None,
+        progress=work.progress if work else None, enrolled_at=device.enrolled_at, last_seen_at=device.last_seen_at,
+    )  # fmt: skip
+
+
+# ---- models ------------------------------------------------------------------------------------------------
 
 
 def artifacts(session: Session, limit: int = 20, offset: int = 0) -> list[ArtifactLine]:
@@ -437,7 +469,9 @@ def _artifact_line(artifact: Artifact) -> ArtifactLine:
         parameters=_whole(model.get("parameters")),
         flops=_whole(model.get("flops")),
         quantization=_text(manifest.get("quantization")),
-        sizes={k: n for k in ("fp32", "fp16", "int8") if (n := _whole(_mapping(manifest.get("sizes")).get(k))) is not None},
+        sizes={
+            k: n for k in ("fp32", "fp16", "int8") if (n := _whole(_mapping(manifest.get("sizes")).get(k))) is not None
+        },
         trainable_sets={name: size for name, value in sets.items() if (size := _whole(value.get("size"))) is not None},
         labels=len(labels) if isinstance(labels, list) else 0,
         parent=_text(manifest.get("parent")),
@@ -479,7 +513,7 @@ def releases(session: Session, limit: int = 20, offset: int = 0) -> list[Release
     ]  # fmt: skip
 
 
-# ---- problems ----------------------------------------------------------------------------------------------------------
+# ---- problems ----------------------------------------------------------------------------------------------
 
 
 def problems(session: Session, run_id: int, limit: int = 20) -> list[Problem]:
@@ -500,7 +534,11 @@ def problems(session: Session, run_id: int, limit: int = 20) -> list[Problem]:
         sa.select(ended, Assignment.round, Device.name, Assignment.status, _reason())
         .join(Device, Device.id == Assignment.device_id)
         .outerjoin(Update, Update.assignment_id == Assignment.id)
-        .where(Assignment.run_id == run_id, Assignment.round.in_(sa.select(troubled.c.number)), Assignment.status.in_(DROPPED))
+        .where(
+            Assignment.run_id == run_id,
+            Assignment.round.in_(sa.select(troubled.c.number)),
+            Assignment.status.in_(DROPPED),
+        )
         .order_by(ended.desc(), Assignment.id)
         .limit(limit)
     )
@@ -510,8 +548,13 @@ def problems(session: Session, run_id: int, limit: int = 20) -> list[Problem]:
         .order_by(Round.number.desc())
         .limit(limit)
     )
-    of_run = sa.select(sa.func.coalesce(Run.finished_at, Run.created_at), Run.reason).where(Run.id == run_id, Run.status == "failed")
-    found = [Problem(at, "device", number, name, status, why) for at, number, name, status, why in session.execute(of_devices)]
+    of_run = sa.select(sa.func.coalesce(Run.finished_at, Run.created_at), Run.reason).where(
+        Run.id == run_id, Run.status == "failed"
+    )
+    found = [
+        Problem(at, "device", number, name, status, why)
+        for at, number, name, status, why in session.execute(of_devices)
+    ]
     found += [Problem(at, "round", number, None, "failed", why) for at, number, why in session.execute(of_rounds)]
     found += [Problem(at, "run", None, None, "failed", why) for at, why in session.execute(of_run)]
     return sorted(found, key=lambda problem: problem.at, reverse=True)[:limit]

@@ -7,7 +7,9 @@ import unicodedata
 from datetime import UTC, datetime
 
 # characters that reorder or hide the text around them; a name has no business with them
-_INVISIBLE = {chr(c) for c in (*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0x061C, 0xFEFF, 0x00AD)}
+_INVISIBLE = {
+    chr(c) for c in (*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0x061C, 0xFEFF, 0x00AD)
+}
 
 
 def plain(text: str | None, limit: int = 60) -> str:
@@ -19,7 +21,9 @@ def plain(text: str | None, limit: int = 60) -> str:
     if not text:
         return ""
     head = text[: 4 * limit]  # enough to fill the limit; a name of megabytes is not walked through
-    shown = "".join(" " if c.isspace() else "" if c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs") else c for c in head)
+    shown = "".join(
+        " " if c.isspace() else "" if c in _INVISIBLE or unicodedata.category(c) in ("Cc", "Cs") else c for c in head
+    )
     shown = " ".join(shown.split())
     if len(shown) <= limit and len(head) == len(text):
         return shown
@@ -78,9 +82,9 @@ def short(count: float | None) -> str:
 def percent(share: float | None) -> str:
     """
     >>> percent(0.9546)
-    '95.5 %'
+    '95.5%'
     """
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return "–" if share is None else f"{100 * share:.1f}%"
 
 
 def duration(seconds: float | None) -> str:

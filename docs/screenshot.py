@@ -1,7 +1,7 @@
 """Pictures of the dashboard on a real database: starts it, drives a headless Chromium, saves what it shows.
 
-    python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
-    python docs/screenshot.py --database demo/fleet.db --page models --dark --width 390 --out models.png
+python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
+python docs/screenshot.py --database demo/fleet.db --page models --dark --width 390 --out models.png
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pocketfed.dashboard.launch import command, environment
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from pocketfed.dashboard.launch import command, environment
-
 START_S = 30  # seconds the server, and any page, may take to appear
 SETTLED = """
 const busy = document.querySelector('[data-testid="stStatusWidget"], [data-testid="stSkeleton"], [data-stale="true"]');
 const body = document.querySelector('[data-testid="stMain"]');
 return !busy && body !== null && body.innerText.length > 80
-    && [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')].every(c => c.querySelector('canvas, svg'));
+    && [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')].every(c => c.querySelector('canvas.marks, svg.marks'));
 """
 
 
 def missing() -> str | None:
     """Why no browser can be driven here, or None where one can."""
     absent = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"{' and '.join(absent)} not found on the PATH; on Debian: apt install chromium chromium-driver" if absent else None
+    return (
+        f"{' and '.join(absent)} not found on the PATH; on Debian: apt install chromium chromium-driver"
+        if absent
+        else None
+    )
 
 
 @contextlib.contextmanager
@@ -50,7 +53,9 @@ def serving(database: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command(port), env=environment(database), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(port), env=environment(database), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
         try:
             _wait_until_healthy(process, f"http://127.0.0.1:{port}")
             yield f"http://127.0.0.1:{port}"
@@ -83,8 +88,9 @@ def browsing(width: int = 1440, height: int = 1000, dark: bool = False) -> Itera
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which("chromium") or "chromium"
         for flag in (
-            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={profile}",
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--disable-dev-shm-usage", f"--user-data-dir={profile}",
         ):  # fmt: skip
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
@@ -103,8 +109,13 @@ def browsing(width: int = 1440, height: int = 1000, dark: bool = False) -> Itera
 def visit(driver: webdriver.Chrome, address: str) -> str:
     """Open a page and wait until it is drawn, charts included. Returns its text."""
     driver.get(address)
-    WebDriverWait(driver, START_S, poll_frequency=0.1, ignored_exceptions=[WebDriverException]).until(lambda d: d.execute_script(SETTLED))
-    return driver.find_element(By.TAG_NAME, "body").text
+    WebDriverWait(driver, START_S, poll_frequency=0.1, ignored_exceptions=[WebDriverException]).until(
+        lambda d: d.execute_script(SETTLED)
+    )
+    text = driver.find_element(By.TAG_NAME, "body").text
+    if driver.find_elements(By.CSS_SELECTOR, '[data-testid="stException"]'):
+        raise RuntimeError(f"the page {address} failed: {text[-500:]}")
+    return text
 
 
 def contacted(driver: webdriver.Chrome) -> set[str]:
@@ -142,7 +153,12 @@ def main() -> int:
     with serving(given.database) as address, browsing(given.width, given.height or 1000, given.dark) as driver:
         visit(driver, f"{address}/{page}?{given.query}")
         if not given.height:
-            size = {"width": given.width, "height": max(full_height(driver), 400), "deviceScaleFactor": 1, "mobile": given.width < 600}
+            size = {
+                "width": given.width,
+                "height": max(full_height(driver), 400),
+                "deviceScaleFactor": 1,
+                "mobile": given.width < 600,
+            }
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             WebDriverWait(driver, START_S, poll_frequency=0.1).until(lambda d: d.execute_script(SETTLED))
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+MOST_BLOCKS = 1024  # a config from elsewhere must not ask for more memory than there is
+
 
 class ConfigError(ValueError):
     """A configuration that no model can be built from."""
@@ -46,8 +48,10 @@ class MobileBertConfig:
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
     # ours
-    mask_style: Literal["hard", "soft"] = "hard"  # soft: masked scores become -6, as in Google's code (quantization friendly, but padding leaks)
-    isolate_padding: bool = True  # zero [PAD] embeddings before the trigram, so that padding never changes an example's output
+    # soft: masked scores become -6, as in Google's code (quantization friendly, but padding leaks)
+    mask_style: Literal["hard", "soft"] = "hard"
+    # zero [PAD] embeddings before the trigram, so that padding never changes an example's output
+    isolate_padding: bool = True
     pooling: Literal["cls", "mean"] = "cls"  # what a classification head reads
     head_norm: bool = False  # parameter-free LayerNorm before a classification head
 
@@ -56,8 +60,23 @@ class MobileBertConfig:
                      "intra_bottleneck_size", "embedding_size", "num_feedforward_networks",
                      "max_position_embeddings", "type_vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name in ("num_hidden_layers", "num_feedforward_networks"):
+            if getattr(self, name) > MOST_BLOCKS:
+                raise ConfigError(f"{name} is {getattr(self, name)}; at most {MOST_BLOCKS} are built")
+        for name in ("key_query_shared_bottleneck", "use_bottleneck_attention", "trigram_input",
+                     "classifier_activation", "isolate_padding", "head_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a share of at least 0 and less than 1")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a number between 0 and 1")
         if self.intra_bottleneck_size % self.num_attention_heads:
             raise ConfigError(
                 f"intra_bottleneck_size {self.intra_bottleneck_size} is not divisible by num_attention_heads "
@@ -114,7 +133,7 @@ _NANO = _MICRO.with_changes(
 
 
 def _teacher_of(student: MobileBertConfig, intra: int, intermediate: int) -> MobileBertConfig:
-    """The inverted-bottleneck teacher of a student: same width between blocks, wider inside (Sun et al. 2020, table 1)."""
+    """The inverted-bottleneck teacher of a student: as wide between blocks, wider inside (Sun et al. 2020, table 1)."""
     return student.with_changes(
         intra_bottleneck_size=intra, intermediate_size=intermediate, num_feedforward_networks=1,
         key_query_shared_bottleneck=False, use_bottleneck_attention=False, normalization_type="layer_norm",

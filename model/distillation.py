@@ -1,4 +1,4 @@
-"""A student learns from its teacher: feature maps, attention maps, then predictions (Sun et al., ACL 2020, section 3.5)."""
+"""A student learns from its teacher: feature maps, attention maps, then predictions (Sun et al. 2020, section 3.5)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pocketfed.model.pretraining import (
     MaskedBatch,
     MaskedScore,
     TokenCorpus,
-    Vocabulary,
     masked_batches,
     score_masked,
     split_held_out,
 )
 from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher
+from pocketfed.model.tokenization import Vocabulary
 
 # google-research/mobilebert: the feature-map loss taken apart, so that norm-free features can follow normed ones.
 FEATURE_WEIGHT, MEAN_WEIGHT, VARIANCE_WEIGHT = 100.0, 5000.0, 5.0
@@ -70,7 +70,7 @@ def feature_map_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Attention map transfer (Sun et al. 2020, eq. 4): cross-entropy of the student's map under the teacher's, head by head.
+    """Attention map transfer (Sun et al. 2020, eq. 4): cross-entropy of student and teacher maps, head by head.
 
     Same gradient as their KL divergence. Mean over examples, heads and real query positions.
 
@@ -114,7 +114,7 @@ class Schedule:
     transfer_rate: float
     distillation_rate: float
     warm_up: float = 0.1  # share of a stage, and of a layer's phase
-    optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB needs batches of thousands to pay; AdamW learns more from small ones
+    optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB pays with batches of thousands; small ones want AdamW
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("lamb", "adamw"):
@@ -152,19 +152,19 @@ class Schedule:
         )
 
 
-# Sun et al. 2020, section 4.2 (the teacher's 500,000 from google-research/mobilebert): a TPU pod's work, kept as reference.
+# Sun et al. 2020, section 4.2, and google-research/mobilebert: a TPU pod's work, kept as the reference.
 REFERENCE_SCHEDULE = Schedule(
     teacher_steps=500_000, transfer_steps=240_000, distillation_steps=500_000, batch_size=2048,
     teacher_rate=1.5e-3, transfer_rate=4.5e-3, distillation_rate=1.5e-3, warm_up=0.02,
 )
 SCHEDULES: dict[str, Schedule] = {
     "nano": Schedule(
-        teacher_steps=1000, transfer_steps=750, distillation_steps=750, batch_size=32,
+        teacher_steps=800, transfer_steps=600, distillation_steps=600, batch_size=32,
         teacher_rate=5e-3, transfer_rate=5e-3, distillation_rate=5e-3, optimizer="adamw",
     ),
     "micro": Schedule(
-        teacher_steps=4000, transfer_steps=3000, distillation_steps=3000, batch_size=32,
-        teacher_rate=5e-3, transfer_rate=5e-3, distillation_rate=5e-3, optimizer="adamw",
+        teacher_steps=2000, transfer_steps=1500, distillation_steps=1500, batch_size=32,
+        teacher_rate=3e-3, transfer_rate=3e-3, distillation_rate=3e-3, optimizer="adamw",
     ),
 }
 
@@ -281,7 +281,7 @@ def transfer_layer(
     student: PreTrainingModel, teacher: PreTrainingModel, layer: int, batches: Iterator[MaskedBatch],
     steps: int, schedule: Schedule, progress: Progress = no_progress,
 ) -> tuple[float, ...]:
-    """One phase of progressive knowledge transfer, in place: the student's block `layer` (from 0) follows the teacher's.
+    """One phase of progressive transfer, in place: the student's block `layer` (from 0) follows the teacher's.
 
     Only blocks up to that one run. Lower blocks learn at a tenth of the rate; embeddings, head and higher blocks rest.
     """
@@ -320,10 +320,9 @@ def distill_predictions(
         return pretraining_distillation_loss(ours, theirs, batch.targets)
 
     groups = parameter_groups(student.named_parameters(), schedule.distillation_rate)
+    optimizer = _optimizer(schedule.optimizer, groups)
     share = functools.partial(linear_decay, warm_up=schedule.warm_up)
-    return _descend(
-        "distillation", schedule.distillation_steps, _optimizer(schedule.optimizer, groups), share, loss_of, batches, progress
-    )
+    return _descend("distillation", schedule.distillation_steps, optimizer, share, loss_of, batches, progress)
 
 
 def _phase_steps(total: int, layers: int) -> list[int]:
@@ -346,7 +345,7 @@ def distill(
     random state is left as it was.
 
     Raises:
-        DistillationError: a pair that does not fit, or a loss that is no longer finite; the message names stage and step.
+        DistillationError: a pair that does not fit, or a loss no longer finite; the message names stage and step.
         CorpusError: too few lines to hold one out.
     """
     check_pair(student_config, teacher_config)

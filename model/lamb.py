@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Lamb(torch.optim.Optimizer):
     """Adam's direction, scaled per tensor so that its length is a fraction `lr` of the tensor's own.
 
-    Differs from the paper as google-research/mobilebert does: no bias correction (warm-up does that job), and tensors in
-    groups with `adapt=False` (norms and biases) step by `lr` alone, without weight decay.
+    Differs from the paper as google-research/mobilebert does: no bias correction (warm-up does that job), and tensors
+    in groups with `adapt=False` (norms and biases) step by `lr` alone, without weight decay.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Lamb(torch.optim.Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         first = [self.state[p]["m"] for p in parameters]
         second = [self.state[p]["v"] for p in parameters]
         # All tensors at once: a small model has hundreds of small ones, and a Python loop over them is half the step.
@@ -65,7 +65,8 @@ def _trust_ratios(parameters: list[Tensor], updates: tuple[Tensor, ...]) -> list
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], lr: float) -> list[dict[str, Any]]:
     """Named parameters as LAMB groups at one rate: matrices and tables adapt and decay, norms and biases do neither."""
-    adapted, plain = [], []
+    adapted: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in parameters:
         (plain if is_norm_or_bias(name) else adapted).append(p)
     groups = [

@@ -1,7 +1,7 @@
 """MobileBERT, and its inverted-bottleneck teacher, in one file (Sun et al., ACL 2020, section 3).
 
 State-dict names are those of `google/mobilebert-uncased`, so that checkpoint loads without renaming. Shapes below:
-B examples, T tokens, N heads, H head size, D = hidden_size (between blocks), I = intra_bottleneck_size (inside a block).
+B examples, T tokens, N heads, H head size, D = hidden_size (between blocks), I = intra_bottleneck_size (inside one).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
         x = self.word_embeddings(input_ids)  # (B, T, E)
         if self.config.isolate_padding:
-            # The last real token's trigram would see [PAD]'s embedding, and an example's output would depend on its batch.
+            # Else the last real token's trigram sees [PAD]'s embedding, and an example's output depends on its batch.
             x = x * attention_mask.unsqueeze(-1).to(x.dtype)
         if self.config.trigram_input:
             after = F.pad(x, (0, 0, -1, 1))  # (B, T, E): the next token, zero at the end
@@ -212,7 +212,7 @@ class Pooler(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """last: (B, T, D); hidden: block outputs 1..L, each (B, T, D); scores: masked attention scores, each (B, N, T, T)."""
+    """last: (B, T, D); hidden: outputs of blocks 1..L, each (B, T, D); scores: masked, each (B, N, T, T)."""
 
     last: Tensor
     hidden: tuple[Tensor, ...]
@@ -223,7 +223,7 @@ class MobileBert(nn.Module):
     """Token ids in, one vector a token out.
 
     Args:
-        input_ids, attention_mask, token_type_ids: (B, T) int64; the mask is 1 on real tokens. T <= max_position_embeddings.
+        input_ids, attention_mask, token_type_ids: (B, T) int64, mask 1 on real tokens, T <= max_position_embeddings.
         depth: how many blocks to run (all by default); progressive transfer needs only the lower ones.
     """
 

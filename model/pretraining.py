@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketfed.model.teacher import PreTrainingModel
+from pocketfed.model.tokenization import Tokenizer, Vocabulary
 
 Ints = npt.NDArray[np.int64]
 TEXT_SUFFIXES = (".txt", ".text", ".tokens", ".in")  # .in: the seq.in files of intent data sets
@@ -30,31 +31,6 @@ MASK_SHARE = 0.15
 
 class CorpusError(ValueError):
     """Text that nothing can be pre-trained on."""
-
-
-class Vocabulary(Protocol):
-    """The part of `tokenization.Vocabulary` that masking needs."""
-
-    @property
-    def tokens(self) -> Sequence[str]: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def unk_id(self) -> int: ...
-    @property
-    def cls_id(self) -> int: ...
-    @property
-    def sep_id(self) -> int: ...
-    @property
-    def mask_id(self) -> int: ...
-
-
-class Tokenizer(Protocol):
-    """The part of `tokenization.Tokenizer` that a corpus needs."""
-
-    def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = ...
-    ) -> tuple[Ints, Ints]: ...
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -131,8 +107,8 @@ def _json_lines(file: Path, text: str) -> Iterator[str]:
 def _table_lines(file: Path, text: str) -> Iterator[str]:
     tabs = file.suffix.lower() == ".tsv"
     # In a TSV a quotation mark is a character like any other; in a CSV it may hold a line break.
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    rows: Any = csv.reader(text.splitlines(keepends=True), delimiter="\t" if tabs else ",", quoting=quoting)
+    shape = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
+    rows = csv.reader(io.StringIO(text, newline=""), **shape)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         column = next((header.index(name) for name in TEXT_COLUMNS if name in header), None)
@@ -228,7 +204,9 @@ class MaskedBatch:
     targets: Tensor
 
 
-def mask_tokens(ids: Ints, mask: Ints, vocabulary: Vocabulary, rng: np.random.Generator) -> tuple[Ints, npt.NDArray[np.bool_]]:
+def mask_tokens(
+    ids: Ints, mask: Ints, vocabulary: Vocabulary, rng: np.random.Generator
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Hide 15 % of each row's ordinary tokens, at least one: 80 % become [MASK], 10 % a random token, 10 % stay.
 
     Returns the new ids and which positions were chosen, both (B, T).

@@ -29,9 +29,9 @@ class TensorError:
 def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(out, in) float -> int8 (out, in) and float32 scales (out,): w is about q * scale, off by at most scale / 2.
 
-    A row's scale is its largest magnitude over 127, kept to 16 significant bits: q * scale then needs 24, so it is exact in
-    float32 on every device, and quantizing dequantized weights again changes nothing. A row of zeros gets 1. Halves round
-    to even.
+    A row's scale is its largest magnitude over 127, kept to 16 significant bits: q * scale then needs 24, so it is
+    exact in float32 on every device, and quantizing dequantized weights again changes nothing. A row of zeros gets 1.
+    Halves round to even.
 
     >>> quantize_per_channel(torch.tensor([[0.5, -127.0], [0.0, 0.0]]))
     (tensor([[   0, -127],
@@ -41,9 +41,9 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
         QuantizationError: not a matrix, or a value that is not finite.
     """
     if weight.dim() != 2:
-        raise QuantizationError(f"a weight of shape {tuple(weight.shape)} has no output channels; give a matrix (out, in)")
+        raise QuantizationError(f"a weight of shape {tuple(weight.shape)} has no channels; give a matrix (out, in)")
     if not torch.isfinite(weight).all():
-        raise QuantizationError("a weight is NaN or infinite, so it has no scale; train again with a lower learning rate")
+        raise QuantizationError("a weight is NaN or infinite, so it has no scale; train again at a lower rate")
     w = weight.detach().to(torch.float64)
     largest = w.abs().amax(dim=1) if w.shape[1] else w.new_zeros(w.shape[0])
     mantissa, exponent = torch.frexp(largest / LEVELS)
@@ -75,7 +75,7 @@ def quantize_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     errors: dict[str, TensorError] = {}
     for name, value in state.items():
         if not torch.isfinite(value).all():
-            raise QuantizationError(f"{name} holds a value that is NaN or infinite; train again with a lower learning rate")
+            raise QuantizationError(f"{name} holds a value that is NaN or infinite; train again at a lower rate")
         if not is_quantized_name(name, value.dim()):
             tensors[name] = value.detach().to(torch.float32)
             continue
@@ -90,7 +90,7 @@ def dequantize_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `quantize_state`, up to rounding.
 
     Raises:
-        QuantizationError: an int8 tensor without its scales, or scales that do not fit it; the message names the tensor.
+        QuantizationError: an int8 tensor without scales, or scales that do not fit it; the message names the tensor.
     """
     state: dict[str, Tensor] = {}
     for name, value in tensors.items():

@@ -58,7 +58,7 @@ class PreTrainingHeads(nn.Module):
 
 
 class PreTrainingModel(nn.Module):
-    """A teacher or a student while it is pre-trained; state-dict names as in Hugging Face's `MobileBertForPreTraining`."""
+    """A teacher or a student while it is pre-trained; names as in Hugging Face's `MobileBertForPreTraining`."""
 
     def __init__(self, config: MobileBertConfig) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class PreTrainingModel(nn.Module):
 def copy_from_teacher(student: PreTrainingModel, teacher: PreTrainingModel) -> None:
     """Initialise a student with its teacher's embeddings and masked-language head, as google-research/mobilebert does.
 
-    Everything outside the encoder is copied, save a norm of another kind: NoNorm's gain and LayerNorm's are not the same thing.
+    Everything outside the encoder is copied, save a norm of another kind: a NoNorm's gain is not a LayerNorm's.
     """
     kept = {
         name: value

@@ -1,8 +1,7 @@
-"""WordPiece: vocabularies, the reference tokenizer, and the plan that tokenizes on a device.
+"""WordPiece: vocabularies, their training, and the reference tokenizer.
 
 The rules are BERT's (Devlin et al. 2019): clean, split off Chinese characters and punctuation, and for a lower-case
-vocabulary decompose, strip accents and lower; then the longest known piece first. They act on one character at a time,
-so a table from code point to text says all of them. The plan holds that table: a device needs no Unicode data of its own.
+vocabulary decompose, strip accents and lower; then the longest known piece first.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ from numpy.typing import NDArray
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_CHARS = 100  # a longer word is [UNK], as in BERT
-END_OF_TEXT = 0x110000  # one past the last code point: what closes each text in a tokenize plan's input
 PREFIX = "##"  # marks a piece that continues a word
-_BLOCK = 256  # code points per block of the plan's two-level table
 
 Ids = NDArray[np.int64]
 
@@ -60,7 +57,7 @@ class Vocabulary:
             if token in seen:
                 raise VocabularyError(f"token {token!r} has ids {seen[token]} and {i}; keep one of them")
             if any(0xD800 <= ord(c) < 0xE000 for c in token):
-                raise VocabularyError(f"token {i}, {token!r}, holds half a surrogate pair; store the vocabulary as UTF-8")
+                raise VocabularyError(f"token {i}, {token!r}, holds half a surrogate pair; store it as UTF-8")
             seen[token] = i
         for special in SPECIAL_TOKENS:
             if special not in seen:
@@ -155,10 +152,11 @@ def _has_capitals(tokens: Iterable[str]) -> bool:
 def _from_tokenizer_json(content: Any) -> Vocabulary:
     sections = content if isinstance(content, dict) else {}
     model, normalizer = sections.get("model") or {}, sections.get("normalizer") or {}
-    expected = [("model.type", model.get("type"), "WordPiece"), ("normalizer.type", normalizer.get("type"), "BertNormalizer")]
     lower_case = bool(normalizer.get("lowercase", True))
     strips = normalizer.get("strip_accents")
-    expected += [
+    expected: list[tuple[str, object, object]] = [
+        ("model.type", model.get("type"), "WordPiece"),
+        ("normalizer.type", normalizer.get("type"), "BertNormalizer"),
         ("model.continuing_subword_prefix", model.get("continuing_subword_prefix", PREFIX), PREFIX),
         ("model.max_input_chars_per_word", model.get("max_input_chars_per_word", MAX_WORD_CHARS), MAX_WORD_CHARS),
         ("model.unk_token", model.get("unk_token", "[UNK]"), "[UNK]"),
@@ -185,7 +183,7 @@ def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
     """
     if size < 2 * len(SPECIAL_TOKENS):
         raise VocabularyError(f"a vocabulary of {size} tokens is too small; ask for at least {2 * len(SPECIAL_TOKENS)}")
-    normalizer, splitter = _bert(lower_case=True)
+    normalizer, splitter = bert_rules(lower_case=True)
     words: Counter[str] = Counter()
     for text in texts:
         words.update(piece for piece, _ in splitter.pre_tokenize_str(normalizer.normalize_str(_encodable(text))))
@@ -229,16 +227,16 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        normalizer, splitter = _bert(vocabulary.lower_case)
+        normalizer, splitter = bert_rules(vocabulary.lower_case)
         from tokenizers import Regex, normalizers, processors
         from tokenizers import Tokenizer as Pipeline
         from tokenizers.models import WordPiece
 
         model = WordPiece(vocabulary.ids, unk_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARS)
-        marks = _reordered_marks(vocabulary)
+        marks = reordered_marks(vocabulary)
         if marks:
             spelled = Regex("[" + "".join(f"\\x{{{ord(c):X}}}" for c in marks) + "]")
-            replace = normalizers.Replace(spelled, _absent(vocabulary))
+            replace = normalizers.Replace(spelled, absent_characters(vocabulary)[0])
             normalizer = normalizers.Sequence([normalizer, replace])
         self.vocabulary = vocabulary
         self._pipeline = Pipeline(model)
@@ -260,12 +258,13 @@ class Tokenizer:
         Raises:
             ValueError: `max_length` under 3, or not one pair for each text.
         """
-        seconds = checked_pairs(texts, pairs, max_length)
+        seconds = _checked_pairs(texts, pairs, max_length)
         if not texts:
             return np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64)
         self._pipeline.enable_truncation(max_length, strategy="longest_first")
+        both = zip(texts, seconds, strict=True)
         rows = self._pipeline.encode_batch_fast(
-            [_encodable(a) if b is None else (_encodable(a), _encodable(b)) for a, b in zip(texts, seconds, strict=True)]
+            [_encodable(a) if b is None else (_encodable(a), _encodable(b)) for a, b in both]
         )
         return (
             np.array([row.ids for row in rows], np.int64),  # (B, T)
@@ -273,7 +272,7 @@ class Tokenizer:
         )
 
 
-def checked_pairs(
+def _checked_pairs(
     texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int
 ) -> Sequence[str | None]:
     """One second text, or None, for each text."""
@@ -295,7 +294,7 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _bert(lower_case: bool) -> tuple[Any, Any]:
+def bert_rules(lower_case: bool) -> tuple[Any, Any]:
     """BERT's normalizer and splitter."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a later fork prints a warning
     from tokenizers.normalizers import BertNormalizer
@@ -304,111 +303,28 @@ def _bert(lower_case: bool) -> tuple[Any, Any]:
     return BertNormalizer(lowercase=lower_case), BertPreTokenizer()
 
 
-def _absent(vocabulary: Vocabulary) -> str:
-    """A character that makes any word unknown: a noncharacter no token holds."""
+def absent_characters(vocabulary: Vocabulary) -> tuple[str, str]:
+    """Two characters no token holds: one makes any word unknown, the other marks where a word ends."""
     used = set(itertools.chain.from_iterable(vocabulary.tokens))
-    return next(c for c in map(chr, range(0x10FFFF, 0xFFFF, -1)) if c not in used)
+    unknown, end = itertools.islice((c for c in map(chr, range(0x10FFFF, 0xFFFF, -1)) if c not in used), 2)
+    return unknown, end
 
 
-def _reordered_marks(vocabulary: Vocabulary) -> tuple[str, ...]:
+def reordered_marks(vocabulary: Vocabulary) -> tuple[str, ...]:
     """Combining marks in tokens whose order in a text is changed by decomposition, which a table cannot do.
 
     BERT keeps few marks, and no English vocabulary holds two that change places. Where one does, both tokenizers
     treat those marks as unknown.
     """
     used = sorted(set(itertools.chain.from_iterable(vocabulary.tokens)))
-    normalizer, _ = _bert(vocabulary.lower_case)
+    normalizer, _ = bert_rules(vocabulary.lower_case)
     marks = [c for c in used if unicodedata.combining(c) and normalizer.normalize_str(c)]
     moved = {c for a, b in itertools.permutations(marks, 2) if normalizer.normalize_str(a + b) != a + b for c in (a, b)}
     return tuple(sorted(moved))
 
 
-def _spellings(vocabulary: Vocabulary) -> Iterator[str]:
-    """What each code point, 0 to 0x10FFFF, adds to a text whose words are separated by spaces.
-
-    Asked of `tokenizers` itself, so that its tables, whatever their Unicode version, are the plan's.
-    """
-    normalizer, splitter = _bert(vocabulary.lower_case)
-    known = set(itertools.chain.from_iterable(vocabulary.tokens)) - set(_reordered_marks(vocabulary))
-    absent = _absent(vocabulary)
-
-    def spell(normal: str) -> str:
-        words = " ".join(word for word, _ in splitter.pre_tokenize_str(f"a{normal}a"))[1:-1]
-        return " ".join(absent if set(word) - known else word for word in words.split(" "))
-
-    for start in range(0, END_OF_TEXT, _BLOCK):
-        if 0xD800 <= start < 0xE000:
-            yield from itertools.repeat("", _BLOCK)  # surrogates: as U+FFFD, dropped
-            continue
-        chars = [chr(c) for c in range(start, start + _BLOCK)]
-        if start:  # one call for a block: no character of it normalizes to anything with a 0
-            normals = normalizer.normalize_str("0".join(chars)).split("0")
-        else:
-            normals = [normalizer.normalize_str(c) for c in chars]
-        whole = "".join(normals)
-        if known.isdisjoint(whole) and len(splitter.pre_tokenize_str(f"a{whole}a")) == 1:
-            yield from (absent if normal else "" for normal in normals)  # most blocks: nothing known, nothing to split
-        else:
-            yield from map(spell, normals)
-
-
-@functools.lru_cache(maxsize=4)
 def build_tokenize_plan(vocabulary: Vocabulary) -> bytes:
-    """The tokenizer as an ONNX graph: code points in, WordPiece ids out; the same vocabulary gives the same bytes.
+    """The tokenizer as an ONNX graph for devices; see `pocketfed.model.tokenize_plan`."""
+    from pocketfed.model import tokenize_plan
 
-    Input `code_points`, int32 (C,): the Unicode code points of any number of texts, each text followed by `END_OF_TEXT`.
-    Output `ids`, int64 (K,): their pieces, each text's followed by `[SEP]`, which no text can produce.
-    Numbers instead of strings, because runtimes cut strings at NUL and have their own ideas of lower case.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    index: dict[str, int] = {}
-    spelled = [index.setdefault(spelling, len(index)) for spelling in _spellings(vocabulary)]
-    ends = index.setdefault(" [SEP] ", len(index))
-    spelled += [ends] * _BLOCK
-    blocks, block_of = np.unique(np.array(spelled, np.int32).reshape(-1, _BLOCK), axis=0, return_inverse=True)
-    constants = [
-        numpy_helper.from_array(np.array(_BLOCK, np.int32), "block"),
-        numpy_helper.from_array(block_of.astype(np.int32).ravel(), "block_of"),
-        numpy_helper.from_array(blocks.astype(np.int32).ravel(), "blocks"),
-        helper.make_tensor("spellings", TensorProto.STRING, [len(index)], [s.encode() for s in index]),
-        helper.make_tensor("nothing", TensorProto.STRING, [1], [b""]),
-        numpy_helper.from_array(np.array([0], np.int64), "axis"),
-        numpy_helper.from_array(np.zeros(0, np.int64), "no_rows"),
-    ]
-    extensions = "ai.onnx.contrib"
-    nodes = [
-        helper.make_node("Div", ["code_points", "block"], ["high"]),
-        helper.make_node("Mod", ["code_points", "block"], ["low"]),
-        helper.make_node("Gather", ["block_of", "high"], ["row"]),
-        helper.make_node("Mul", ["row", "block"], ["offset"]),
-        helper.make_node("Add", ["offset", "low"], ["cell"]),
-        helper.make_node("Gather", ["blocks", "cell"], ["spelling"]),
-        helper.make_node("Gather", ["spellings", "spelling"], ["parts"]),
-        helper.make_node("StringJoin", ["parts", "nothing", "axis"], ["text"], domain=extensions),
-        helper.make_node(
-            "WordpieceTokenizer", ["text", "no_rows"], ["pieces", "lengths", "starts", "limits"], domain=extensions,
-            vocab=json.dumps(vocabulary.ids, ensure_ascii=False, separators=(",", ":")), suffix_indicator=PREFIX, unknown_token="[UNK]",
-            max_input_chars_per_word=MAX_WORD_CHARS,
-        ),
-        helper.make_node(
-            "LabelEncoder", ["pieces"], ["ids"], domain="ai.onnx.ml", keys_strings=list(vocabulary.tokens),
-            values_int64s=list(range(len(vocabulary))), default_int64=vocabulary.unk_id,
-        ),
-    ]
-    graph = helper.make_graph(
-        nodes, "tokenize",
-        [helper.make_tensor_value_info("code_points", TensorProto.INT32, ["C"])],
-        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["K"])],
-        constants,
-    )
-    domains = {"": 17, "ai.onnx.ml": 2, extensions: 1}
-    model = helper.make_model(
-        graph, ir_version=8, producer_name="pocketfed",
-        opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
-    )
-    special = {"pad_id": vocabulary.pad_id, "cls_id": vocabulary.cls_id, "sep_id": vocabulary.sep_id}
-    helper.set_model_props(model, {name: str(value) for name, value in special.items()})
-    onnx.checker.check_model(model, check_custom_domain=False)
-    return bytes(model.SerializeToString(deterministic=True))
+    return tokenize_plan.build_tokenize_plan(vocabulary)

@@ -139,7 +139,7 @@ def make_speaker(name: str, random_: random.Random) -> Speaker:
     )
 
 
-def _fill(template: str, speaker: Speaker, random_: random.Random, fixed: Mapping[str, str] = {}) -> str:  # noqa: B006
+def _fill(template: str, speaker: Speaker, random_: random.Random, fixed: Mapping[str, str] = {}) -> str:
     """Slots take the speaker's favourites three times out of four; {food2} differs from {food}."""
     used = dict(fixed)
 
@@ -247,17 +247,23 @@ def assistant_dataset(
     """Labelled utterances of `users` people, and a test spoken by others.
 
     No command of the test, manners stripped, occurs in the training texts of any seed.
+
+    Raises:
+        ValueError: nobody, or nothing said.
     """
+    if users < 1 or utterances_per_user < 1:
+        raise ValueError(f"{users} users saying {utterances_per_user} utterances each say nothing; give at least 1 of both")
     train = [
         example
         for u in range(users)
         for example in islice(_speaker_stream(f"user-{u:03d}", seed, _train_side), utterances_per_user)
     ]
+    labels = tuple(sorted({e.label for e in train if e.label is not None}))
     test: list[Example] = []
     while len(test) < test_utterances:
         guest = _speaker_stream(f"guest-{len(test) // TEST_SPEAKER_UTTERANCES:03d}", seed, _held_out)
-        test += islice(guest, min(TEST_SPEAKER_UTTERANCES, test_utterances - len(test)))
-    labels = tuple(sorted({e.label for e in train if e.label is not None}))
+        known = (e for e in guest if e.label in labels)  # a handful of users may not have said everything
+        test += islice(known, min(TEST_SPEAKER_UTTERANCES, test_utterances - len(test)))
     return Dataset(name=f"assistant-{seed}", train=tuple(train), dev=(), test=tuple(test), labels=labels, skipped={})
 
 

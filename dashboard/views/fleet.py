@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
-
 from pocketfed.coordinator.store import Store, now
 from pocketfed.dashboard import charts, frame, queries, words
 
@@ -14,7 +12,10 @@ def show(opened: Store) -> None:
         enrolled = sum(queries.device_states(session, now()).values())
     frame.heading("Fleet", "Every enrolled device and what it is doing. Times are UTC.")
     if not enrolled:
-        raise frame.Trouble("No device yet", "devices appear here when they enrol: `pocketfed device --coordinator HOST:PORT`, or a simulation")
+        raise frame.NothingToShowError(
+            "No device yet",
+            "devices appear here when they enrol: `pocketfed device --coordinator HOST:PORT`, or a simulation",
+        )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         search = st.text_input("Search by name", key="search", width=300, max_chars=100, placeholder="part of a name")
         states = st.multiselect("State", queries.STATES, key="states", width=380, placeholder="all")
@@ -35,21 +36,23 @@ def _devices(opened: Store, search: str, states: list[str]) -> None:
         st.info("No device matches. Take away a letter or a state.")
         return
     columns = {
-        "Progress": st.column_config.ProgressColumn("Progress of this step", min_value=0.0, max_value=1.0, format="percent"),
-        "Examples": st.column_config.NumberColumn(help="what the device says it holds; the text itself never leaves it"),
+        "Progress": st.column_config.ProgressColumn("Progress of this step", min_value=0, max_value=100, format="%d%%"),
+        "Examples": st.column_config.NumberColumn(
+            help="what the device says it holds; the text itself never leaves it"
+        ),
     }
-    frame.table(pd.DataFrame([_row(d, at) for d in rows]), **columns)
+    frame.table([_row(d) for d in rows], columns)
     st.caption(
         f"{words.number_of(total, 'device')} of {sum(counts.values()):,}; as of {words.utc(at)} UTC. "
         f"A device is offline when it was not seen for {queries.OFFLINE_AFTER_S} s."
     )
 
 
-def _row(d: queries.DeviceLine, at: object) -> dict[str, object]:
+def _row(d: queries.DeviceLine) -> dict[str, object]:
     return {
         "Device": words.plain(d.name, 60),
         "State": d.state,
-        "Progress": d.progress,
+        "Progress": 100 * (d.progress or 0.0) if d.state in ("downloading", "training", "uploading") else None,
         "Works on": f"run {d.run_id}, round {d.round}" if d.run_id is not None else "",
         "Examples": d.examples,
         "SDK": words.plain(d.sdk_version, 20),

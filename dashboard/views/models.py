@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
-
 from pocketfed.coordinator.store import Store
 from pocketfed.dashboard import charts, frame, queries, words
 
@@ -18,7 +16,10 @@ def show(opened: Store) -> None:
         artifacts = queries.artifacts(session, SHOWN)
         releases = queries.releases(session, SHOWN)
     if not artifacts:
-        raise frame.Trouble("No model yet", "a model appears here once it is published: `pocketfed publish DIR --channel NAME --database ...`, or a simulation")
+        raise frame.NothingToShowError(
+            "No model yet",
+            "a model appears here once it is published: `pocketfed publish DIR --channel NAME`, or by a simulation",
+        )
     _newest(artifacts[0])
     if any(a.sizes for a in artifacts[:DRAWN]):
         st.subheader("Size by precision")
@@ -32,38 +33,40 @@ def show(opened: Store) -> None:
 
 def _newest(a: queries.ArtifactLine) -> None:
     full, small = a.sizes.get("fp32"), a.sizes.get("int8")
-    saving = f"{full / small:.1f} × smaller than fp32" if full and small else None
-    cards = (
-        ("Newest model", words.plain(a.preset, 20) or a.version[:8], None),
-        ("Parameters", words.short(a.parameters), None),
-        ("Operations a text", words.short(a.flops), None),
+    saving = f"{full / small:.1f} × smaller than fp32" if full and small else ""
+    frame.cards(
+        ("Newest model", words.plain(a.preset, 20) or "no preset", f"version {words.plain(a.version[:8])}"),
+        ("Parameters", words.short(a.parameters), f"{a.parameters:,}" if a.parameters else ""),
+        ("FLOPs a text", words.short(a.flops), "at 128 tokens"),
         ("Size as int8", words.size(small), saving),
-        ("Labels", f"{a.labels:,}" if a.labels else "–", None),
+        ("To download", words.size(a.bytes), "all files, once"),
+        ("Labels", f"{a.labels:,}" if a.labels else "–", ""),
     )
-    with st.container(horizontal=True):
-        for label, value, delta in cards:
-            st.metric(label, value, delta, border=True, width=230, delta_color="off")
 
 
 def _artifacts(artifacts: list[queries.ArtifactLine]) -> None:
     rows = [
         {
-            "Version": words.plain(a.version, 16),
+            "Version": words.plain(a.version[:12]),
             "Preset": words.plain(a.preset, 30),
-            "Made from": words.plain(a.parent, 16),
+            "Made from": words.plain((a.parent or "")[:12]),
             "Precision": words.plain(a.quantization, 12) or "not quantized",
             "Parameters": a.parameters,
             "fp32": _megabytes(a, "fp32"),
             "fp16": _megabytes(a, "fp16"),
             "int8": _megabytes(a, "int8"),
             "Labels": a.labels or None,
-            "Devices may train": words.plain(", ".join(f"{name} ({words.short(n)})" for name, n in a.trainable_sets.items()), 120),
             "Published (UTC)": words.utc(a.created_at),
+            "Devices may train": words.plain(
+                ", ".join(f"{name} ({words.short(n)})" for name, n in a.trainable_sets.items()), 120
+            ),
         }
         for a in artifacts
     ]
-    megabytes = {name: st.column_config.NumberColumn(f"{name} (MB)", format="%.2f") for name in ("fp32", "fp16", "int8")}
-    frame.table(pd.DataFrame(rows), Parameters=st.column_config.NumberColumn(format="localized"), **megabytes)
+    megabytes = {
+        name: st.column_config.NumberColumn(f"{name} (MB)", format="%.2f") for name in ("fp32", "fp16", "int8")
+    }
+    frame.table(rows, {"Parameters": st.column_config.NumberColumn(format="localized"), **megabytes})
 
 
 def _megabytes(a: queries.ArtifactLine, precision: str) -> float | None:
@@ -78,7 +81,7 @@ def _releases(releases: list[queries.ReleaseLine]) -> None:
         {
             "Channel": words.plain(r.channel, 40),
             "Current": r.current,
-            "Model": words.plain(r.artifact_version, 16),
+            "Model": words.plain(r.artifact_version[:12]),
             "Trained part": words.plain(r.trainable_set, 30),
             "kB": r.bytes / 1e3,
             "Came from": charts.run_label(r.run_id, r.run or "") if r.run_id is not None else "published as it was",
@@ -86,7 +89,7 @@ def _releases(releases: list[queries.ReleaseLine]) -> None:
         }
         for r in releases
     ]
-    frame.table(pd.DataFrame(rows), kB=st.column_config.NumberColumn("Trained values (kB)", format="%.1f"))
+    frame.table(rows, {"kB": st.column_config.NumberColumn("Trained values (kB)", format="%.1f")})
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 
-import pandas as pd
 import streamlit as st
-
 from pocketfed.coordinator.store import Store, now
 from pocketfed.dashboard import charts, frame, queries, words
 
@@ -24,7 +22,7 @@ def _current(opened: Store, run_id: int | None) -> None:
         run_id = run_id if run_id is not None else queries.newest_run_id(session)
         line = queries.run(session, run_id) if run_id is not None else None
         if line is None:
-            raise frame.Trouble("No run", "the run that was shown is gone from the database; choose another")
+            raise frame.NothingToShowError("No run", "the run that was shown is gone from the database; choose another")
         rounds = queries.rounds(session, [line.id])
         funnel = queries.funnel(session, line.id, line.current_round) if line.current_round else None
         states = queries.device_states(session, at)
@@ -33,7 +31,10 @@ def _current(opened: Store, run_id: int | None) -> None:
     _numbers(line, states)
     _pictures(line, rounds, states)
     _problems(problems)
-    st.caption(f"As of {words.utc(at)} UTC; looks again every {frame.LIVE_S} seconds. A device is offline when it was not seen for {queries.OFFLINE_AFTER_S} s.")
+    st.caption(
+        f"As of {words.utc(at)} UTC; looks again every {frame.LIVE_S} seconds. "
+        f"A device is offline when it was not seen for {queries.OFFLINE_AFTER_S} s."
+    )
 
 
 def _banner(line: queries.RunLine, funnel: queries.Funnel | None, rounds: list[queries.RoundLine]) -> None:
@@ -42,37 +43,50 @@ def _banner(line: queries.RunLine, funnel: queries.Funnel | None, rounds: list[q
     goal = max(line.rounds_planned, 1)
     if line.status == "finished":
         result = f" Accuracy {words.percent(line.accuracy)}." if line.accuracy is not None else ""
-        frame.notice("good", f"Finished: all {words.number_of(line.rounds_done, 'round')} are done", f"{about}{html.escape(result)}{reason}")
+        frame.notice(
+            "good",
+            f"Finished: all {words.number_of(line.rounds_done, 'round')} are done",
+            f"{about}{html.escape(result)}{reason}",
+        )
     elif line.status == "failed":
-        frame.notice("bad", f"Failed after {words.number_of(line.rounds_done, 'round')}", about + (reason or "<br>No reason was recorded."))
+        frame.notice(
+            "bad",
+            f"Failed after {words.number_of(line.rounds_done, 'round')}",
+            about + (reason or "<br>No reason was recorded."),
+        )
     elif line.status == "waiting":
-        frame.notice("wait", "Waiting for devices", about + (reason or "<br>The run starts when enough devices have asked for work."))
+        frame.notice(
+            "wait",
+            "Waiting for devices",
+            about + (reason or "<br>The run starts when enough devices have asked for work."),
+        )
     elif funnel is None or not funnel.sampled or rounds[-1].status != "running":
         frame.notice("busy", f"Running: round {line.rounds_done} of {goal} is done", f"{about}{reason}")
     else:
         answered = funnel.uploaded + funnel.statuses.get("failed", 0) + funnel.statuses.get("expired", 0)
         since = words.duration(max((now() - rounds[-1].started_at).total_seconds(), 0))
-        progress = f"<br>{answered:,} of {words.number_of(funnel.sampled, 'device')} have answered, {funnel.dropped:,} of them with a problem; under way for {since}."
+        progress = (
+            f"<br>{answered:,} of {words.number_of(funnel.sampled, 'device')} have answered, "
+            f"{funnel.dropped:,} of them with a problem; under way for {since}."
+        )
         frame.notice("busy", f"Running: round {line.current_round} of {goal}", about + progress + reason)
     st.progress(min(line.rounds_done / goal, 1.0), text=f"{line.rounds_done:,} of {line.rounds_planned:,} rounds done")
 
 
 def _numbers(line: queries.RunLine, states: dict[str, int]) -> None:
-    gain = None
+    gain = ""
     if line.accuracy is not None and line.first_accuracy is not None:
         gain = f"{100 * (line.accuracy - line.first_accuracy):+.1f} points since the start"
     total = sum(states.values())
-    cards = (
+    moving = f"{states['downloading']:,} down, {states['uploading']:,} up"
+    frame.cards(
         ("Accuracy", words.percent(line.accuracy), gain),
-        ("Devices online", f"{total - states['offline']:,} of {total:,}", None),
-        ("Training now", f"{states['training']:,}", None),
-        ("Moving data now", f"{states['downloading'] + states['uploading']:,}", None),
-        ("Updates taken in", f"{line.updates:,}", None),
-        ("Data moved", words.size(line.bytes_up + line.bytes_down), None),
+        ("Devices online", f"{total - states['offline']:,}", f"of {total:,} enrolled"),
+        ("Training now", f"{states['training']:,}", f"{states['offered']:,} asked, not begun"),
+        ("Moving data now", f"{states['downloading'] + states['uploading']:,}", moving),
+        ("Updates taken in", f"{line.updates:,}", f"{line.failed:,} did not count"),
+        ("Data moved", words.size(line.bytes_up + line.bytes_down), f"{words.size(line.bytes_up)} of it up"),
     )
-    with st.container(horizontal=True):
-        for label, value, delta in cards:
-            st.metric(label, value, delta, border=True, width=210)
 
 
 def _pictures(line: queries.RunLine, rounds: list[queries.RoundLine], states: dict[str, int]) -> None:
@@ -107,8 +121,11 @@ def _problems(problems: list[queries.Problem]) -> None:
         }
         for p in problems
     ]
-    columns = {"Reason": st.column_config.TextColumn(width="large"), "Round": st.column_config.NumberColumn(width="small")}
-    frame.table(pd.DataFrame(rows), **columns)
+    columns = {
+        "Reason": st.column_config.TextColumn(width="large"),
+        "Round": st.column_config.NumberColumn(width="small"),
+    }
+    frame.table(rows, columns)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import streamlit as st
-
 from pocketfed.coordinator.store import Store
 from pocketfed.dashboard import charts, frame, queries, words
 
@@ -17,14 +15,20 @@ def show(opened: Store) -> None:
     with opened.read() as session:
         rounds = queries.rounds(session, [run_id])
     if not rounds:
-        raise frame.Trouble("No round yet", "the run has not begun its first round; it does when enough devices have asked for work")
+        raise frame.NothingToShowError(
+            "No round yet", "the run has not begun its first round; it does when enough devices have asked for work"
+        )
     numbers = [r.number for r in rounds][::-1]
     with st.container(horizontal=True, vertical_alignment="bottom"):
         number = st.selectbox("Round", numbers, index=_wanted(numbers), key=f"round of {run_id}", width=160)
         st.query_params["round"] = str(number)
         with opened.read() as session:
             kinds = queries.kinds(session, run_id, number)
-        kind = st.segmented_control("Task", kinds, default=kinds[0], key="kind") if len(kinds) > 1 else next(iter(kinds), "train")
+        kind = (
+            st.segmented_control("Task", kinds, default=kinds[0], key="kind")
+            if len(kinds) > 1
+            else next(iter(kinds), "train")
+        )
     chosen = next(r for r in rounds if r.number == number)
     if chosen.status == "running":
         frame.live(lambda again: _round(again, run_id, chosen, kind or "train"))()
@@ -35,7 +39,9 @@ def show(opened: Store) -> None:
 def _wanted(numbers: list[int]) -> int:
     """The round of the address (`?round=3`), else the newest."""
     text = st.query_params.get("round", "")
-    return numbers.index(int(text)) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) in numbers else 0
+    return (
+        numbers.index(int(text)) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) in numbers else 0
+    )
 
 
 def _round(opened: Store, run_id: int, line: queries.RoundLine, kind: str) -> None:
@@ -46,7 +52,11 @@ def _round(opened: Store, run_id: int, line: queries.RoundLine, kind: str) -> No
         norms = queries.norms(session, run_id, line.number) if kind == "train" else []
     _banner(line, funnel)
     if not funnel.sampled:
-        st.info("No device took part: round 0 is the coordinator's own evaluation of the start." if line.number == 0 else "No device was asked yet.")
+        st.info(
+            "No device took part: round 0 is the coordinator's own evaluation of the start."
+            if line.number == 0
+            else "No device was asked yet."
+        )
         return
     _pictures(funnel, reasons, norms)
     _devices(opened, run_id, line.number, kind, funnel)
@@ -62,7 +72,11 @@ def _banner(line: queries.RoundLine, funnel: queries.Funnel) -> None:
         parts.append(f"{funnel.aggregated:,} of {words.number_of(funnel.sampled, 'device')} counted")
     parts.append(f"{words.size(line.bytes_up)} up, {words.size(line.bytes_down)} down")
     reason = f"<br>{words.markup(line.reason, 300)}" if line.reason else ""
-    frame.notice(TONES.get(line.status, "quiet"), f"Round {line.number}: {words.plain(line.status, 20)}", "; ".join(parts) + "." + reason)
+    frame.notice(
+        TONES.get(line.status, "quiet"),
+        f"Round {line.number}: {words.plain(line.status, 20)}",
+        "; ".join(parts) + "." + reason,
+    )
 
 
 def _pictures(funnel: queries.Funnel, reasons: list[tuple[str, str, int]], norms: list[queries.Bin]) -> None:
@@ -71,22 +85,21 @@ def _pictures(funnel: queries.Funnel, reasons: list[tuple[str, str, int]], norms
         st.subheader("How far they came")
         st.altair_chart(charts.funnel(funnel), width="stretch")
     with right:
-        if reasons:
-            st.subheader("Why some do not count")
-            st.altair_chart(charts.dropped(reasons), width="stretch")
-        elif norms:
+        if norms:
             st.subheader("Size of the updates")
             st.altair_chart(charts.histogram(norms), width="stretch")
-    if reasons and norms:
-        with st.expander("Size of the updates", expanded=False):
-            st.altair_chart(charts.histogram(norms), width="stretch")
+    if reasons:
+        st.subheader("Why some do not count")
+        st.altair_chart(charts.dropped(reasons, height=36 * len(reasons) + 130), width="stretch")
 
 
 def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries.Funnel) -> None:
     st.subheader("Devices")
     place = f"{run_id}/{number}/{kind}"
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        statuses = st.multiselect("Status", sorted(funnel.statuses), key=f"statuses of {place}", placeholder="all", width=420)
+        statuses = st.multiselect(
+            "Status", sorted(funnel.statuses), key=f"statuses of {place}", placeholder="all", width=420
+        )
         total = sum(funnel.statuses.get(s, 0) for s in statuses) if statuses else funnel.sampled
         first = frame.offset(total, f"assignments of {place}", "devices")
     with opened.read() as session:
@@ -98,7 +111,7 @@ def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries
         "Norm": st.column_config.NumberColumn("Update norm", format="%.3f", help="L2 norm of the update"),
         "Reason": st.column_config.TextColumn(width="large"),
     }
-    frame.table(pd.DataFrame([_row(a) for a in rows]), **columns)
+    frame.table([_row(a) for a in rows], columns)
 
 
 def _row(a: queries.AssignmentLine) -> dict[str, object]:

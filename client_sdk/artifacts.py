@@ -1,0 +1,251 @@
+"""Artifacts on the device: what a manifest says, fetching what is missing, and never loading a byte that was not checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pocketfed.client_sdk.errors import ArtifactError
+
+SCHEMA = 1
+CHUNK_BYTES = 1 << 20
+MANIFEST = "manifest.json"
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class File:
+    """sha256: of the whole; chunks: of each CHUNK_BYTES piece."""
+
+    sha256: str
+    bytes: int
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainableSet:
+    """Files of one trainable set, and how many parameters it has."""
+
+    train: str
+    predict: str
+    initial: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What docs/artifact.md describes, checked."""
+
+    version: str
+    labels: tuple[str, ...]
+    max_length: int
+    tokenize: str
+    sets: Mapping[str, TrainableSet]
+    files: Mapping[str, File]
+
+    def set_named(self, name: str) -> TrainableSet:
+        """
+        Raises:
+            ArtifactError: the artifact does not carry that set.
+        """
+        if name not in self.sets:
+            raise ArtifactError(f"the artifact {self.version[:12]} has no trainable set {name!r}, only {', '.join(self.sets)}")
+        return self.sets[name]
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.files.values())
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """
+    Raises:
+        ArtifactError: not a manifest, of a newer schema, or with names, digests or sizes that cannot be.
+    """
+    try:
+        raw = json.loads(data)
+        schema = raw["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"the manifest is not readable ({error}); fetch the artifact again") from None
+    if schema != SCHEMA:
+        raise ArtifactError(f"the manifest has schema {schema!r}; this SDK reads {SCHEMA}: update the app")
+    try:
+        files = {_safe_name(n): _file(n, f) for n, f in raw["files"].items()}
+        sets = {
+            str(n): TrainableSet(_known(s["train"], files), _known(s["predict"], files), _known(s["initial"], files), _count(s["size"]))
+            for n, s in raw["trainable_sets"].items()
+        }
+        labels = tuple(str(label) for label in raw["labels"])
+        tokenize = _known(raw["plans"]["tokenize"], files)
+        max_length = _count(raw["max_length"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"the manifest is incomplete or malformed: {error!r}; publish the artifact again") from None
+    return Manifest(hashlib.sha256(data).hexdigest(), labels, max_length, tokenize, sets, files)
+
+
+def _safe_name(name: str) -> str:
+    if not name or len(name) > 100 or name.startswith(".") or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
+        raise ArtifactError(f"the manifest names a file {name[:100]!r}; only plain names without folders are accepted")
+    return name
+
+
+def _digest(text: Any) -> str:
+    if not isinstance(text, str) or len(text) != 64 or not set(text) <= _HEX:
+        raise ArtifactError(f"{str(text)[:80]!r} in the manifest is not a SHA-256")
+    return text
+
+
+def _count(number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 40:
+        raise ArtifactError(f"{number!r} in the manifest is not a size")
+    return number
+
+
+def _known(name: Any, files: Mapping[str, File]) -> str:
+    if name not in files:
+        raise ArtifactError(f"the manifest uses the file {str(name)[:100]!r} without listing it")
+    return str(name)
+
+
+def _file(name: str, raw: Mapping[str, Any]) -> File:
+    size = raw["bytes"]
+    chunks = tuple(_digest(c) for c in raw["chunks"])
+    if not isinstance(size, int) or size < 0 or len(chunks) != -(-size // CHUNK_BYTES):
+        raise ArtifactError(f"{name} of {size!r} bytes cannot have {len(chunks)} chunks of {CHUNK_BYTES} bytes")
+    return File(_digest(raw["sha256"]), size, chunks)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete, checked artifact in a folder."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_artifact(folder: Path, version: str | None = None) -> Artifact:
+    """Check every byte of an artifact's folder against its manifest.
+
+    Args:
+        version: what it must be, where that is known.
+
+    Raises:
+        ArtifactError: a file is missing or differs in a single bit, or it is another version.
+    """
+    try:
+        manifest = parse_manifest((folder / MANIFEST).read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"there is no artifact in {folder}: {error.strerror}; publish or fetch it again") from None
+    if version is not None and manifest.version != version:
+        raise ArtifactError(f"{folder} holds version {manifest.version[:12]}, not {version[:12]}; fetch it again")
+    for name, file in manifest.files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file.bytes or file_digest(path) != file.sha256:
+            raise ArtifactError(f"{path} is missing or damaged; delete {folder} and fetch the artifact again")
+    return Artifact(folder, manifest)
+
+
+class Source(Protocol):
+    """Where artifacts come from."""
+
+    def manifest(self, version: str) -> bytes:
+        """The manifest's bytes."""
+
+    def download(self, digest: str, first_chunk: int) -> Iterator[bytes]:
+        """The chunks of the bytes with that digest, from `first_chunk` on."""
+
+
+def fetch(
+    source: Source, version: str, home: Path, progress: Callable[[float], None] = lambda fraction: None
+) -> tuple[Artifact, int]:
+    """The artifact of that version under `home`, downloading only what is not there. Returns it and the bytes downloaded.
+
+    An interrupted fetch goes on where it stopped; a file of the same content in another version is not downloaded again.
+
+    Raises:
+        ArtifactError: what arrives is not what the manifest promises.
+        LinkError: from the source.
+    """
+    target = home / version
+    if target.is_dir():
+        try:
+            return open_artifact(target, version), 0
+        except ArtifactError:
+            shutil.rmtree(target)  # damaged on disk: fetched anew
+    data = source.manifest(version)
+    manifest = parse_manifest(data)
+    if manifest.version != version:
+        raise ArtifactError(f"asked for version {version[:12]}, was sent {manifest.version[:12]}; refused")
+    partial = home / f"{version}.partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    received = len(data)
+    done, total = 0, max(1, manifest.bytes)
+    for name, file in manifest.files.items():
+        if not _reuse(home, partial / name, file):
+            for size in _download(source, file, partial / name):
+                received += size
+                progress((done + (partial / name).stat().st_size) / total)
+        done += file.bytes
+    (partial / MANIFEST).write_bytes(data)
+    open_artifact(partial, version)
+    os.replace(partial, target)
+    progress(1.0)
+    return Artifact(target, manifest), received
+
+
+def _reuse(home: Path, path: Path, file: File) -> bool:
+    """Link a file of the same content from this or another version."""
+    if path.is_file() and path.stat().st_size == file.bytes and file_digest(path) == file.sha256:
+        return True
+    for candidate in home.glob(f"*/{path.name}"):
+        same_size = candidate != path and candidate.is_file() and candidate.stat().st_size == file.bytes
+        if same_size and file_digest(candidate) == file.sha256:
+            path.unlink(missing_ok=True)
+            shutil.copyfile(candidate, path)
+            return True
+    return False
+
+
+def _download(source: Source, file: File, path: Path) -> Iterator[int]:
+    """Append the missing chunks, each checked before it is written. Yields their sizes."""
+    whole = path.stat().st_size // CHUNK_BYTES if path.exists() else 0
+    if path.exists() and path.stat().st_size == file.bytes:
+        whole = 0  # as long as it should be, yet with another digest: begin anew
+    with path.open("r+b" if path.exists() else "wb") as stream:
+        whole = min(whole, _intact_chunks(stream, file, whole))
+        stream.seek(whole * CHUNK_BYTES)
+        stream.truncate()
+        index = whole
+        if index < len(file.chunks):
+            for data in source.download(file.sha256, index):
+                if index >= len(file.chunks) or hashlib.sha256(data).hexdigest() != file.chunks[index]:
+                    raise ArtifactError(f"chunk {index} of {path.name} does not have the digest that the manifest promises; it was not kept")
+                stream.write(data)
+                stream.flush()
+                index += 1
+                yield len(data)
+        if index != len(file.chunks):
+            raise ArtifactError(f"{path.name} ended after {index} of {len(file.chunks)} chunks; it will be continued")
+
+
+def _intact_chunks(stream: Any, file: File, count: int) -> int:
+    """How many of the first `count` chunks on disk have the digests they should."""
+    stream.seek(0)
+    for index in range(count):
+        if hashlib.sha256(stream.read(CHUNK_BYTES)).hexdigest() != file.chunks[index]:
+            return index
+    return count

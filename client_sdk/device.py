@@ -1,0 +1,437 @@
+"""The class an app holds: examples in, predictions out, and a background thread that takes part in rounds.
+
+    device = Device("127.0.0.1:8765", home="~/.my-app/pocketfed")
+    device.add_examples([("play some jazz", "play_music")])
+    device.start()
+    device.predict("put on a record").label
+    device.stop()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from pocketfed.client_sdk.artifacts import Artifact, fetch, open_artifact
+from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, PocketfedError, TrainingStopped
+from pocketfed.client_sdk.examples import Added, ExampleStore
+from pocketfed.client_sdk.link import Link, Refused, Unreachable, log
+from pocketfed.client_sdk.perform import Reply, Task, perform
+from pocketfed.client_sdk.plan_trainer import PlanTrainer
+from pocketfed.client_sdk.trainer import Examples, TrainConfig, pad
+from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
+from pocketfed.protos import fleet_pb2 as fleet
+
+CHECK_IN_S = 20.0  # how long a long poll stays open
+BACKOFF_S = (0.2, 30.0)  # shortest and longest pause after a failure
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """probability: of the label, 0 to 1; probabilities: of all labels."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the device predicts with."""
+
+    trainer: PlanTrainer
+    theta: Vector
+    release_id: int
+
+
+class Device:
+    """One device of a fleet. Works from several threads; `start()` and `stop()` may be called more than once.
+
+    Args:
+        coordinator: HOST:PORT.
+        home: a folder for this device alone; everything the SDK writes lies in it.
+        name: unique in the fleet, kept in home; by default a random one.
+        channel: whose releases to follow.
+        enrolment_key: where the coordinator asks for one.
+        insecure: allow plaintext to another machine.
+        threads: for ONNX Runtime; with 1 an update is bit-reproducible.
+        on_status: told, in words, whenever `status()` changes; may be called from the background thread.
+
+    Raises:
+        ConfigurationError: an address without port, a home that cannot be written, or one used by another process.
+    """
+
+    def __init__(
+        self,
+        coordinator: str,
+        home: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        channel: str = "stable",
+        enrolment_key: str = "",
+        insecure: bool = False,
+        threads: int = 1,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
+        self.home = Path(home).expanduser()
+        self._lock_file = _claim(self.home)
+        try:
+            identity = _read_json(self.home / "identity.json")
+            if name is not None and identity.get("name", name) != name:
+                raise ConfigurationError(f"{self.home} belongs to device {identity['name']!r}, not {name!r}; give each device a home of its own")
+            self.name: str = identity.get("name") or name or f"device-{uuid.uuid4().hex[:12]}"
+            self.channel = channel
+            self._enrolment_key, self._threads, self._on_status = enrolment_key, threads, on_status
+            self._link = Link(coordinator, identity.get("token", ""), insecure)
+            self.examples = ExampleStore(self.home / "examples.db")
+        except BaseException:
+            _release(self._lock_file)
+            raise
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._check_in: Any = None
+        self._status = "not started"
+        self._model: Model | None = None
+        self._trainers: dict[tuple[str, str], PlanTrainer] = {}
+        self._encoded: tuple[Any, Examples] | None = None
+        self._model_lock = threading.Lock()
+        self._closed = False
+
+    # ---- for the app -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add_examples(self, examples: Iterable[tuple[str, str | None] | tuple[str, str | None, str | None]]) -> Added:
+        """Keep (text, label) or (text, label, second text) on this device. Unusable ones are skipped and counted."""
+        return self.examples.add(examples)
+
+    def predict(self, text: str, text_pair: str | None = None) -> Prediction:
+        """The label of a text, by the newest model on the device (fetched now if there is none yet).
+
+        Raises:
+            LinkError: no model yet and no coordinator to get one from.
+        """
+        model = self._current_model()
+        rows = model.trainer.encode([text], [text_pair])
+        logits = model.trainer.logits(model.theta, *pad(rows))[0].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        labels = model.trainer.artifact.manifest.labels
+        best = int(shares.argmax())
+        return Prediction(labels[best], float(shares[best]), dict(zip(labels, map(float, shares), strict=True)))
+
+    def start(self) -> None:
+        """Take part in rounds from a background thread; returns at once.
+
+        Raises:
+            ConfigurationError: the device was closed.
+        """
+        if self._closed:
+            raise ConfigurationError(f"device {self.name!r} was closed; make a new one")
+        if self._thread is None or not self._thread.is_alive():
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._run, name=f"pocketfed-{self.name}", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop taking part; returns when the background thread has ended, at most one training step later."""
+        self._stopping.set()
+        call, thread = self._check_in, self._thread
+        if call is not None:
+            call.cancel()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """Stop, and let go of home."""
+        if not self._closed:
+            self.stop()
+            self._closed = True
+            self._link.close()
+            self.examples.close()
+            _release(self._lock_file)
+
+    def status(self) -> str:
+        """What the device does or waits for, in words."""
+        return self._status
+
+    # ---- the background thread -------------------------------------------------------------------------------------------
+
+    def _say(self, status: str) -> None:
+        if status != self._status:
+            self._status = status
+            log.info("%s: %s", self.name, status)
+            if self._on_status is not None:
+                try:
+                    self._on_status(status)
+                except Exception:
+                    log.exception("the app's on_status callback failed")
+
+    def _run(self) -> None:
+        jitter, pause = random.Random(), BACKOFF_S[0]
+        while not self._stopping.is_set():
+            try:
+                self._ensure_enrolled()
+                wait_s = self._ask_for_work()
+                pause = BACKOFF_S[0]
+            except grpc.FutureCancelledError:
+                break
+            except Exception as error:
+                if not isinstance(error, PocketfedError):
+                    log.exception("unexpected")
+                self._say(f"will try again: {error}")
+                wait_s = pause * jitter.uniform(0.5, 1.0)
+                pause = min(pause * 2, BACKOFF_S[1])
+            self._stopping.wait(wait_s)
+        self._say("stopped")
+
+    def _ensure_enrolled(self) -> None:
+        if not self._link.token:
+            self._say("enrolling")
+            self._link.enrol(self.name, self.channel, self._enrolment_key)
+            _write_json(self.home / "identity.json", {"name": self.name, "token": self._link.token})
+
+    def _ask_for_work(self) -> float:
+        """One check-in and what follows from it. Returns how many seconds to wait before the next."""
+        self._say("waiting for work")
+        held = self._held_release_id()
+        self._check_in = self._link.begin_check_in(self.examples.count(labelled=True), held, CHECK_IN_S)
+        if self._stopping.is_set():
+            self._check_in.cancel()
+        try:
+            reply = self._link.end_check_in(self._check_in)
+        except Refused as error:
+            if error.code == "CANCELLED" and self._stopping.is_set():
+                return 0.0
+            raise
+        finally:
+            self._check_in = None
+        if reply.HasField("release") and reply.release.id > held:
+            self._adopt(reply.release)
+        if reply.HasField("assignment"):
+            self._work(reply.assignment)
+            return 0.0
+        return float(reply.wait.retry_after_s)
+
+    def _work(self, assignment: fleet.Assignment) -> None:
+        with _Alive(self._link, assignment, self._stopping) as alive:
+            try:
+                reply = self._perform(assignment, alive)
+            except TrainingStopped:
+                self._say("stopped training")
+                if not alive.cancelled:
+                    self._decline(assignment.id, "the app stopped the device")
+                return
+            except PocketfedError as error:
+                self._say(f"cannot do round {assignment.round}: {error}")
+                self._decline(assignment.id, type(error).__name__ + ": " + str(error))
+                return
+            self._say(f"uploading round {assignment.round}")
+            alive.phase = fleet.HeartbeatRequest.UPLOADING
+            self._hand_in(assignment, reply)
+
+    def _perform(self, assignment: fleet.Assignment, alive: _Alive) -> Reply:
+        self._say(f"preparing round {assignment.round}")
+        trainer = self._trainer(assignment.artifact_version, assignment.trainable_set, alive.tell)
+        theta = self._parameters(assignment.parameters_digest, trainer.size)
+        c = assignment.config
+        config = TrainConfig.from_mapping({f.name: getattr(c, f.name) for f in c.DESCRIPTOR.fields})
+        examples = self._examples(trainer, config.max_length)
+        kind = "evaluate" if assignment.kind == fleet.Assignment.EVALUATE else "train"
+        alive.phase = fleet.HeartbeatRequest.TRAINING
+        self._say(f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples")
+        task = Task(kind, theta, config, assignment.round, self.name)  # type: ignore[arg-type]
+        return perform(trainer, task, examples, alive.should_stop, alive.tell)
+
+    def _hand_in(self, assignment: fleet.Assignment, reply: Reply) -> None:
+        data = encode_vector("delta", reply.delta) if assignment.kind == fleet.Assignment.TRAIN else b""
+        digest = hashlib.sha256(data).hexdigest()
+        end, pause = time.monotonic() + assignment.deadline_s, BACKOFF_S[0]
+        while True:
+            try:
+                receipt = self._link.upload(assignment.id, data, digest, reply.num_examples, reply.metrics)
+                self._say("handed in" if receipt.accepted else f"not taken: {receipt.reason}")
+                return
+            except Unreachable:
+                if time.monotonic() > end or self._stopping.wait(pause):
+                    raise
+                pause = min(pause * 2, 5.0)
+
+    def _decline(self, assignment_id: str, reason: str) -> None:
+        try:
+            self._link.decline(assignment_id, reason)
+        except PocketfedError as error:
+            log.info("%s: could not decline: %s", self.name, error)
+
+    # ---- models ----------------------------------------------------------------------------------------------------------
+
+    def _trainer(self, version: str, trainable_set: str, progress: Callable[[float], None] = lambda fraction: None) -> PlanTrainer:
+        key = (version, trainable_set)
+        if key not in self._trainers:
+            artifact, _ = fetch(self._link, version, self.home / "artifacts", progress)
+            self._trainers = {k: v for k, v in self._trainers.items() if k[0] == version}  # sessions of older versions go
+            self._trainers[key] = PlanTrainer(artifact, trainable_set, self._threads)
+        return self._trainers[key]
+
+    def _parameters(self, digest: str, size: int) -> Vector:
+        data = b"".join(self._link.download(digest))
+        return _checked_vector(data, digest, size)
+
+    def _examples(self, trainer: PlanTrainer, max_length: int) -> Examples:
+        """The labelled examples, tokenized once for as long as neither they nor the model change."""
+        key = (self.examples.state(), trainer.artifact.manifest.version, max_length)
+        if self._encoded is None or self._encoded[0] != key:
+            index = {label: i for i, label in enumerate(trainer.artifact.manifest.labels)}
+            usable = [e for e in self.examples.labelled() if e.label in index]
+            rows = trainer.encode([e.text for e in usable], [e.text_pair for e in usable], max_length) if usable else ()
+            labels = np.array([index[e.label] for e in usable if e.label is not None], np.int64)
+            self._encoded = (key, Examples(rows, labels))
+        return self._encoded[1]
+
+    def _held_release_id(self) -> int:
+        return int(_read_json(self.home / "release.json").get("id", 0))
+
+    def _adopt(self, release: Any) -> None:
+        """Make a release the model in use: everything is on disk and checked before it is."""
+        self._say("fetching a new model")
+        trainer = self._trainer(release.artifact_version, release.trainable_set)
+        data = b"".join(self._link.download(release.parameters_digest))
+        theta = _checked_vector(data, release.parameters_digest, trainer.size)
+        _write_bytes(self.home / "theta.safetensors", data)
+        _write_json(self.home / "release.json", {
+            "id": release.id, "artifact": release.artifact_version, "set": release.trainable_set, "digest": release.parameters_digest,
+        })
+        with self._model_lock:
+            self._model = Model(trainer, theta, release.id)
+
+    def _current_model(self) -> Model:
+        with self._model_lock:
+            model = self._model or self._model_on_disk()
+            self._model = model
+        if model is None:
+            self._ensure_enrolled()
+            self._adopt(self._link.latest(self.channel).release)
+            model = self._model
+        assert model is not None
+        return model
+
+    def _model_on_disk(self) -> Model | None:
+        held = _read_json(self.home / "release.json")
+        try:
+            artifact: Artifact = open_artifact(self.home / "artifacts" / held["artifact"], held["artifact"])
+            trainer = PlanTrainer(artifact, held["set"], self._threads)
+            theta = _checked_vector((self.home / "theta.safetensors").read_bytes(), held["digest"], trainer.size)
+        except (KeyError, OSError, ArtifactError):
+            return None
+        return Model(trainer, theta, int(held["id"]))
+
+
+class _Alive:
+    """Sends heartbeats for an assignment while the device works on it, and hears when to stop."""
+
+    def __init__(self, link: Link, assignment: fleet.Assignment, stopping: threading.Event) -> None:
+        self.phase = fleet.HeartbeatRequest.DOWNLOADING
+        self.cancelled = False
+        self._link, self._assignment, self._stopping = link, assignment, stopping
+        self._progress = 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pocketfed-heartbeat", daemon=True)
+
+    def __enter__(self) -> _Alive:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def tell(self, progress: float) -> None:
+        self._progress = progress
+
+    def should_stop(self) -> bool:
+        return self.cancelled or self._stopping.is_set()
+
+    def _beat(self) -> None:
+        while not self._done.wait(self._assignment.lease_s / 3):
+            try:
+                if not self._link.heartbeat(self._assignment.id, self.phase, self._progress):
+                    self.cancelled = True
+                    return
+            except Unreachable:
+                continue  # the lease decides
+            except PocketfedError as error:
+                log.info("heartbeat refused: %s", error)
+                self.cancelled = True
+                return
+
+
+def _checked_vector(data: bytes, digest: str, size: int) -> Vector:
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ArtifactError(f"parameters do not have the digest {digest[:12]} that they should; they are not used")
+    try:
+        return decode_vector("theta", data, size)
+    except ParametersError as error:
+        raise ArtifactError(f"parameters {digest[:12]}: {error}") from None
+
+
+def _claim(home: Path) -> Any:
+    """Make home and hold its lock, so that one process at a time works in it."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        stream = (home / "lock").open("a+b")
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {home}: {error.strerror}; give a folder that this app may write to") from None
+    try:
+        import fcntl
+    except ImportError:  # Windows: no advisory lock
+        return stream
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise ConfigurationError(f"{home} is in use by another device; stop it, or give each device a home of its own") from None
+    return stream
+
+
+def _release(stream: Any) -> None:
+    stream.close()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What `_write_json` wrote; empty where there is nothing readable."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_bytes(path, json.dumps(value).encode())
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Whole or not at all; readable by this user only."""
+    partial = path.with_name(path.name + ".partial")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,33 @@
+"""What can go wrong on a device, as one tree. Each message is a sentence with the offending value and the remedy."""
+
+
+class PocketfedError(Exception):
+    """The root: an app that wants to survive anything of ours catches this."""
+
+
+class ConfigurationError(PocketfedError, ValueError):
+    """An argument that cannot be used."""
+
+
+class ArtifactError(PocketfedError):
+    """An artifact that is incomplete, damaged or not for this SDK; it is never loaded."""
+
+
+class LinkError(PocketfedError):
+    """The coordinator cannot be reached, or refused."""
+
+
+class TrainingError(PocketfedError):
+    """Local training that gave no update."""
+
+
+class TrainingStopped(TrainingError):  # noqa: N818 - a request, not a fault
+    """The app or the coordinator asked to stop."""
+
+
+class TrainingDiverged(TrainingError):  # noqa: N818
+    """The loss or the parameters are no longer finite; nothing is sent."""
+
+
+class NoExamples(TrainingError):  # noqa: N818
+    """The device has nothing to train on."""

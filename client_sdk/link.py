@@ -1,0 +1,154 @@
+"""The gRPC link to the coordinator: the calls of distribution.proto and fleet.proto, with errors as sentences."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grpc
+
+from pocketfed.client_sdk.errors import ConfigurationError, LinkError
+from pocketfed.protos import distribution_pb2 as distribution
+from pocketfed.protos import distribution_pb2_grpc, fleet_pb2_grpc
+from pocketfed.protos import fleet_pb2 as fleet
+
+PROTOCOL = 1
+SDK_VERSION = "0.1.0"
+UPLOAD_BYTES = 1 << 19  # of data in one message
+CALL_TIMEOUT_S = 30.0
+TRANSFER_TIMEOUT_S = 600.0
+LOOPBACK = ("localhost", "127.", "[::1]", "unix:")
+
+log = logging.getLogger("pocketfed")
+log.addHandler(logging.NullHandler())
+
+
+class Link:
+    """A connection, made when it is first used and made again when it broke.
+
+    Args:
+        coordinator: HOST:PORT.
+        token: from `enrol`, for all other calls.
+        insecure: plaintext to a coordinator that is not on this machine; without it that is refused.
+
+    Raises:
+        ConfigurationError: no port, or plaintext to another machine.
+    """
+
+    def __init__(self, coordinator: str, token: str = "", insecure: bool = False) -> None:
+        host, colon, port = coordinator.rpartition(":")
+        if not (colon and host and port.isdigit()):
+            raise ConfigurationError(f"{coordinator!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
+        if not host.startswith(LOOPBACK):
+            if not insecure:
+                raise ConfigurationError(f"{host} is another machine and the link is not encrypted; put TLS in front of it, or say insecure if the network is yours")
+            log.warning("the link to %s is not encrypted", coordinator)
+        self.coordinator, self.token = coordinator, token
+        self._channel = grpc.insecure_channel(
+            coordinator,
+            options=[
+                ("grpc.enable_http_proxy", 0),
+                ("grpc.max_receive_message_length", 4 << 20),
+                ("grpc.initial_reconnect_backoff_ms", 200),
+                ("grpc.max_reconnect_backoff_ms", 5000),
+            ],
+        )
+        self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
+        self._distribution = distribution_pb2_grpc.DistributionStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def _call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        try:
+            return method(request, timeout=timeout_s, metadata=self._metadata())
+        except grpc.RpcError as error:
+            raise self._explain(error) from None
+
+    def _explain(self, error: Any) -> LinkError:
+        code, details = error.code(), error.details() or ""
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return Unreachable(f"the coordinator at {self.coordinator} cannot be reached ({details[:200]}); is it running, and is the address right?")
+        return Refused(code.name, f"the coordinator at {self.coordinator} refused: {details[:500] or code.name}")
+
+    # ---- the fleet -------------------------------------------------------------------------------------------------------
+
+    def enrol(self, name: str, channel: str, enrolment_key: str = "") -> str:
+        """Make the device known; returns its token and uses it from now on."""
+        request = fleet.EnrolRequest(name=name, channel=channel, protocol=PROTOCOL, sdk_version=SDK_VERSION, enrolment_key=enrolment_key)
+        self.token = self._call(self._fleet.Enrol, request).token
+        return self.token
+
+    def begin_check_in(self, examples: int, release_id: int, wait_s: float) -> Any:
+        """A long poll under way: a future with `result()`, `cancel()`; see `end_check_in`."""
+        request = fleet.CheckInRequest(protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id)
+        return self._fleet.CheckIn.future(request, timeout=wait_s + CALL_TIMEOUT_S, metadata=self._metadata())
+
+    def end_check_in(self, call: Any) -> fleet.CheckInReply:
+        """Its reply.
+
+        Raises:
+            LinkError: unreachable or refused.
+            grpc.FutureCancelledError: it was cancelled.
+        """
+        try:
+            return call.result()  # type: ignore[no-any-return]
+        except grpc.RpcError as error:
+            raise self._explain(error) from None
+
+    def heartbeat(self, assignment_id: str, phase: fleet.HeartbeatRequest.Phase, progress: float) -> bool:
+        """False: stop, the assignment has ended."""
+        request = fleet.HeartbeatRequest(assignment_id=assignment_id, phase=phase, progress=progress)
+        return not self._call(self._fleet.Heartbeat, request, 10.0).cancelled
+
+    def decline(self, assignment_id: str, reason: str) -> None:
+        self._call(self._fleet.Decline, fleet.DeclineRequest(assignment_id=assignment_id, reason=reason[:500]), 10.0)
+
+    def upload(self, assignment_id: str, data: bytes, digest: str, num_examples: int, metrics: Mapping[str, float]) -> fleet.Receipt:
+        """Hand in an update, from where an earlier try ended."""
+        status = self._call(self._fleet.GetUploadStatus, fleet.UploadStatusRequest(assignment_id=assignment_id))
+        if status.HasField("receipt"):
+            return status.receipt  # type: ignore[no-any-return]
+        header = fleet.UploadHeader(
+            assignment_id=assignment_id, total_bytes=len(data), digest=digest, offset=status.received_bytes,
+            num_examples=num_examples, metrics=metrics,
+        )
+
+        def parts() -> Iterator[fleet.UploadPart]:
+            yield fleet.UploadPart(header=header)
+            for start in range(header.offset, len(data), UPLOAD_BYTES):
+                yield fleet.UploadPart(data=data[start : start + UPLOAD_BYTES])
+
+        return self._call(self._fleet.Upload, parts(), TRANSFER_TIMEOUT_S)  # type: ignore[no-any-return]
+
+    # ---- artifacts: this is an `artifacts.Source` ----------------------------------------------------------------------------
+
+    def manifest(self, version: str) -> bytes:
+        return bytes(self._call(self._distribution.GetManifest, distribution.GetManifestRequest(version=version)).manifest)
+
+    def latest(self, channel: str) -> distribution.GetManifestReply:
+        return self._call(self._distribution.GetManifest, distribution.GetManifestRequest(channel=channel))  # type: ignore[no-any-return]
+
+    def download(self, digest: str, first_chunk: int = 0) -> Iterator[bytes]:
+        request = distribution.DownloadRequest(digest=digest, first_chunk=first_chunk)
+        try:
+            for chunk in self._distribution.Download(request, timeout=TRANSFER_TIMEOUT_S, metadata=self._metadata()):
+                yield chunk.data
+        except grpc.RpcError as error:
+            raise self._explain(error) from None
+
+
+class Unreachable(LinkError):
+    """Nobody answers; trying again later may help."""
+
+
+class Refused(LinkError):
+    """The coordinator answered with an error. `code` is the gRPC status code's name."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

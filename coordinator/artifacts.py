@@ -1,0 +1,212 @@
+"""Building artifacts (plans, tokenizer, backbone, manifest) and putting them into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from pocketfed.coordinator.store import CHUNK_BYTES, Release, put_artifact, put_blob, split_chunks
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MIN_SDK = "0.1.0"
+MAX_LABELS = 10_000
+
+
+class PublishError(ValueError):
+    """An artifact that cannot be built or published."""
+
+
+@dataclass(frozen=True)
+class BuiltArtifact:
+    """version: SHA-256 of the manifest's bytes, which name every file by its own SHA-256."""
+
+    version: str
+    manifest: dict[str, Any]
+    folder: Path
+
+
+def build_artifact(
+    folder: Path,
+    *,
+    config: Any,
+    state: Mapping[str, Any],
+    vocabulary: Any,
+    labels: Sequence[str],
+    trainable_sets: Sequence[str],
+    quantized: bool,
+    max_length: int | None = None,
+    preset: str | None = None,
+    parent: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda step: None,
+) -> BuiltArtifact:
+    """Write an artifact into `folder`, which must not exist; every plan is compared with autograd before it counts.
+
+    Args:
+        config, state, vocabulary: as in `model.checkpoints.Checkpoint`; an empty state means a student that starts untrained.
+        quantized: hold what is frozen as int8.
+        seed: for the head, for LoRA, and for all of a student that starts untrained.
+
+    Raises:
+        PublishError: no or doubtful labels, or a vocabulary that does not fit.
+        PlanError, TrainableSetError: from building the plans.
+    """
+    import torch
+
+    from pocketfed.model.adapters import select
+    from pocketfed.model.heads import TextClassifier
+    from pocketfed.model.mobilebert import count_flops, count_parameters
+    from pocketfed.model.parameters import encode_vector
+    from pocketfed.model.plans import BACKBONE_FILE, Backbone, build_plans, verify_plans
+    from pocketfed.model.tokenization import build_tokenize_plan
+
+    _check_labels(labels)
+    if len(vocabulary.tokens) != config.vocab_size:
+        raise PublishError(f"the vocabulary has {len(vocabulary.tokens)} tokens, the model {config.vocab_size}; give the vocabulary it was made with")
+    if folder.exists():
+        raise PublishError(f"{folder} is there already; give a folder that does not exist")
+    max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+
+    def make_model() -> TextClassifier:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = TextClassifier(config, len(labels), vocabulary.sep_id)
+        encoder = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+        if encoder:
+            model.mobilebert.load_state_dict(encoder)
+        head = {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
+        if head and head["weight"].shape[0] == len(labels):
+            model.classifier.load_state_dict(head)
+        return model
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        backbone = Backbone(quantized)
+        sets: dict[str, Any] = {}
+        built = []
+        for name in trainable_sets:
+            progress(f"plans for {name}")
+            model = select(make_model(), name, seed)
+            plans = build_plans(model, name, backbone)
+            stem = name.replace(":", "-")
+            sets[name] = {
+                "train": f"train-{stem}.onnx", "predict": f"predict-{stem}.onnx", "initial": f"theta-{stem}.safetensors",
+                "size": int(plans.theta.size),
+                "parameters": [{"name": p.name, "shape": list(p.shape), "offset": p.offset} for p in plans.layout],
+            }
+            (partial / sets[name]["train"]).write_bytes(plans.train)
+            (partial / sets[name]["predict"]).write_bytes(plans.predict)
+            (partial / sets[name]["initial"]).write_bytes(encode_vector("theta", plans.theta))
+            built.append((model, plans, sets[name]))
+        if backbone.data:
+            (partial / BACKBONE_FILE).write_bytes(backbone.data)
+        for model, plans, files in built:
+            progress(f"checking {plans.trainable_set} against autograd")
+            verify_plans(model, plans, partial, files["train"], files["predict"])
+        (partial / "tokenize.onnx").write_bytes(build_tokenize_plan(vocabulary))
+        parameters = count_parameters(config)
+        manifest: dict[str, Any] = {
+            "schema": SCHEMA, "min_sdk": MIN_SDK, "chunk_bytes": CHUNK_BYTES,
+            "model": {"preset": preset, "parameters": parameters, "flops": count_flops(config), "config": config.to_dict()},
+            "labels": list(labels), "max_length": max_length,
+            "quantization": "int8" if quantized else None,
+            "sizes": model_sizes(config),
+            "plans": {"tokenize": "tokenize.onnx"}, "trainable_sets": sets,
+            "files": {p.name: describe_file(p.read_bytes()) for p in sorted(partial.iterdir())},
+            "parent": parent, "metrics": dict(metrics or {}),
+        }
+        data = manifest_bytes(manifest)
+        (partial / MANIFEST).write_bytes(data)
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return BuiltArtifact(hashlib.sha256(data).hexdigest(), manifest, folder)
+
+
+def model_sizes(config: Any) -> dict[str, int]:
+    """Bytes of the student's weights in float32, float16 and int8."""
+    import torch
+
+    from pocketfed.model.mobilebert import MobileBert
+    from pocketfed.model.quantization import stored_bytes
+
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in MobileBert(config).named_parameters()}
+    count = sum(torch.Size(s).numel() for s in shapes.values())
+    return {"fp32": 4 * count, "fp16": 2 * count, "int8": stored_bytes(shapes)}
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if len(labels) < 2:
+        raise PublishError(f"a classifier needs at least two labels; got {list(labels)!r}")
+    if len(labels) > MAX_LABELS:
+        raise PublishError(f"{len(labels)} labels are more than {MAX_LABELS}; is the label column the right one?")
+    if len(set(labels)) != len(labels):
+        twice = next(x for x in labels if list(labels).count(x) > 1)
+        raise PublishError(f"the label {twice!r} is there twice; give each once")
+
+
+def describe_file(data: bytes) -> dict[str, Any]:
+    return {
+        "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "chunks": [digest for digest, _ in split_chunks(data)],
+    }
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """The one way to write a manifest, so that the same content has the same version."""
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def read_artifact(folder: Path) -> BuiltArtifact:
+    """Read an artifact's folder back and check every file.
+
+    Raises:
+        PublishError: no artifact, or one that is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise PublishError(f"{folder} holds no {MANIFEST}; give a folder made by `pocketfed publish --out`")
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+        for name, stated in manifest["files"].items():
+            if describe_file((folder / name).read_bytes()) != stated:
+                raise PublishError(f"{folder / name} is damaged: its bytes are not those of the manifest; build the artifact again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, PublishError):
+            raise
+        raise PublishError(f"{path} is not a readable manifest ({error}); build the artifact again") from None
+    return BuiltArtifact(hashlib.sha256(data).hexdigest(), manifest, folder)
+
+
+def publish_artifact(session: Session, artifact: BuiltArtifact, channel: str, trainable_set: str | None = None) -> Release:
+    """Store an artifact and release it on a channel with its initial parameters, all in the session's transaction.
+
+    Raises:
+        PublishError: the artifact does not carry the set.
+    """
+    sets = artifact.manifest["trainable_sets"]
+    chosen = trainable_set or next(iter(sets))
+    if chosen not in sets:
+        raise PublishError(f"the artifact has no trainable set {chosen!r}, only {', '.join(sets)}")
+    files = ((artifact.folder / name).read_bytes() for name in artifact.manifest["files"])
+    put_blob(session, manifest_bytes(artifact.manifest))
+    put_artifact(session, artifact.manifest, artifact.version, files)
+    parameters = artifact.manifest["files"][sets[chosen]["initial"]]["sha256"]
+    release = Release(channel=channel, artifact_version=artifact.version, trainable_set=chosen, parameters=parameters)
+    session.add(release)
+    session.flush()
+    return release

@@ -1,0 +1,226 @@
+"""Assignments as devices see them: handed out, kept alive, and uploads spooled to disk before they count."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from pocketfed.coordinator.store import Assignment, Device, Store, Update, now
+
+OPEN = ("offered", "accepted")
+MAX_METRICS = 32
+MAX_NAME = 100
+
+
+class UploadError(Exception):
+    """An upload that cannot go on. `kind` is not_found, invalid, out_of_range, data_loss or too_large."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a device says of its upload; see UploadHeader in fleet.proto."""
+
+    assignment_id: str
+    total_bytes: int
+    digest: str
+    offset: int
+    num_examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    accepted: bool
+    reason: str = ""
+
+
+@dataclass
+class Assignments:
+    """The assignments of a store. `changed` is notified whenever a device came or an assignment ended, `on_offer` called when some are made.
+
+    Args:
+        spool: where uploads wait until their round has committed.
+    """
+
+    store: Store
+    spool: Path
+
+    def __post_init__(self) -> None:
+        self.spool.mkdir(parents=True, exist_ok=True)
+        self.changed = threading.Condition()
+        self.on_offer: list[Callable[[], None]] = []
+
+    def notify_changed(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def notify_offered(self) -> None:
+        for callback in self.on_offer:
+            callback()
+
+    # ---- asking for work -------------------------------------------------------------------------------------------------
+
+    def next_for(self, device_id: int, lease_s: float) -> Assignment | None:
+        """The device's open assignment, marked as accepted; the same one again until it is settled."""
+        moment = now()
+        with self.store.write() as session:
+            found = session.scalars(
+                sa.select(Assignment).where(Assignment.device_id == device_id, Assignment.status.in_(OPEN)).order_by(Assignment.offered_at)
+            ).first()
+            if found is None or _overdue(found, moment):
+                return None
+            found.status = "accepted"
+            found.accepted_at = found.accepted_at or moment
+            found.lease_until = moment + timedelta(seconds=lease_s)
+            return found
+
+    def heartbeat(self, device_id: int, assignment_id: str, phase: str, progress: float, lease_s: float) -> bool:
+        """Extend the lease. False: the assignment has ended, stop."""
+        with self.store.write() as session:
+            found = self._mine(session, device_id, assignment_id)
+            if found.status not in OPEN or _overdue(found, now()):
+                return False
+            found.phase, found.progress = phase, min(1.0, max(0.0, progress)) if math.isfinite(progress) else 0.0
+            found.lease_until = now() + timedelta(seconds=lease_s)
+            return True
+
+    def decline(self, device_id: int, assignment_id: str, reason: str) -> None:
+        with self.store.write() as session:
+            found = self._mine(session, device_id, assignment_id)
+            if found.status in OPEN:
+                found.status, found.error, found.finished_at = "failed", reason[:500], now()
+        self.notify_changed()
+
+    def add_download(self, device_id: int, count: int) -> None:
+        """Bytes sent to a device, booked on the assignment that it holds."""
+        with self.store.write() as session:
+            session.execute(
+                sa.update(Assignment)
+                .where(Assignment.device_id == device_id, Assignment.status == "accepted")
+                .values(bytes_down=Assignment.bytes_down + count)
+            )
+
+    def expire(self, assignment_ids: list[str]) -> None:
+        """Close those whose lease or deadline has passed."""
+        moment = now()
+        with self.store.write() as session:
+            for found in session.scalars(sa.select(Assignment).where(Assignment.id.in_(assignment_ids), Assignment.status.in_(OPEN))):
+                why = _overdue(found, moment)
+                if why:
+                    found.status, found.error, found.finished_at = "expired", why, moment
+
+    def _mine(self, session: Session, device_id: int, assignment_id: str) -> Assignment:
+        found = session.get(Assignment, assignment_id)
+        if found is None or found.device_id != device_id:
+            raise UploadError("not_found", f"this device holds no assignment {assignment_id[:MAX_NAME]!r}")
+        return found
+
+    # ---- handing in --------------------------------------------------------------------------------------------------------
+
+    def upload_path(self, assignment_id: str) -> Path:
+        return self.spool / f"{assignment_id}.update"
+
+    def received(self, device_id: int, assignment_id: str) -> tuple[int, Receipt | None]:
+        """Bytes that have arrived, and the receipt if that was all."""
+        with self.store.read() as session:
+            found = self._mine(session, device_id, assignment_id)
+            if session.get(Update, assignment_id) is not None:
+                return 0, Receipt(True)
+            if found.status not in OPEN:
+                return 0, Receipt(False, f"the assignment has ended: {found.error or found.status}")
+        part = self._part(assignment_id)
+        return (part.stat().st_size if part.exists() else 0), None
+
+    def _part(self, assignment_id: str) -> Path:
+        return self.spool / f"{assignment_id}.part"
+
+    def check_header(self, device_id: int, header: Header, limit_bytes: int) -> Receipt | None:
+        """A receipt if there is nothing to receive any more; None: send the data.
+
+        Raises:
+            UploadError: not this device's, malformed, too large, or not where the upload stands.
+        """
+        stands_at, receipt = self.received(device_id, header.assignment_id)
+        if receipt is not None:
+            return receipt
+        if header.total_bytes > limit_bytes:
+            raise UploadError("too_large", f"an update of {header.total_bytes} bytes is larger than the {limit_bytes} that this assignment can have")
+        if header.total_bytes and (len(header.digest) != 64 or not set(header.digest) <= set("0123456789abcdef")):
+            raise UploadError("invalid", f"{header.digest[:80]!r} is not a SHA-256")
+        if len(header.metrics) > MAX_METRICS or any(not 0 < len(n) <= MAX_NAME for n in header.metrics):
+            raise UploadError("invalid", f"at most {MAX_METRICS} metrics with names of 1 to {MAX_NAME} characters are taken")
+        if header.offset != stands_at:
+            raise UploadError("out_of_range", f"the upload goes on at byte {stands_at}, not {header.offset}")
+        return None
+
+    def append(self, header: Header, data: bytes) -> None:
+        part = self._part(header.assignment_id)
+        with part.open("ab") as stream:
+            if stream.tell() + len(data) > header.total_bytes:
+                raise UploadError("invalid", f"more than the {header.total_bytes} bytes announced have arrived; ask for the upload's status")
+            stream.write(data)
+
+    def finish(self, device_id: int, header: Header) -> Receipt:
+        """Everything has arrived: check it, make it durable, then count it, once.
+
+        Raises:
+            UploadError: bytes are missing (send the rest), or the whole has another digest (start again).
+        """
+        part, path = self._part(header.assignment_id), self.upload_path(header.assignment_id)
+        if header.total_bytes:
+            size = part.stat().st_size if part.exists() else 0
+            if size < header.total_bytes:
+                raise UploadError("invalid", f"{size} of {header.total_bytes} bytes have arrived; send the rest")
+            with part.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+            if digest != header.digest:
+                part.unlink()
+                raise UploadError("data_loss", "what arrived does not have the digest announced; start again at byte 0")
+            os.replace(part, path)
+        with self.store.write() as session:
+            found = self._mine(session, device_id, header.assignment_id)
+            if session.get(Update, header.assignment_id) is not None:
+                return Receipt(True)
+            if found.status not in OPEN or _overdue(found, now()):
+                path.unlink(missing_ok=True)
+                return Receipt(False, f"too late: the assignment has ended ({found.error or found.status})")
+            found.status, found.finished_at, found.progress = "uploaded", now(), 1.0
+            metrics = {n: float(v) for n, v in header.metrics.items() if math.isfinite(v)}
+            session.add(Update(
+                assignment_id=header.assignment_id, num_examples=header.num_examples, bytes=header.total_bytes,
+                digest=header.digest or "", metrics=metrics,
+            ))
+        self.notify_changed()
+        return Receipt(True)
+
+
+def _overdue(assignment: Assignment, moment: datetime) -> str | None:
+    """Why an open assignment is to be closed, or None."""
+    if assignment.deadline is not None and moment > assignment.deadline:
+        return "the round's deadline has passed"
+    if assignment.lease_until is not None and moment > assignment.lease_until:
+        return "no heartbeat within the lease"
+    return None
+
+
+def devices_online(session: Session, channel: str, asking: set[int], within_s: float) -> dict[int, str]:
+    """Devices (id -> name) of a channel with labelled examples that are asking for work now, or did so lately."""
+    since = now() - timedelta(seconds=within_s)
+    rows = session.execute(
+        sa.select(Device.id, Device.name, Device.last_seen_at).where(Device.channel == channel, Device.examples > 0)
+    )
+    return {row.id: row.name for row in rows if row.id in asking or (row.last_seen_at and row.last_seen_at >= since)}

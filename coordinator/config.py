@@ -1,0 +1,157 @@
+"""What a run is configured with: one frozen dataclass, from TOML and `--set a.b=c`, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class RunConfigError(ValueError):
+    """A run configuration that cannot be used."""
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How devices train; the fields are those of `TrainConfig` in fleet.proto (but the seed, which is the run's)."""
+
+    epochs: int = 1
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    optimizer: str = "adamw"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    proximal_mu: float = 0.0
+    max_length: int = 64
+    max_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "local.", {
+            "epochs": (1, 1000), "batch_size": (1, 4096), "learning_rate": (0, 100), "momentum": (0, 1),
+            "weight_decay": (0, 100), "max_grad_norm": (0, math.inf), "proximal_mu": (0, 1e6), "max_length": (3, 65536),
+            "max_steps": (0, 10**9),
+        })
+        if self.optimizer not in ("adamw", "sgd"):
+            raise RunConfigError(f"local.optimizer is {self.optimizer!r}; choose adamw or sgd")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training of the fleet.
+
+    Raises:
+        RunConfigError: a value of the wrong type or out of its range.
+    """
+
+    name: str = "run"
+    channel: str = "stable"
+    rounds: int = 10
+    min_devices: int = 2  # wait for so many before a round starts
+    cohort: int = 0  # devices sampled a round; 0 for all that are there
+    quorum: int = 1  # updates without which a round fails
+    max_failed_rounds: int = 3  # in a row, before the run is given up
+    strategy: str = "StreamingFedAvg"
+    strategy_options: Mapping[str, Any] = field(default_factory=dict)
+    trainable_set: str = ""  # empty: the one of the channel's release
+    seed: int = 0
+    wait_s: float = 600.0  # for min_devices
+    deadline_s: float = 600.0  # of a round
+    lease_s: float = 30.0  # without a heartbeat for this long a device counts as gone
+    max_examples: int = 10_000  # the most that one device's weight can be
+    max_update_norm: float = 0.0  # larger updates are quarantined; 0 for no limit
+    evaluate_on_devices: bool = False  # ask the cohort to measure each round's result on its own examples
+    test_data: str = ""  # labelled texts on the coordinator, measured after every round
+    release: bool = True  # release the result on the channel
+    local: LocalTraining = field(default_factory=LocalTraining)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "", {
+            "rounds": (1, 1_000_000), "min_devices": (1, 10**7), "cohort": (0, 10**7), "quorum": (1, 10**7),
+            "max_failed_rounds": (1, 1000), "seed": (0, 2**63 - 1), "wait_s": (0, math.inf), "deadline_s": (0.1, math.inf),
+            "lease_s": (0.1, 86400), "max_examples": (1, 10**9), "max_update_norm": (0, math.inf),
+        })
+        for name in ("name", "channel"):
+            if not 0 < len(getattr(self, name)) <= 100:
+                raise RunConfigError(f"{name} is {getattr(self, name)[:100]!r}; it must have 1 to 100 characters")
+        if self.cohort and self.quorum > self.cohort:
+            raise RunConfigError(f"quorum {self.quorum} can never be met by a cohort of {self.cohort}; lower it")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"strategy_options": dict(self.strategy_options)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """From nested names and values.
+
+        Raises:
+            RunConfigError: a name that does not exist, or a value that does not fit.
+        """
+        local = values.get("local", {})
+        if not isinstance(local, Mapping):
+            raise RunConfigError(f"local is {local!r}; it must be a table")
+        rest = {k: v for k, v in values.items() if k != "local"}
+        _check_names(cls, rest, "")
+        _check_names(LocalTraining, local, "local.")
+        return cls(**rest, local=LocalTraining(**local))
+
+
+def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in fields:
+            raise RunConfigError(f"there is no setting {prefix}{name}; the settings are {', '.join(prefix + n for n in fields)}")
+        default = fields[name].default
+        wanted = Mapping if name == "strategy_options" else type(default)
+        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if not number and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int)):
+            raise RunConfigError(f"{prefix}{name} is {value!r}; it must be of type {getattr(wanted, '__name__', 'table')}")
+
+
+def _check_ranges(values: Any, prefix: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(values, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise RunConfigError(f"{prefix}{name} is {value!r}; it must be a number between {low:g} and {high:g}")
+
+
+def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """From a TOML file (or the defaults) and `a.b=value` overrides, whose values are read as TOML where they can be.
+
+    Raises:
+        RunConfigError: unreadable file or override, or a value that does not fit.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; give a TOML file") from None
+        except tomllib.TOMLDecodeError as error:
+            raise RunConfigError(f"{path} is not TOML: {error}") from None
+    return RunConfig.from_dict(apply_overrides(values, overrides))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`["local.epochs=2"]` laid over nested values; returns new ones."""
+    merged = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not name.strip():
+            raise RunConfigError(f"{override!r} is not of the form name=value, e.g. local.epochs=2")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *tables, last = name.strip().split(".")
+        place = merged
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise RunConfigError(f"{override!r} goes into {table}, which is not a table")
+        place[last] = value
+    return merged

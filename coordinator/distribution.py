@@ -1,0 +1,73 @@
+"""Serving manifests and bytes by digest (distribution.proto)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import sqlalchemy as sa
+
+from pocketfed.coordinator.artifacts import manifest_bytes
+from pocketfed.coordinator.calls import Calls
+from pocketfed.coordinator.store import Artifact, Blob, Chunk, Release, latest_release
+from pocketfed.protos import distribution_pb2 as pb
+from pocketfed.protos import distribution_pb2_grpc
+
+
+def describe_release(session: Any, release: Release) -> pb.Release:
+    return pb.Release(
+        id=release.id, artifact_version=release.artifact_version, trainable_set=release.trainable_set,
+        parameters_digest=release.parameters, parameters_bytes=session.get_one(Blob, release.parameters).bytes,
+    )
+
+
+class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+
+    async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestReply:  # noqa: N802
+        await self.calls.authenticate(context)
+        if not (request.version or request.channel):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "give a version or a channel")
+        reply = await self.calls.run(self._get_manifest, request)
+        if reply is None:
+            what = f"version {request.version[:80]!r}" if request.version else f"release on channel {request.channel[:100]!r}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no {what}; publish one with `pocketfed publish`")
+        return reply
+
+    def _get_manifest(self, request: pb.GetManifestRequest) -> pb.GetManifestReply | None:
+        with self.calls.store.read() as session:
+            release = None if request.version else latest_release(session, request.channel)
+            artifact = session.get(Artifact, request.version or (release.artifact_version if release else ""))
+            if artifact is None:
+                return None
+            described = describe_release(session, release) if release else None
+            return pb.GetManifestReply(manifest=manifest_bytes(artifact.manifest), version=artifact.version, release=described)
+
+    async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadChunk]:  # noqa: N802
+        device_id, _ = await self.calls.authenticate(context)
+        blob = await self.calls.run(self._blob, request.digest)
+        if blob is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there are no bytes with SHA-256 {request.digest[:80]!r}")
+        chunks, total = blob
+        if request.first_chunk > len(chunks):
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"first_chunk is {request.first_chunk}; there are {len(chunks)} chunks")
+        sent = 0
+        try:
+            for digest in chunks[request.first_chunk :]:
+                data = await self.calls.run(self._chunk, digest)
+                yield pb.DownloadChunk(data=data, digest=digest, total_bytes=total)
+                sent += len(data)
+        finally:
+            if sent:
+                await self.calls.run(self.calls.assignments.add_download, device_id, sent)
+
+    def _blob(self, digest: str) -> tuple[list[str], int] | None:
+        with self.calls.store.read() as session:
+            blob = session.get(Blob, digest)
+            return None if blob is None else (list(blob.chunks), blob.bytes)
+
+    def _chunk(self, digest: str) -> bytes:
+        with self.calls.store.read() as session:
+            return session.scalars(sa.select(Chunk.data).where(Chunk.digest == digest)).one()

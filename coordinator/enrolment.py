@@ -1,0 +1,65 @@
+"""Who may come in: enrolling devices and recognising their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+
+import sqlalchemy as sa
+
+from pocketfed.coordinator.store import Device, Store, now
+
+MAX_NAME = 100
+
+
+class EnrolmentError(Exception):
+    """An enrolment that is refused. `kind` is invalid, exists or denied."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def hash_token(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, expected_key: str) -> str:
+    """Make a device known; returns its token, of which only the hash is kept.
+
+    Raises:
+        EnrolmentError: wrong key, unusable name, or a name that another device has.
+    """
+    if expected_key and not hmac.compare_digest(key.encode(), expected_key.encode()):
+        raise EnrolmentError("denied", "the enrolment key is wrong; ask the operator for the current one")
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise EnrolmentError("invalid", f"the name {name[:MAX_NAME]!r} must have 1 to {MAX_NAME} printable characters")
+    if len(channel) > MAX_NAME:
+        raise EnrolmentError("invalid", f"the channel {channel[:MAX_NAME]!r} must have at most {MAX_NAME} characters")
+    token = secrets.token_urlsafe(32)
+    try:
+        with store.write() as session:
+            session.add(Device(
+                name=name, channel=channel or "stable", token_hash=hash_token(token), sdk_version=sdk_version[:50], last_seen_at=now(),
+            ))
+    except sa.exc.IntegrityError:
+        raise EnrolmentError("exists", f"a device named {name!r} is enrolled already; use its home folder, or another name") from None
+    return token
+
+
+def authenticate(store: Store, token: str) -> tuple[int, str] | None:
+    """(device id, channel) of a token, or None."""
+    if not token:
+        return None
+    with store.read() as session:
+        row = session.execute(sa.select(Device.id, Device.channel).where(Device.token_hash == hash_token(token))).first()
+    return None if row is None else (row.id, row.channel)
+
+
+def mark_seen(store: Store, device_id: int, examples: int, sdk_version: str) -> None:
+    with store.write() as session:
+        session.execute(
+            sa.update(Device).where(Device.id == device_id)
+            .values(last_seen_at=now(), examples=min(examples, 2**31 - 1), sdk_version=sdk_version[:50])
+        )

@@ -1,0 +1,175 @@
+"""Enrolment, check-ins, heartbeats and uploads over gRPC (fleet.proto)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from pocketfed.coordinator import store as tables
+from pocketfed.coordinator.assignments import Header, UploadError
+from pocketfed.coordinator.calls import Calls
+from pocketfed.coordinator.distribution import describe_release
+from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_seen
+from pocketfed.coordinator.store import latest_release, now
+from pocketfed.protos import fleet_pb2 as pb
+from pocketfed.protos import fleet_pb2_grpc
+
+PROTOCOL = 1
+MAX_WAIT_S = 60.0
+UPDATE_OVERHEAD_BYTES = 4096  # safetensors header and room
+_UPLOAD_CODES = {
+    "not_found": grpc.StatusCode.NOT_FOUND, "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "out_of_range": grpc.StatusCode.OUT_OF_RANGE, "data_loss": grpc.StatusCode.DATA_LOSS,
+    "too_large": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+_ENROLMENT_CODES = {
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT, "exists": grpc.StatusCode.ALREADY_EXISTS, "denied": grpc.StatusCode.PERMISSION_DENIED,
+}
+
+
+class FleetServicer(fleet_pb2_grpc.FleetServicer):
+    """Made on the server's event loop; `offered` wakes all long polls and may be called from any thread."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        calls.assignments.on_offer.append(self.offered)
+
+    def offered(self) -> None:
+        # The loop is gone once the server has stopped; then nobody waits either.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _require_protocol(self, protocol: int, context: Any) -> None:
+        if protocol != PROTOCOL:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"protocol {protocol} is not spoken here, only {PROTOCOL}; update the app")
+
+    async def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:  # noqa: N802
+        await self._require_protocol(request.protocol, context)
+        try:
+            token = await self.calls.run(
+                enrol, self.calls.store, request.name, request.channel, request.sdk_version, request.enrolment_key, self.calls.enrolment_key
+            )
+        except EnrolmentError as error:
+            await context.abort(_ENROLMENT_CODES[error.kind], str(error))
+        return pb.EnrolReply(token=token)
+
+    async def CheckIn(self, request: pb.CheckInRequest, context: Any) -> pb.CheckInReply:  # noqa: N802
+        device_id, channel = await self.calls.authenticate(context)
+        await self._require_protocol(request.protocol, context)
+        wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
+        end = self._loop.time() + wait_s
+        await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version)
+        self.calls.asking[device_id] += 1
+        self.calls.assignments.notify_changed()
+        try:
+            while True:
+                news = self._news
+                reply = await self.calls.run(self._answer, device_id, channel, request.release_id)
+                left = end - self._loop.time()
+                if reply.WhichOneof("what") == "assignment" or reply.HasField("release") or left <= 0:
+                    return reply
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), left)
+        finally:  # also when the device has gone: its connection's end cancels this call
+            self.calls.asking[device_id] -= 1
+
+    def _answer(self, device_id: int, channel: str, release_id: int) -> pb.CheckInReply:
+        reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))
+        found = self.calls.assignments.next_for(device_id, self.calls.lease_s)
+        with self.calls.store.read() as session:
+            newest = latest_release(session, channel)
+            if newest is not None and newest.id > release_id:
+                reply.release.CopyFrom(describe_release(session, newest))
+            if found is not None:
+                reply.assignment.CopyFrom(self._describe(session, found))
+        return reply
+
+    def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:
+        run = session.get_one(tables.Run, found.run_id)
+        fields = {f.name: f for f in pb.TrainConfig.DESCRIPTOR.fields}
+        config = {k.replace("-", "_"): v for k, v in found.config.items()}
+        deadline_s = (found.deadline - now()).total_seconds() if found.deadline else 86400.0
+        return pb.Assignment(
+            id=found.id, kind=pb.Assignment.TRAIN if found.kind == "train" else pb.Assignment.EVALUATE, run=run.id, round=found.round,
+            artifact_version=run.artifact_version, trainable_set=run.trainable_set, parameters_digest=found.parameters,
+            parameters_bytes=session.get_one(tables.Blob, found.parameters).bytes,
+            config=pb.TrainConfig(**{k: v for k, v in config.items() if k in fields}), lease_s=self.calls.lease_s, deadline_s=max(0.0, deadline_s),
+        )
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:  # noqa: N802
+        device_id, _ = await self.calls.authenticate(context)
+        known = request.phase in pb.HeartbeatRequest.Phase.values()
+        phase = pb.HeartbeatRequest.Phase.Name(request.phase).lower() if known else "unknown"
+        try:
+            alive = await self.calls.run(
+                self.calls.assignments.heartbeat, device_id, request.assignment_id, phase, request.progress, self.calls.lease_s
+            )
+        except UploadError as error:
+            await context.abort(_UPLOAD_CODES[error.kind], str(error))
+        return pb.HeartbeatReply(cancelled=not alive)
+
+    async def Decline(self, request: pb.DeclineRequest, context: Any) -> pb.DeclineReply:  # noqa: N802
+        device_id, _ = await self.calls.authenticate(context)
+        try:
+            await self.calls.run(self.calls.assignments.decline, device_id, request.assignment_id, request.reason or "declined")
+        except UploadError as error:
+            await context.abort(_UPLOAD_CODES[error.kind], str(error))
+        return pb.DeclineReply()
+
+    async def GetUploadStatus(self, request: pb.UploadStatusRequest, context: Any) -> pb.UploadStatusReply:  # noqa: N802
+        device_id, _ = await self.calls.authenticate(context)
+        try:
+            count, receipt = await self.calls.run(self.calls.assignments.received, device_id, request.assignment_id)
+        except UploadError as error:
+            await context.abort(_UPLOAD_CODES[error.kind], str(error))
+        described = None if receipt is None else pb.Receipt(assignment_id=request.assignment_id, accepted=receipt.accepted, reason=receipt.reason)
+        return pb.UploadStatusReply(received_bytes=count, receipt=described)
+
+    async def Upload(self, request_iterator: AsyncIterator[pb.UploadPart], context: Any) -> pb.Receipt:  # noqa: N802
+        device_id, _ = await self.calls.authenticate(context)
+        header: Header | None = None
+        try:
+            async for part in request_iterator:
+                if header is None:
+                    header = await self._read_header(part, context)
+                    limit = await self.calls.run(self._limit_bytes, header.assignment_id)
+                    done = await self.calls.run(self.calls.assignments.check_header, device_id, header, limit)
+                    if done is not None:
+                        return pb.Receipt(assignment_id=header.assignment_id, accepted=done.accepted, reason=done.reason)
+                elif part.WhichOneof("part") == "data":
+                    await self.calls.run(self.calls.assignments.append, header, part.data)
+            if header is None:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
+            receipt = await self.calls.run(self.calls.assignments.finish, device_id, header)
+        except UploadError as error:
+            await context.abort(_UPLOAD_CODES[error.kind], str(error))
+        return pb.Receipt(assignment_id=header.assignment_id, accepted=receipt.accepted, reason=receipt.reason)
+
+    async def _read_header(self, part: pb.UploadPart, context: Any) -> Header:
+        if part.WhichOneof("part") != "header":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
+        h = part.header
+        return Header(h.assignment_id, h.total_bytes, h.digest, h.offset, min(h.num_examples, 2**31 - 1), dict(h.metrics))
+
+    def _limit_bytes(self, assignment_id: str) -> int:
+        """The most bytes that an update for this assignment can have."""
+        with self.calls.store.read() as session:
+            found = session.get(tables.Assignment, assignment_id)
+            if found is None:
+                raise UploadError("not_found", f"there is no assignment {assignment_id[:100]!r}")
+            if found.kind == "evaluate":
+                return 0
+            run = session.get_one(tables.Run, found.run_id)
+            manifest = session.get_one(tables.Artifact, run.artifact_version).manifest
+            return int(4 * manifest["trainable_sets"][run.trainable_set]["size"] + UPDATE_OVERHEAD_BYTES)

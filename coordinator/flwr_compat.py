@@ -1,0 +1,26 @@
+"""The few private touches of flwr (1.41 to 1.42) that driving its strategies without its servers takes. Nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Before flwr is imported: no telemetry, no look-up of newer versions.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
+
+logging.getLogger("flwr").setLevel(os.environ.get("FLWR_LOG_LEVEL", "WARNING"))  # importing flwr sets it to DEBUG
+
+
+def enter_run(run_id: int) -> None:
+    """`Message()` reads the run it belongs to from a process-global that only Flower's own servers set."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 1, 1
+
+
+def name_message(message: Message, message_id: str) -> Message:
+    """Give a message the id that replies refer to; Flower's grids do this inside."""
+    message.metadata.__dict__["_message_id"] = message_id
+    return message

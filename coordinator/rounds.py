@@ -1,0 +1,301 @@
+"""One round after another: sample, offer, screen, aggregate, measure, remember."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
+
+# isort: split
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.serverapp.strategy import Strategy
+
+from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.grid import UNREADABLE, Cohort, RecordedGrid
+from pocketfed.coordinator.sampling import sample_cohort
+from pocketfed.coordinator.store import (
+    Assignment,
+    Metric,
+    Release,
+    Round,
+    Run,
+    Store,
+    Update,
+    get_blob,
+    latest_release,
+    now,
+    put_blob,
+)
+from pocketfed.coordinator.strategy import THETA, make_strategy
+from pocketfed.coordinator.validation import Limits, check_update
+from pocketfed.model.parameters import Vector, decode_vector, encode_vector
+
+Evaluate = Callable[[Vector], Mapping[str, float]]  # theta (P,) -> {"loss", "accuracy", ...}
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or did not end well."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round ended with; `accuracy` and `loss` are None where nothing was measured."""
+
+    number: int
+    status: str
+    accuracy: float | None
+    loss: float | None
+    train_loss: float | None
+    devices: int
+    failed: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    reason: str | None = None
+
+
+@dataclass
+class Tally:
+    """What became of a round's assignments: id -> (status, reason, norm)."""
+
+    statuses: dict[str, tuple[str, str | None, float | None]] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> int:
+        return sum(status == "aggregated" for status, _, _ in self.statuses.values())
+
+
+def create_run(store: Store, config: RunConfig) -> int:
+    """A run of the channel's newest release, waiting to be driven. Returns its id.
+
+    Raises:
+        RunError: nothing is released on the channel, or the artifact lacks the trainable set.
+    """
+    with store.write() as session:
+        release = latest_release(session, config.channel)
+        if release is None:
+            raise RunError(f"nothing is published on channel {config.channel!r} of {store.name}; run `pocketfed publish` first")
+        manifest = get_manifest(session, release.artifact_version)
+        chosen = config.trainable_set or release.trainable_set
+        if chosen not in manifest["trainable_sets"]:
+            raise RunError(f"the artifact on {config.channel!r} has no trainable set {chosen!r}, only {', '.join(manifest['trainable_sets'])}")
+        run = Run(
+            name=config.name, channel=config.channel, config=config.to_dict(), artifact_version=release.artifact_version,
+            trainable_set=chosen, seed=config.seed, rounds_planned=config.rounds,
+        )
+        session.add(run)
+        session.flush()
+        return run.id
+
+
+def get_manifest(session: Any, version: str) -> dict[str, Any]:
+    from pocketfed.coordinator.store import Artifact
+
+    return dict(session.get(Artifact, version).manifest)
+
+
+def starting_theta(store: Store, run_id: int) -> tuple[Vector, int]:
+    """What the run starts from, and its size: the channel's release if it is of the same artifact and set, else the artifact's own."""
+    with store.read() as session:
+        run = session.get_one(Run, run_id)
+        manifest = get_manifest(session, run.artifact_version)
+        described = manifest["trainable_sets"][run.trainable_set]
+        digest = manifest["files"][described["initial"]]["sha256"]
+        release = latest_release(session, run.channel)
+        if release is not None and (release.artifact_version, release.trainable_set) == (run.artifact_version, run.trainable_set):
+            digest = release.parameters
+        return decode_vector(THETA, get_blob(session, digest), described["size"]), described["size"]
+
+
+def drive_run(
+    store: Store,
+    run_id: int,
+    grid: RecordedGrid,
+    config: RunConfig,
+    evaluate: Evaluate | None = None,
+    on_round: Callable[[RoundResult], None] = lambda result: None,
+    on_settled: Callable[[list[str]], None] = lambda assignment_ids: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Vector:
+    """Drive a run to its end. Returns the final theta (P,).
+
+    Args:
+        evaluate: measures theta after every round, and before the first.
+        on_round: told of every round as it has been committed.
+        on_settled: given the assignments whose updates are no longer needed.
+
+    Raises:
+        RunError: the run failed; the reason is in the store too.
+        StrategyError: the strategy or its options do not exist.
+    """
+    strategy = make_strategy(config.strategy, config.strategy_options)
+    theta, size = starting_theta(store, run_id)
+    limits = Limits(size, config.max_examples, config.max_update_norm)
+    _set_run(store, run_id, status="running", started_at=now())
+    try:
+        on_round(_measure_start(store, run_id, theta, evaluate))
+        failed_in_a_row = 0
+        for number in range(1, config.rounds + 1):
+            devices = grid.wait_available(config.min_devices, config.wait_s, should_stop)
+            if should_stop():
+                raise RunError(f"stopped before round {number}")
+            if len(devices) < config.min_devices:
+                raise RunError(f"{len(devices)} of at least {config.min_devices} devices came within {config.wait_s:g} s; start more or lower min_devices")
+            cohort = sample_cohort(devices, config.cohort, config.seed, number)
+            theta, outcome = _run_round(store, run_id, number, cohort, grid, strategy, theta, limits, config, evaluate, on_settled)
+            on_round(outcome)
+            failed_in_a_row = failed_in_a_row + 1 if outcome.status == "failed" else 0
+            if failed_in_a_row >= config.max_failed_rounds:
+                raise RunError(f"{failed_in_a_row} rounds failed in a row, the last because {outcome.reason}")
+        _finish_run(store, run_id, config, theta)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        _set_run(store, run_id, status="failed", reason=reason[:500], finished_at=now())
+        raise
+    return theta
+
+
+def _set_run(store: Store, run_id: int, **values: Any) -> None:
+    with store.write() as session:
+        run = session.get_one(Run, run_id)
+        for name, value in values.items():
+            setattr(run, name, value)
+
+
+def _measure_start(store: Store, run_id: int, theta: Vector, evaluate: Evaluate | None) -> RoundResult:
+    started, begin = time.perf_counter(), now()
+    measured = dict(evaluate(theta)) if evaluate else {}
+    seconds = time.perf_counter() - started
+    with store.write() as session:
+        session.add(Round(
+            run_id=run_id, number=0, status="finished", parameters=put_blob(session, encode_vector(THETA, theta)),
+            accuracy=measured.get("accuracy"), loss=measured.get("loss"), seconds=seconds, started_at=begin, finished_at=now(),
+        ))
+    return RoundResult(0, "finished", measured.get("accuracy"), measured.get("loss"), None, 0, 0, 0, 0, seconds)
+
+
+def _run_round(
+    store: Store, run_id: int, number: int, cohort: Mapping[int, str], grid: RecordedGrid, strategy: Strategy, theta: Vector,
+    limits: Limits, config: RunConfig, evaluate: Evaluate | None, on_settled: Callable[[list[str]], None],
+) -> tuple[Vector, RoundResult]:
+    started = time.perf_counter()
+    with store.write() as session:
+        session.add(Round(run_id=run_id, number=number))
+    grid.enter(Cohort(number, 1, cohort, config.deadline_s))
+    arrays = ArrayRecord({THETA: Array(theta)})
+    messages = strategy.configure_train(number, arrays, local_config(config), grid)
+    tally = Tally()
+    replies = screen(grid.send_and_receive(messages, timeout=config.deadline_s), theta, limits, tally)
+    # Flower's strategies look at the replies more than once; ours folds them in as they come.
+    aggregated, metrics = strategy.aggregate_train(number, replies if _streams(strategy) else list(replies))
+    for _ in replies:  # whatever the strategy did not ask for is screened and recorded all the same
+        pass
+    result, reason = theta, None
+    if aggregated is None or tally.accepted < config.quorum:
+        reason = f"{tally.accepted} of at least {config.quorum} updates were usable"
+    else:
+        result = np.ascontiguousarray(aggregated[THETA].numpy(), np.float32)
+        if not np.isfinite(result).all():
+            result, reason = theta, f"{config.strategy} made parameters that are not finite; choose other strategy_options"
+    trained = {} if metrics is None else {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+    measured = _measure(result, reason, strategy, grid, number, config, evaluate)
+    outcome = _commit_round(store, run_id, number, result, reason, tally, trained, measured, time.perf_counter() - started)
+    on_settled(list(tally.statuses))
+    return result, outcome
+
+
+def _streams(strategy: Strategy) -> bool:
+    return type(strategy).__module__.startswith("pocketfed.")
+
+
+def local_config(config: RunConfig) -> ConfigRecord:
+    """The message's config: TrainConfig's fields, and the run's seed (which devices mix with their name and the round)."""
+    import dataclasses
+
+    return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed})
+
+
+def screen(replies: Iterable[Message], theta: Vector, limits: Limits, tally: Tally) -> Iterator[Message]:
+    """Only the replies that may touch the model, their weights capped. What became of each is tallied."""
+    for reply in replies:
+        row_id = reply.metadata.reply_to_message_id
+        if reply.has_error():
+            status = "quarantined" if reply.error.code == UNREADABLE else "failed"
+            tally.statuses[row_id] = (status, str(reply.error.reason)[:500], None)
+            continue
+        record = reply.content["metrics"]
+        arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
+        verdict = check_update(theta, arrays, record.get("num-examples"), limits)
+        if verdict.reason is not None:
+            tally.statuses[row_id] = ("quarantined", verdict.reason[:500], verdict.norm)
+            continue
+        tally.statuses[row_id] = ("aggregated", None, verdict.norm)
+        record["num-examples"] = min(record["num-examples"], limits.max_examples)
+        yield reply
+
+
+def _measure(
+    theta: Vector, reason: str | None, strategy: Strategy, grid: RecordedGrid, number: int, config: RunConfig, evaluate: Evaluate | None
+) -> dict[str, float]:
+    """On the coordinator's test set; on the devices' own examples where that is asked for, as device_<name>."""
+    measured = dict(evaluate(theta)) if evaluate else {}
+    if config.evaluate_on_devices and reason is None:
+        messages = strategy.configure_evaluate(number, ArrayRecord({THETA: Array(theta)}), local_config(config), grid)
+        metrics = strategy.aggregate_evaluate(number, list(grid.send_and_receive(messages, timeout=config.deadline_s)))
+        on_devices = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float)) and k != "num-examples"}
+        measured |= {f"device_{k}": v for k, v in on_devices.items()}
+        if not evaluate:
+            measured |= {k: v for k, v in on_devices.items() if k in ("accuracy", "loss")}
+    return measured
+
+
+def _commit_round(
+    store: Store, run_id: int, number: int, theta: Vector, reason: str | None, tally: Tally, trained: Mapping[str, float],
+    measured: Mapping[str, float], seconds: float,
+) -> RoundResult:
+    """The new parameters, what became of every assignment and all numbers, in one transaction."""
+    import sqlalchemy as sa
+
+    with store.write() as session:
+        row = session.get_one(Round, (run_id, number))
+        bytes_up = bytes_down = accepted = failed = 0
+        mine = sa.select(Assignment).where(Assignment.run_id == run_id, Assignment.round == number)
+        for assignment in session.scalars(mine):
+            bytes_down += assignment.bytes_down
+            update = session.get(Update, assignment.id)
+            bytes_up += update.bytes if update else 0
+            if assignment.kind == "evaluate":
+                assignment.status = "aggregated" if assignment.status == "uploaded" else assignment.status
+                continue
+            status, why, norm = tally.statuses.get(assignment.id, (assignment.status, assignment.error, None))
+            assignment.status, assignment.error = status, why
+            assignment.finished_at = assignment.finished_at or now()
+            if update:
+                update.reason, update.norm = why, norm
+            accepted, failed = accepted + (status == "aggregated"), failed + (status != "aggregated")
+        row.status, row.reason = ("failed", reason) if reason else ("finished", None)
+        row.parameters = put_blob(session, encode_vector(THETA, theta))
+        row.accuracy, row.loss, row.train_loss = measured.get("accuracy"), measured.get("loss"), trained.get("loss")
+        row.devices, row.failed, row.bytes_up, row.bytes_down = accepted, failed, bytes_up, bytes_down
+        row.seconds, row.finished_at = seconds, now()
+        named = {**{f"train_{k}": v for k, v in trained.items()}, **measured}
+        session.add_all(Metric(run_id=run_id, round=number, name=k[:100], value=v) for k, v in named.items() if np.isfinite(v))
+        return RoundResult(
+            number, row.status, row.accuracy, row.loss, row.train_loss, accepted, failed, bytes_up, bytes_down, seconds, reason
+        )
+
+
+def _finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> None:
+    with store.write() as session:
+        run = session.get_one(Run, run_id)
+        run.status, run.finished_at = "finished", now()
+        if config.release:
+            session.add(Release(
+                channel=run.channel, artifact_version=run.artifact_version, trainable_set=run.trainable_set, run_id=run_id,
+                parameters=put_blob(session, encode_vector(THETA, theta)),
+            ))

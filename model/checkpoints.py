@@ -1,0 +1,264 @@
+"""Model folders: `config.json`, `model.safetensors`, `vocab.txt`; Hugging Face's are read too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pocketfed.model.config import ConfigError, MobileBertConfig
+from pocketfed.model.mobilebert import MobileBert
+from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state
+from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocabulary
+
+CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
+CASE, CARD = "tokenizer_config.json", "README.md"
+OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD}
+PREFIX = "mobilebert."
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class CheckpointError(ValueError):
+    """A folder that no model can be read from, or written to."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at rest.
+
+    state: float32 tensors, named as in `MobileBert`, and `classifier.weight`, `classifier.bias` where there is a head.
+    labels: what the classifier's rows mean. quantization: "int8" if it is, or is to be, stored so.
+    """
+
+    config: MobileBertConfig
+    state: Mapping[str, Tensor]
+    vocabulary: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+    quantization: str | None = None
+    lower_case: bool = True
+
+    def __post_init__(self) -> None:
+        if self.quantization not in (None, "int8"):
+            raise CheckpointError(f"quantization is {self.quantization!r}; choose int8, or none")
+        if len(self.vocabulary) != self.config.vocab_size:
+            raise CheckpointError(
+                f"the vocabulary has {len(self.vocabulary)} tokens and the config's vocab_size is "
+                f"{self.config.vocab_size}; use the vocabulary the model was trained with"
+            )
+        _check_tensors(self.config, self.state, self.labels)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def save(checkpoint: Checkpoint, folder: Path, card: str | None = None) -> None:
+    """Write a model folder, whole or not at all; a model folder already there is replaced.
+
+    Args:
+        card: text of the folder's README.md.
+
+    Raises:
+        CheckpointError: the place is taken by something else, cannot be written to, or the weights are not finite.
+    """
+    folder = Path(folder)
+    check_writable(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}; choose another folder") from None
+    try:
+        fresh = work / "new"
+        fresh.mkdir()
+        _write(checkpoint, fresh, card)
+        if folder.exists():
+            os.replace(folder, work / "old")  # a folder that is not empty cannot be replaced in one move
+        os.replace(fresh, folder)
+    except OSError as error:
+        if (work / "old").exists() and not folder.exists():
+            os.replace(work / "old", folder)
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}; choose another folder") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises CheckpointError if something that is not a model folder of ours is in the way.
+
+    Worth calling before hours of training, not only after.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"{folder} is not a folder; name a folder for the model, new or empty")
+    held = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if held and not ({CONFIG, WEIGHTS} <= held and held <= OWN_FILES):
+        foreign = min(held - OWN_FILES, default=min(held))
+        raise CheckpointError(f"{folder} holds {foreign} and is not a model folder; name a new or an empty folder")
+
+
+def _write(checkpoint: Checkpoint, folder: Path, card: str | None) -> None:
+    content = {"model_type": "mobilebert", **checkpoint.config.to_dict()}
+    if checkpoint.quantization:
+        content["quantization"] = checkpoint.quantization
+    if checkpoint.labels is not None:
+        content["labels"] = list(checkpoint.labels)
+    try:
+        # Quantized or not, the check that every value is finite is the same.
+        stored, _ = quantize_state(checkpoint.state)
+    except QuantizationError as error:
+        raise CheckpointError(f"the model is not saved: {error}") from None
+    tensors = stored if checkpoint.quantization else {k: v.detach().float() for k, v in checkpoint.state.items()}
+    ordered = {name: tensors[name].contiguous().clone() for name in sorted(tensors)}
+    save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / CASE).write_text(json.dumps({"do_lower_case": checkpoint.lower_case}) + "\n", encoding="utf-8")
+    (folder / VOCABULARY).write_text("\n".join(checkpoint.vocabulary) + "\n", encoding="utf-8", newline="\n")
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a model folder of ours or Hugging Face's; int8 weights come back as float32, pre-training heads are dropped.
+
+    Raises:
+        CheckpointError: anything missing, damaged or not fitting; one sentence that names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}; check the path, or run `pocketfed distill`")
+    content = _read_config(folder)
+    tensors = _read_tensors(folder)
+    try:
+        config = MobileBertConfig.from_dict({**content, "classifier_activation": _has_pooler(content, tensors)})
+        vocabulary = load_vocabulary(folder)
+        state, labels = _student_tensors(config, dequantize_state(tensors)), _labels(content, tensors)
+        quantized = any(value.dtype == torch.int8 for value in tensors.values())
+        return Checkpoint(
+            config, state, vocabulary.tokens, labels, "int8" if quantized else None, vocabulary.lower_case
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no vocabulary; put its vocab.txt or tokenizer.json there") from None
+    except (CheckpointError, ConfigError, QuantizationError, VocabularyError) as error:
+        raise CheckpointError(f"{folder} is not a usable model: {error}") from None
+
+
+def load_student(checkpoint: Checkpoint) -> MobileBert:
+    """The encoder, ready to run, in evaluation mode; its tensors are copies."""
+    with torch.device("meta"):  # the initial weights would be thrown away
+        model = MobileBert(checkpoint.config)
+    state = {name: value.clone() for name, value in checkpoint.state.items() if not name.startswith("classifier.")}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def tokens_of(checkpoint: Checkpoint) -> Vocabulary:
+    """The checkpoint's vocabulary, as tokenizers want it."""
+    return Vocabulary(checkpoint.vocabulary, checkpoint.lower_case)
+
+
+def expected_shapes(config: MobileBertConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of a student, without building it."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in MobileBert(config).state_dict().items()}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{folder} has no readable {CONFIG}: not a model folder; check the path") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not JSON; fetch or save the model again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no object; fetch or save the model again")
+    kind = content.get("model_type", "mobilebert")
+    if kind != "mobilebert":
+        raise CheckpointError(f"{path} describes a {kind!r}; only mobilebert can be read")
+    return content
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = next(iter(sorted(p.name for p in folder.glob("*.bin"))), None)
+        if pickled:
+            raise CheckpointError(
+                f"{folder} holds {pickled}, a pickle, which can run any code when it is read; convert it to {WEIGHTS}"
+            )
+        raise CheckpointError(f"{folder} has no {WEIGHTS}; fetch or save the model again")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); fetch or save the model again") from None
+    return tensors
+
+
+def _has_pooler(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    stated = content.get("classifier_activation")
+    # Hugging Face's default is a pooler, ours is none, and its files may leave defaults out: the weights tell.
+    stored = any(name.removeprefix(PREFIX) == "pooler.dense.weight" for name in tensors)
+    return stored if stated is None or stated is True else stated
+
+
+def _student_tensors(config: MobileBertConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without Hugging Face's prefix, float32, and without what a student does not have."""
+    state: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        short = name.removeprefix(PREFIX)
+        unused = short.startswith(("cls.", "qa_outputs.")) or short == "embeddings.position_ids"
+        unused = unused or (short.startswith("pooler.") and not config.classifier_activation)
+        # Hugging Face allocates a second bottleneck that a model with use_bottleneck_attention never reads.
+        unused = unused or (config.use_bottleneck_attention and ".bottleneck.attention." in short)
+        if not unused:
+            state[short] = value.to(torch.float32) if value.dtype in FLOATS else value
+    return state
+
+
+def _labels(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+    labels = content.get("labels")
+    if labels is None and "classifier.weight" in tensors and isinstance(content.get("id2label"), dict):
+        named = content["id2label"]
+        labels = [named.get(str(i)) for i in range(len(named))]
+    if labels is None:
+        return None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"labels are {labels!r}; they must be a list of texts")
+    return tuple(labels)
+
+
+def _check_tensors(config: MobileBertConfig, state: Mapping[str, Tensor], labels: tuple[str, ...] | None) -> None:
+    expected = expected_shapes(config)
+    if "classifier.weight" in state:
+        rows = state["classifier.weight"].shape[0] if labels is None else len(labels)
+        expected |= {"classifier.weight": (rows, config.hidden_size), "classifier.bias": (rows,)}
+    missing = next((name for name in expected if name not in state), None)
+    if missing:
+        raise CheckpointError(f"the tensor {missing}, which the config asks for, is missing; fetch both again")
+    extra = next((name for name in state if name not in expected), None)
+    if extra:
+        raise CheckpointError(f"the tensor {extra} has no place in the model of the config; fetch both again")
+    for name, shape in expected.items():
+        value = state[name]
+        if tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"the tensor {name} has shape {tuple(value.shape)} and the config asks for {shape}; fetch both again"
+            )
+        if value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(f"the tensor {name} holds {kind}; save it as float32")
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"the tensor {name} holds a value that is NaN or infinite; train the model again")
