@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import CHUNK_BYTES, Release, put_artifact, put_blob, split_chunks
+from pocketfed.coordinator.store import CHUNK_BYTES, Artifact, Release, iterate_blob, put_artifact, put_blob, split_chunks
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -210,3 +210,17 @@ def publish_artifact(session: Session, artifact: BuiltArtifact, channel: str, tr
     session.add(release)
     session.flush()
     return release
+
+
+def export_artifact(session: Session, version: str, folder: Path) -> None:
+    """Write a stored artifact back as a folder.
+
+    Raises:
+        StoreError: the database does not hold all of it.
+    """
+    manifest = session.get_one(Artifact, version).manifest
+    folder.mkdir(parents=True)
+    for name, file in manifest["files"].items():
+        with (folder / name).open("wb") as stream:
+            stream.writelines(iterate_blob(session, file["sha256"]))
+    (folder / MANIFEST).write_bytes(manifest_bytes(manifest))

@@ -16,7 +16,7 @@ def plain(text: str | None, limit: int = 60) -> str:
     """Text of a stranger on one line: no control or direction-changing characters, cut at `limit` characters.
 
     >>> plain("a\\n b\\u202ec" + "x" * 99, limit=8)
-    'a b cxx…'
+    'a bcxxx…'
     """
     if not text:
         return ""
@@ -89,7 +89,7 @@ def percent(share: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """
-    >>> duration(4.26), duration(95), duration(7_300)
+    >>> duration(4.26), duration(95), duration(7_320)
     ('4.3 s', '1 min 35 s', '2 h 2 min')
     """
     if seconds is None:

@@ -32,7 +32,8 @@ SETTLED = """
 const busy = document.querySelector('[data-testid="stStatusWidget"], [data-testid="stSkeleton"], [data-stale="true"]');
 const body = document.querySelector('[data-testid="stMain"]');
 return !busy && body !== null && body.innerText.length > 80
-    && [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')].every(c => c.querySelector('canvas.marks, svg.marks'));
+    && document.querySelector('[data-testid="stApp"]').dataset.testScriptState === 'notRunning'
+    && [...document.querySelectorAll('[data-testid="stVegaLiteChart"]')].every(c => c.querySelector('.marks'));
 """
 
 

@@ -67,14 +67,14 @@ class Dataset:
     def with_test(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
         """A data set that surely has a test; `test_source` says where it is from.
 
-        Its own test, else dev (which is then no longer dev), else a seeded part of train: of each label `fraction`, rounded,
-        but never the label's last example.
+        Its own test, else dev (which is then no longer dev), else a seeded part of train: of each label `fraction`,
+        rounded, but never the label's last example.
 
         Raises:
             DataError: a fraction not between 0 and 1, or too few examples to hold one out.
         """
         if not 0 < fraction < 1:
-            raise DataError(f"a test fraction of {fraction} holds out nothing or everything; choose one between 0 and 1")
+            raise DataError(f"a test fraction of {fraction} holds out nothing or all; choose one between 0 and 1")
         if self.test:
             return self
         if self.dev:
@@ -87,7 +87,8 @@ class Dataset:
             held |= {mine[i] for i in random.permutation(len(mine))[: max(wanted, 0)]}
         if not held:
             raise DataError(
-                f"{self.name} has {len(self.train)} training examples, too few to hold out {fraction:.0%}; add a test file"
+                f"{self.name} has {len(self.train)} training examples, too few to hold out {fraction:.0%}; "
+                "add a test file"
             )
         return replace(
             self,
@@ -207,7 +208,8 @@ def _table(path: Path) -> _Table:
             return _objects(path, items)
         raise DataError(f"{path} holds no list of objects; give a list of {{\"text\": …, \"label\": …}}")
     known = ", ".join(_ROW_SUFFIXES + _LINE_SUFFIXES)
-    raise DataError(f"{path} has the extension {suffix or '(none)'}, which is not read; give one of {known}, or a folder")
+    shown = suffix or "(none)"
+    raise DataError(f"{path} has the extension {shown}, which is not read; give one of {known}, or a folder")
 
 
 # --- folders -> tables of splits ------------------------------------------------------------------------------------
@@ -313,7 +315,8 @@ def _json_splits(path: Path) -> dict[str, _Table]:
             {"text": t, "label": y} | ({"domain": domain_of[y]} if isinstance(y, str) and y in domain_of else {})
             for t, y in pairs
         ]
-        tables[split] = _Table(path, ("text", "label"), rows, {"not a pair of text and label": len(items) - len(pairs)})
+        bad = {"not a pair of text and label": len(items) - len(pairs)}
+        tables[split] = _Table(path, ("text", "label", "domain"), rows, bad)
     known = {n for names in _SPLITS.values() for n in names}
     left_out = {f"split {k}": len(v) for k, v in document.items() if k not in known and isinstance(v, list)}
     tables["train"] = replace(tables["train"], bad={**tables["train"].bad, **left_out})
@@ -351,7 +354,7 @@ def _tables(path: Path, labelled: bool) -> dict[str, _Table]:
 
 
 def _clean(value: Any) -> str | None:
-    """A cell as text: NULs removed, halves of surrogate pairs (which UTF-8 cannot hold) replaced; None if it is no scalar."""
+    """A cell as text, None if it is no scalar: without NULs, and without lone surrogates, which UTF-8 cannot hold."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value).lower()
     if not isinstance(value, str | int | float):
@@ -459,11 +462,12 @@ def _read(path: str | Path, labelled: bool) -> Dataset:
 def read_dataset(path: str | Path, labelled: bool = True) -> Dataset:
     """Labelled texts from a file or folder.
 
-    A CSV (RFC 4180), TSV (no quoting), JSONL or JSON file with a column `text` (or sentence, utterance, question; pairs:
-    text + text_pair, sentence1 + sentence2, text_a + text_b, question1 + question2, premise + hypothesis), `label` (or
-    category, intent, class) and, optionally, `user` (or speaker); a folder with `train.*`, `dev|valid|validation|val.*`,
-    `test.*` of those; a classification folder of GLUE; a folder with `train/seq.in` and `train/label`; CLINC150's
-    `data_full.json`; MRDA's folders of meetings. UTF-8. Rows that cannot be used are counted in `skipped` by reason.
+    A CSV (RFC 4180), TSV (no quoting), JSONL or JSON file with a column `text` (or sentence, utterance, question;
+    pairs: text + text_pair, sentence1 + sentence2, text_a + text_b, question1 + question2, premise + hypothesis),
+    `label` (or category, intent, class) and, optionally, `user` (or speaker); a folder with `train.*`,
+    `dev|valid|validation|val.*`, `test.*` of those; a classification folder of GLUE; a folder with `train/seq.in` and
+    `train/label`; CLINC150's `data_full.json`; MRDA's folders of meetings. UTF-8. Rows that cannot be used are counted
+    in `skipped` by reason.
 
     Raises:
         DataError: a path that holds nothing usable; the sentence names it and the remedy.

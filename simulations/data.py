@@ -1,7 +1,7 @@
 """The demo's text: people who talk to an assistant, each in their own way.
 
 A seeded grammar in which about half of the utterances mean what they mean by word *order*: "move 20 from savings to
-checking" and its reverse, "remind anna to call ben" and "call anna to remind ben", "stop the music rather than start the
+checking" and its reverse, "remind anna to call ben" and "call anna to remind ben", "stop the music rather than start a
 timer" and the other way round. Such pairs share every word, so a bag of words can only guess between them.
 """
 
@@ -42,8 +42,12 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "play_music": ("play {music}", "put on {music}", "start playing {music} in the {room}"),
     "stop_music": ("stop the music in the {room}", "pause {music}", "stop playing {music}"),
     "set_alarm": ("set an alarm for {time} {day}", "wake me up at {time} {day}", "make an alarm for {time}"),
-    "set_timer": ("set a timer for {minutes} minutes", "start a {minutes} minute timer", "count down {minutes} minutes"),
-    "get_weather": ("check the weather in {city} {day}", "tell me if it rains in {city} {day}", "show the forecast for {city}"),
+    "set_timer": (
+        "set a timer for {minutes} minutes", "start a {minutes} minute timer", "count down {minutes} minutes",
+    ),
+    "get_weather": (
+        "check the weather in {city} {day}", "tell me if it rains in {city} {day}", "show the forecast for {city}",
+    ),
     "add_to_list": ("add {food} to my list", "put {food} and {food2} on the list", "write {food} on the shopping list"),
 }
 
@@ -63,7 +67,8 @@ ROLES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ),
     ("make_call", "set_reminder"): (
         "{one} {person} to {other} {person2}", "{one} {person} to {other} {person2} about {matter}",
-        "{one} {person} about {matter} and {other} {person2}", "please {one} {person} then {other} {person2} about {matter}",
+        "{one} {person} about {matter} and {other} {person2}",
+        "please {one} {person} then {other} {person2} about {matter}",
     ),
 }
 
@@ -79,7 +84,7 @@ PLAIN: Mapping[str, tuple[str, ...]] = {
     "set_reminder": ("remind me about {matter} {day}", "remind {person} of {matter}", "do not let me forget {matter}"),
 }
 
-# Two commands in one utterance; the label is {A}'s. In a correction it is what is wanted, in a sequence what comes first.
+# Two commands in one utterance; the label is {A}'s: in a correction what is wanted, in a sequence what comes first.
 CONNECTIVES: tuple[str, ...] = (
     "{B} no wait {A}", "{A} rather than {B}", "do not {B} but {A}", "{A} and do not {B}",
     "{A} before you {B}", "before you {B} {A}", "{B} after you {A}", "after you {A} {B}",
@@ -209,7 +214,9 @@ def _misspell(word: str, random_: random.Random) -> str:
 def _decorate(core: str, speaker: Speaker, random_: random.Random) -> str:
     """Manners, fillers, typing mistakes and capitals."""
     words = core.split()
-    words = [_misspell(w, random_) if len(w) > 3 and random_.random() < speaker.typo_rate else w for w in words]
+    # Numbers are spared: 1000 misspelt as 100 would be another command, perhaps one of the test.
+    slips = [len(w) > 3 and w.isalpha() and random_.random() < speaker.typo_rate for w in words]
+    words = [_misspell(w, random_) if slip else w for w, slip in zip(words, slips, strict=True)]
     if random_.random() < speaker.filler_rate:
         words.insert(random_.randrange(len(words)), random_.choice(_FILLERS))
     before = speaker.opening if random_.random() < speaker.polite_rate else ""
@@ -219,7 +226,7 @@ def _decorate(core: str, speaker: Speaker, random_: random.Random) -> str:
 
 
 def _held_out(core: str) -> bool:
-    """Whether a command belongs to the test: its own hash decides, whatever the seed, so no split can leak into another."""
+    """Whether a command belongs to the test: its own hash decides, whatever the seed, so nothing leaks between splits."""
     return hashlib.blake2b(core.encode(), digest_size=1).digest()[0] < HELD_OUT
 
 
@@ -252,7 +259,7 @@ def assistant_dataset(
         ValueError: nobody, or nothing said.
     """
     if users < 1 or utterances_per_user < 1:
-        raise ValueError(f"{users} users saying {utterances_per_user} utterances each say nothing; give at least 1 of both")
+        raise ValueError(f"{users} users saying {utterances_per_user} utterances say nothing; give at least 1 of each")
     train = [
         example
         for u in range(users)

@@ -22,10 +22,11 @@ def partition(examples: Sequence[Example], spec: str, devices: int, seed: int) -
 
     Args:
         spec: `iid`, shuffled and dealt evenly (sizes differ by at most one);
-            `dirichlet:ALPHA`, for each label its share on each device drawn from Dir(ALPHA), drawn again while a device has
-            nothing (Yurochkin et al. 2019, section 4; Hsu et al. 2019, section 3): small ALPHA, few labels a device;
-            `by:COLUMN`, where a value of the column (`user` or another field) stays on one device; with more values than
-            devices, the largest first, in rounds over the devices.
+            `dirichlet:ALPHA`, for each label its shares over the devices drawn from Dir(ALPHA) (Yurochkin et al. 2019,
+            section 4; the skew Hsu et al. 2019 study), drawn again while a device has nothing: the smaller ALPHA, the
+            fewer labels a device has;
+            `by:COLUMN`, where a value of the column (`user`, `label` or a field) stays on one device; with more values
+            than devices, the largest first, in rounds over the devices.
         seed: the same seed gives the same partition; `by:` needs none.
 
     Raises:
@@ -44,7 +45,9 @@ def partition(examples: Sequence[Example], spec: str, devices: int, seed: int) -
         return _dirichlet(examples, _alpha(spec, argument), devices, random)
     if kind == "by" and argument:
         return _by_column(examples, argument, devices)
-    raise PartitionError(f"there is no partition {spec!r}; give iid, dirichlet:ALPHA (such as dirichlet:0.3) or by:COLUMN")
+    raise PartitionError(
+        f"there is no partition {spec!r}; give iid, dirichlet:ALPHA (such as dirichlet:0.3) or by:COLUMN"
+    )
 
 
 def _alpha(spec: str, argument: str) -> float:
@@ -107,7 +110,9 @@ def _value(example: Example, column: str) -> str | None:
     return example.fields.get(column.lower())
 
 
-def label_counts(examples: Sequence[Example], parts: Sequence[Sequence[int]], labels: Sequence[str]) -> NDArray[np.int64]:
+def label_counts(
+    examples: Sequence[Example], parts: Sequence[Sequence[int]], labels: Sequence[str]
+) -> NDArray[np.int64]:
     """How often each device holds each label: (devices, labels) int64. Examples of other labels are not counted."""
     column = {label: i for i, label in enumerate(labels)}
     counts = np.zeros((len(parts), len(labels)), np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -343,6 +344,12 @@ def test_names_lose_what_would_mislead_a_reader() -> None:
     assert words.plain("العربية") == "العربية"
     assert words.markup("<script>") == "<bdi>&lt;script&gt;</bdi>"
     assert words.cell("=HYPERLINK(1)") == "'=HYPERLINK(1)"
+
+
+def test_the_examples_of_words_hold() -> None:
+    found = doctest.testmod(words)
+    assert found.attempted > 5
+    assert found.failed == 0
 
 
 def test_a_chart_of_one_run_holds_a_point_for_every_known_value(store: Store) -> None:

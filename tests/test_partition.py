@@ -14,13 +14,13 @@ LABELS = ("a", "b", "c", "d", "e")
 
 def examples(count: int) -> list[Example]:
     """Labels in turn; user u0 says half, u1 a quarter, u2 an eighth and so on down to u5; rooms in turn of three."""
+    zeros = [((i + 1) & -(i + 1)).bit_length() - 1 for i in range(count)]  # trailing zero bits of i + 1
     return [
-        Example(str(i), LABELS[i % 5], user=f"u{min(5, (i + 1 & -(i + 1)).bit_length() - 1)}", fields={"room": f"r{i % 3}"})
-        for i in range(count)
+        Example(str(i), LABELS[i % 5], user=f"u{min(5, zeros[i])}", fields={"room": f"r{i % 3}"}) for i in range(count)
     ]
 
 
-@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.1", "dirichlet:1", "dirichlet:100", "by:user", "by:room", "by:label"])
+@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.1", "dirichlet:1", "by:user", "by:room", "by:label"])
 @pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_example_is_on_exactly_one_device(spec: str, devices: int, seed: int) -> None:
@@ -65,7 +65,7 @@ def test_a_smaller_alpha_skews_labels_more() -> None:
 
 
 def test_dirichlet_shares_have_the_mean_and_spread_of_the_distribution() -> None:
-    """A device's share of a label has mean 1/K and variance (1/K)(1 - 1/K)/(K alpha + 1): K = 4, alpha = 1 gives 0.0375."""
+    """A device's share of a label has mean 1/K and variance (1/K)(1 - 1/K)/(K alpha + 1), .0375 for K = 4."""
     data = examples(2000)  # 400 of each label
     parts = [partition(data, "dirichlet:1", 4, seed) for seed in range(300)]
     shares = np.stack([label_counts(data, p, LABELS) for p in parts]) / 400  # (300, 4, 5)

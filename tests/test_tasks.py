@@ -41,7 +41,10 @@ def test_a_csv_is_read_with_its_user_and_other_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "d.csv", 'text,label,user,room\n"hi, you",greet,ann,7\nbye,leave,,8\n')
     assert read_dataset(path) == Dataset(
         name="d",
-        train=(Example("hi, you", "greet", user="ann", fields={"room": "7"}), Example("bye", "leave", fields={"room": "8"})),
+        train=(
+            Example("hi, you", "greet", user="ann", fields={"room": "7"}),
+            Example("bye", "leave", fields={"room": "8"}),
+        ),
         dev=(), test=(), labels=("greet", "leave"), skipped={}, test_source="none",
     )
 
@@ -77,8 +80,11 @@ def test_a_csv_cell_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> No
 
 def test_json_lines_are_read_with_labels_of_any_scalar_kind(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": True, "speaker": 7}, {"label": "x", "text": "c\u2028d"}]
-    read = read_dataset(write(tmp_path / "d.jsonl", "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"))
-    assert [(e.text, e.label, e.user) for e in read.train] == [("a", "1", None), ("b", "true", "7"), ("c\u2028d", "x", None)]
+    content = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
+    read = read_dataset(write(tmp_path / "d.jsonl", content))
+    assert [(e.text, e.label, e.user) for e in read.train] == [
+        ("a", "1", None), ("b", "true", "7"), ("c\u2028d", "x", None)
+    ]
 
 
 def test_a_json_list_is_read(tmp_path: Path) -> None:
@@ -104,9 +110,11 @@ def test_emoji_and_every_script_survive(tmp_path: Path) -> None:
 def test_bad_rows_are_counted_with_a_reason_and_the_rest_is_kept(tmp_path: Path) -> None:
     rows = [
         '{"text": "good", "label": "a"}', '{"text": "fine", "label": "b"}',
-        '{"text": "", "label": "a"}', '{"text": "  ", "label": "a"}', '{"text": "\\u0000", "label": "a"}', '{"label": "a"}',
+        '{"text": "", "label": "a"}', '{"text": "  ", "label": "a"}', '{"text": "\\u0000", "label": "a"}',
+        '{"label": "a"}',
         '{"text": null, "label": "a"}', '{"text": 5, "label": "a"}', '{"text": "x"}', '{"text": "x", "label": ""}',
-        '{"text": "x", "label": ["a"]}', '{"text": "x", "label": "' + "y" * 201 + '"}', "not json", "[1]", "[" * 100_000,
+        '{"text": "x", "label": ["a"]}', '{"text": "x", "label": "' + "y" * 201 + '"}',
+        "not json", "[1]", "[" * 100_000,
     ]
     read = read_dataset(write(tmp_path / "d.jsonl", "\n".join(rows)))
     assert texts(read) == ["good", "fine"]
@@ -136,7 +144,7 @@ def test_a_label_that_train_does_not_have_is_skipped_in_dev_and_test(tmp_path: P
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl"])
 def test_nul_bytes_are_removed_and_what_is_left_is_kept(tmp_path: Path, name: str) -> None:
     if name.endswith("jsonl"):
-        content = '{"text": "he\\u0000llo", "label": "a"}\n{"text": "a longer text, so that it is no binary", "label": "b"}'
+        content = '{"text": "he\\u0000llo", "label": "a"}\n{"text": "another one", "label": "b"}'
     else:
         mark = "," if name.endswith("csv") else "\t"
         content = f"text{mark}label\nhe\0llo{mark}a\na longer text so that it is no binary file{mark}b\n"
@@ -207,7 +215,7 @@ def test_a_missing_path_is_refused_in_a_sentence(tmp_path: Path, name: str) -> N
 
 def test_a_folder_of_something_else_says_what_was_looked_for(tmp_path: Path) -> None:
     write(tmp_path / "notes.md", "hello")
-    with pytest.raises(DataError, match=r"none of the known layouts; looked for train\.csv.*train/seq\.in.*data_full\.json"):
+    with pytest.raises(DataError, match=r"none of the known layouts; looked for train\.csv.*seq\.in.*data_full\.json"):
         read_dataset(tmp_path)
 
 
@@ -228,7 +236,8 @@ def test_a_folder_of_splits_may_mix_formats(tmp_path: Path, dev: str) -> None:
     write(tmp_path / "test.jsonl", '{"utterance": "ciao", "intent": "leave"}')
     write(tmp_path / "readme.txt", "not data")
     read = read_dataset(tmp_path)
-    assert [texts(read), [e.text for e in read.dev], [e.text for e in read.test]] == [["hello", "bye"], ["hey"], ["ciao"]]
+    assert texts(read) == ["hello", "bye"]
+    assert [e.text for e in read.dev + read.test] == ["hey", "ciao"]
     assert read.test_source == "given"
     assert read.name == tmp_path.name
 
@@ -260,11 +269,13 @@ def test_mrpc_train_is_split_by_dev_ids(tmp_path: Path) -> None:
 
 
 def test_seq_in_and_label_are_matched_line_by_line(tmp_path: Path) -> None:
-    for split, lines, labels in (("train", "a b\nc\n", "X\nY\n"), ("valid", "d\n", "X\n"), ("test", "e \n\n", "Y\nX\n")):
+    content = {"train": ("a b\nc\n", "X\nY\n"), "valid": ("d\n", "X\n"), "test": ("e \n\n", "Y\nX\n")}
+    for split, (lines, labels) in content.items():
         write(tmp_path / split / "seq.in", lines)
         write(tmp_path / split / "label", labels)
     read = read_dataset(tmp_path)
-    assert [(e.text, e.label) for e in read.train + read.dev + read.test] == [("a b", "X"), ("c", "Y"), ("d", "X"), ("e", "Y")]
+    assert [(e.text, e.label) for e in read.train] == [("a b", "X"), ("c", "Y")]
+    assert [(e.text, e.label) for e in read.dev + read.test] == [("d", "X"), ("e", "Y")]
     assert read.skipped == {"empty text": 1}
 
 
@@ -276,7 +287,9 @@ def test_seq_in_and_label_of_different_length_are_refused(tmp_path: Path) -> Non
 
 
 def test_clinc_json_has_splits_domains_and_counted_out_of_scope(tmp_path: Path) -> None:
-    document = {"train": [["a", "x"], ["b", "y"]], "val": [["c", "x"]], "test": [["d", "y"]], "oos_test": [["e", "oos"]] * 3}
+    document = {
+        "train": [["a", "x"], ["b", "y"]], "val": [["c", "x"]], "test": [["d", "y"]], "oos_test": [["e", "oos"]] * 3
+    }
     path = write(tmp_path / "data_full.json", json.dumps(document))
     write(tmp_path / "domains.json", '{"letters": ["x"]}')
     read = read_dataset(tmp_path)
@@ -399,7 +412,7 @@ def test_real_data_is_read_whole(folder: str, sizes: tuple[int, int, int], label
 
 @needs_shared
 def test_regression_is_refused() -> None:
-    with pytest.raises(DataError, match="STS-B/train.tsv is a regression task"):
+    with pytest.raises(DataError, match=r"train\.tsv is a regression task"):
         read_dataset(SHARED / "glue" / "STS-B")
 
 

@@ -1,0 +1,225 @@
+"""publish, serve, device, dashboard: what concerns a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocketfed.cli.output import format_bytes, print_json, print_round, print_round_header, write_json
+
+if TYPE_CHECKING:
+    from pocketfed.coordinator.config import RunConfig
+    from pocketfed.coordinator.server import CoordinatorServer
+    from pocketfed.coordinator.store import Store
+
+Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+def publish(
+    model_dir: Annotated[Path, typer.Argument(help="A model folder, or an artifact that was built with --out.")],
+    channel: Annotated[str, typer.Option(help="Devices follow a channel.")],
+    database: Database,
+    labels: Annotated[str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")] = "",
+    train: Annotated[list[str] | None, typer.Option(help="Trainable sets to build plans for; the first is released. May be repeated.")] = None,
+    max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
+    json: Json = False,
+) -> None:
+    """Build an artifact (plans, int8 backbone, tokenizer, manifest) and release it on a channel."""
+    import tempfile
+
+    from pocketfed.coordinator.artifacts import MANIFEST, publish_artifact, read_artifact
+    from pocketfed.coordinator.store import Store
+
+    with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
+        if (model_dir / MANIFEST).is_file():
+            built = read_artifact(model_dir)
+        else:
+            built = _build(model_dir, out or Path(scratch) / "artifact", labels, train or ["lora:8"], max_length, seed, quiet=json)
+        store = Store(database)
+        try:
+            with store.write() as session:
+                release = publish_artifact(session, built, channel, train[0] if train else None)
+                released = {"release": release.id, "trainable_set": release.trainable_set}
+        finally:
+            store.close()
+    total = sum(f["bytes"] for f in built.manifest["files"].values())
+    report = {"version": built.version, "channel": channel, "bytes": total, "sizes": built.manifest["sizes"], **released}
+    if json:
+        print_json(report)
+    else:
+        print(f"released {built.version[:12]} ({format_bytes(total)}) on {channel!r}, training {released['trainable_set']}")
+
+
+def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_length: int, seed: int, quiet: bool) -> Any:
+    from pocketfed.coordinator.artifacts import PublishError, build_artifact
+    from pocketfed.model.checkpoints import load, tokens_of
+    from pocketfed.model.tasks import read_dataset
+
+    checkpoint = load(model_dir)
+    if labels and Path(labels).exists():
+        names = list(read_dataset(labels).labels)
+    else:
+        names = [n.strip() for n in labels.split(",") if n.strip()] or list(checkpoint.labels or ())
+    if not names:
+        raise PublishError(f"{model_dir} is task-agnostic, so the artifact needs labels; give --labels A,B,C or --labels DATA")
+    return build_artifact(
+        folder, config=checkpoint.config, state=checkpoint.state, vocabulary=tokens_of(checkpoint), labels=names, trainable_sets=sets,
+        quantized=checkpoint.quantization == "int8", max_length=max_length, preset=model_dir.resolve().name, seed=seed,
+        progress=lambda step: None if quiet else print(f"{step} ...", flush=True),
+    )
+
+
+def serve(
+    database: Database,
+    listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 for any free one.")] = "127.0.0.1:8765",
+    run: Annotated[Path | None, typer.Option(help="A run to drive, as TOML.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the run: NAME=VALUE, local.NAME=VALUE.")] = None,
+    enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY", help="Devices must know it to enrol.")] = "",
+    exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
+) -> None:
+    """Serve artifacts and assignments to devices, and drive a run if one is given."""
+    import threading
+
+    from pocketfed.coordinator.config import load_run_config
+    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
+    from pocketfed.coordinator.store import Store
+
+    config = load_run_config(run, set_ or []) if run is not None or set_ else None
+    stopping = threading.Event()
+    _on_termination(stopping.set)
+    store = Store(database)
+    try:
+        lease_s = config.lease_s if config else 30.0
+        with CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key)) as server:
+            host = listen.rpartition(":")[0]
+            print(f"listening on {host}:{server.port}", flush=True)
+            if config is not None:
+                _drive(store, server, config, json, stopping.is_set)
+            if not (config is not None and exit_when_done):
+                stopping.wait()
+    finally:
+        store.close()
+
+
+def _drive(store: Store, server: CoordinatorServer, config: RunConfig, json: Path | None, should_stop: Callable[[], bool]) -> None:
+    import tempfile
+    from dataclasses import asdict
+    from hashlib import sha256
+
+    from pocketfed.coordinator.grid import FleetGrid
+    from pocketfed.coordinator.rounds import create_run, drive_run, starting_theta
+
+    run_id = create_run(store, config)
+    _, size = starting_theta(store, run_id)
+    grid = FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, config.lease_s)
+    rounds: list[dict[str, Any]] = []
+
+    def show(result: Any) -> None:
+        rounds.append(asdict(result))
+        print_round(result)
+
+    def forget(assignment_ids: list[str]) -> None:
+        for assignment_id in assignment_ids:
+            server.assignments.upload_path(assignment_id).unlink(missing_ok=True)
+
+    print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
+    print_round_header()
+    with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
+        evaluate = _test_set(store, run_id, config, Path(scratch)) if config.test_data else None
+        theta = drive_run(store, run_id, grid, config, evaluate, show, forget, should_stop)
+    if json is not None:
+        write_json(json, {"run": run_id, "rounds": rounds, "seed": config.seed, "parameters_sha256": sha256(theta.tobytes()).hexdigest()})
+    print(f"run {run_id} finished" + (f"; released on {config.channel!r}" if config.release else ""), flush=True)
+
+
+def _test_set(store: Store, run_id: int, config: RunConfig, scratch: Path) -> Callable[[Any], Mapping[str, float]]:
+    """Measures theta on the run's test_data, with the very plans that devices use."""
+    from pocketfed.client_sdk.artifacts import open_artifact
+    from pocketfed.client_sdk.plan_trainer import PlanTrainer
+    from pocketfed.client_sdk.trainer import evaluate
+    from pocketfed.coordinator.artifacts import export_artifact
+    from pocketfed.coordinator.store import Run
+    from pocketfed.model.tasks import read_dataset
+    from pocketfed.simulations.run import encode_examples
+
+    with store.read() as session:
+        run = session.get_one(Run, run_id)
+        export_artifact(session, run.artifact_version, scratch / "artifact")
+        trainer = PlanTrainer(open_artifact(scratch / "artifact", run.artifact_version), run.trainable_set)
+    dataset = read_dataset(config.test_data, labelled=False)
+    examples = encode_examples(trainer, dataset.test or dataset.train, config.local.max_length)
+    return lambda theta: evaluate(trainer, theta, examples)
+
+
+def device(
+    coordinator: Annotated[str, typer.Option(help="HOST:PORT")],
+    data: Annotated[Path, typer.Option(help="This device's labelled texts; they stay here.")],
+    home: Annotated[Path, typer.Option(help="A folder for this device alone.")],
+    name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
+    channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
+    enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow an unencrypted link to another machine.")] = False,
+) -> None:
+    """Be a device: take part in rounds with the texts in --data, until told to stop."""
+    import threading
+
+    from pocketfed.client_sdk import Device
+    from pocketfed.model.tasks import read_dataset
+
+    dataset = read_dataset(data, labelled=False)
+    stopping = threading.Event()
+    _on_termination(stopping.set)
+    with Device(
+        coordinator, home, name=name, channel=channel, enrolment_key=enrolment_key, insecure=insecure,
+        on_status=lambda status: print(status, flush=True),
+    ) as member:
+        member.examples.forget()  # the file is the truth: home's copy is made anew
+        added = member.add_examples((e.text, e.label, e.text_pair) for e in dataset.train)
+        skipped = {**dataset.skipped, **added.skipped}
+        notes = "".join(f", skipped {count}: {reason}" for reason, count in skipped.items())
+        print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{notes}", flush=True)
+        member.start()
+        stopping.wait()
+
+
+def dashboard(
+    database: Database,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
+    address: Annotated[str, typer.Option(help="To listen on; other machines can look in only if this is not loopback.")] = "127.0.0.1",
+) -> None:
+    """Show runs, devices and models of a database in the browser."""
+    import importlib.util
+    import socket
+    import subprocess
+
+    from pocketfed.coordinator.store import database_url
+    from pocketfed.dashboard.launch import command, environment
+
+    if importlib.util.find_spec("streamlit") is None:
+        raise ModuleNotFoundError(name="streamlit")
+    database_url(database)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise typer.BadParameter(f"cannot listen on {address}:{port}: {error.strerror}; choose another --port") from None
+    print(f"dashboard on http://{address}:{port}", flush=True)
+    process = subprocess.Popen(command(port, address), env=environment(database))
+    _on_termination(process.terminate)
+    raise typer.Exit(max(0, process.wait()))
+
+
+def _on_termination(stop: Callable[[], object]) -> None:
+    """Ctrl-C and SIGTERM end the command in good order."""
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop())

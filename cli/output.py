@@ -1,0 +1,94 @@
+"""What the commands print: tables and progress for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+ROUND_COLUMNS = ("round", "accuracy", "loss", "devices", "failed", "up", "down", "seconds")
+
+
+def console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def format_bytes(count: float) -> str:
+    """
+    >>> format_bytes(1_500_000)
+    '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table: Table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))  # Text: names are shown, never read as markup
+    console().print(table)
+
+
+def round_cells(result: Any) -> list[str]:
+    """A RoundResult as a row of ROUND_COLUMNS."""
+    accuracy = "" if result.accuracy is None else f"{result.accuracy:.4f}"
+    loss = "" if result.loss is None else f"{result.loss:.4f}"
+    return [
+        str(result.number), accuracy, loss, str(result.devices), str(result.failed), format_bytes(result.bytes_up),
+        format_bytes(result.bytes_down), f"{result.seconds:.1f}",
+    ]
+
+
+def print_round_header() -> None:
+    print("".join(name.rjust(10) for name in ROUND_COLUMNS), flush=True)
+
+
+def print_round(result: Any) -> None:
+    print("".join(cell.rjust(10) for cell in round_cells(result)) + (f"  {result.reason}" if result.reason else ""), flush=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Bars on stderr; nothing where stderr is not a terminal and not asked for."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(), console=console(stderr=True),
+    ) as bar:
+        yield bar
+
+
+def sizes_rows(sizes: Mapping[str, int]) -> list[list[str]]:
+    return [[name, format_bytes(count), f"{sizes['fp32'] / count:.2f} x smaller"] for name, count in sizes.items()]
