@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from pocketfed.coordinator.store import Artifact, Assignment, Device, Release, Round, Run, Store, Update, now, put_blob
 from sqlalchemy.orm import Session
+
+from pocketfed.coordinator.store import Artifact, Assignment, Device, Release, Round, Run, Store, Update, now, put_blob
 
 FAILURES = ("the battery fell below 20 %", "the app was closed", "no space left for the artifact")
 PHASES = ("downloading", "training", "training", "uploading")

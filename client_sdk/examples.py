@@ -11,7 +11,8 @@ from pathlib import Path
 MAX_TEXT = 1_000_000  # characters; longer texts are skipped, not cut
 _SCHEMA = """
 create table if not exists examples (
-    id integer primary key, text text not null, text_pair text, label text, added_at real not null default (unixepoch('subsec'))
+    id integer primary key, text text not null, text_pair text, label text,
+    added_at real not null default ((julianday('now') - 2440587.5) * 86400.0) -- seconds since 1970
 )"""
 
 

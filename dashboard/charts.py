@@ -7,6 +7,7 @@ from typing import Any
 
 import altair as alt
 import pandas as pd
+
 from pocketfed.dashboard.queries import ArtifactLine, Bin, Funnel, RoundLine
 from pocketfed.dashboard.words import plain
 

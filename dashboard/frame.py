@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import sqlalchemy as sa
 import streamlit as st
+
 from pocketfed.coordinator.store import Store, StoreError, database_url
 from pocketfed.dashboard import queries
 from pocketfed.dashboard.charts import BLUE, GREY, ORANGE, RED, TEAL, run_label

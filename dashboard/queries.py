@@ -13,8 +13,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from pocketfed.coordinator.store import Artifact, Assignment, Blob, Device, Release, Round, Run, Update
 from sqlalchemy.orm import Session
+
+from pocketfed.coordinator.store import Artifact, Assignment, Blob, Device, Release, Round, Run, Update
 
 OFFLINE_AFTER_S = 60
 STATES = ("offered", "downloading", "training", "uploading", "idle", "offline")

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pocketfed.dashboard.launch import command, environment
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
+from pocketfed.dashboard.launch import command, environment
 
 START_S = 30  # seconds the server, and any page, may take to appear
 SETTLED = """
@@ -127,7 +128,8 @@ def contacted(driver: webdriver.Chrome) -> set[str]:
         parameters: dict[str, Any] = message.get("params", {})
         url = parameters.get("request", {}).get("url") if message["method"] == "Network.requestWillBeSent" else None
         url = parameters.get("url") if message["method"] == "Network.webSocketCreated" else url
-        if url and urlsplit(url).hostname:
+        # chrome:// pages and data: pictures come from the browser itself
+        if url and urlsplit(url).scheme in ("http", "https", "ws", "wss"):
             hosts.add(str(urlsplit(url).hostname))
     return hosts
 

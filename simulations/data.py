@@ -226,7 +226,7 @@ def _decorate(core: str, speaker: Speaker, random_: random.Random) -> str:
 
 
 def _held_out(core: str) -> bool:
-    """Whether a command belongs to the test: its own hash decides, whatever the seed, so nothing leaks between splits."""
+    """Whether a command belongs to the test: its own hash decides, the same for every seed, so nothing leaks."""
     return hashlib.blake2b(core.encode(), digest_size=1).digest()[0] < HELD_OUT
 
 

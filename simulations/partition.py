@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from pocketfed.model.tasks import Example
 
 MIN_EXAMPLES = 1  # every device trains on something

@@ -10,9 +10,10 @@ from types import ModuleType
 
 import pytest
 import sqlalchemy as sa
+from streamlit.testing.v1 import AppTest
+
 from pocketfed.coordinator.store import Assignment, Device, Round, Run, Store, Update
 from pocketfed.dashboard import launch
-from streamlit.testing.v1 import AppTest
 
 ROOT = Path(__file__).resolve().parents[1]
 VIEWS = ("now", "learning", "round", "fleet", "models")

@@ -10,10 +10,11 @@ from types import ModuleType
 
 import pytest
 import sqlalchemy as sa
-from pocketfed.coordinator.store import Run, Store
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
+from pocketfed.coordinator.store import Run, Store
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = '[data-testid="stVegaLiteChart"] svg.marks'
@@ -69,9 +70,9 @@ def test_a_reader_sees_the_run_its_curve_the_devices_and_the_sizes(browser: webd
 
     fleet = screenshot.visit(browser, f"{address}/fleet")
     assert "12 devices of 12" in fleet
-    # the table is painted; its accessible copy holds the words
-    cells = browser.execute_script("return [...document.querySelectorAll('td')].map(c => c.textContent)")
-    assert "phone-00000" in cells
+    # the table is painted; the copy of it for screen readers, which comes a little later, holds the words
+    cells = "return [...document.querySelectorAll('[role=gridcell]')].map(c => c.textContent)"
+    WebDriverWait(browser, 20, poll_frequency=0.1).until(lambda d: "phone-00000" in d.execute_script(cells))
 
     models = screenshot.visit(browser, f"{address}/models")
     assert "660 kB" in models

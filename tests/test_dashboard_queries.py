@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+
 from pocketfed.coordinator.store import Artifact, Assignment, Device, Release, Round, Run, Store, Update, put_blob
 from pocketfed.dashboard import charts, queries, words
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pocketfed.model.tasks import Dataset, accuracy, majority_accuracy, read_dataset, read_texts
 from pocketfed.simulations import data
 from pocketfed.simulations.data import assistant_corpus, assistant_dataset, combine, make_speaker, write_dataset

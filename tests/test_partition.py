@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from pocketfed.model.tasks import Example
 from pocketfed.simulations.partition import PartitionError, label_counts, partition
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 import streamlit as st
+
 from pocketfed.coordinator.store import Store
 from pocketfed.dashboard import charts, frame, queries, words
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import streamlit as st
+
 from pocketfed.coordinator.store import Store
 from pocketfed.dashboard import charts, frame, queries, words
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 
 import streamlit as st
+
 from pocketfed.coordinator.store import Store, now
 from pocketfed.dashboard import charts, frame, queries, words
 
