@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketfed.cli.output import format_bytes, print_json, print_round, print_round_header, write_json
+from pocketfed.cli.output import (
+    CommandError,
+    check_database,
+    check_json,
+    format_bytes,
+    format_skipped,
+    print_json,
+    print_round,
+    print_round_header,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from pocketfed.coordinator.config import RunConfig
     from pocketfed.coordinator.server import CoordinatorServer
     from pocketfed.coordinator.store import Store
+    from pocketfed.model.tasks import Example
 
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -23,8 +34,13 @@ def publish(
     model_dir: Annotated[Path, typer.Argument(help="A model folder, or an artifact that was built with --out.")],
     channel: Annotated[str, typer.Option(help="Devices follow a channel.")],
     database: Database,
-    labels: Annotated[str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")] = "",
-    train: Annotated[list[str] | None, typer.Option(help="Trainable sets to build plans for; the first is released. May be repeated.")] = None,
+    labels: Annotated[
+        str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")
+    ] = "",
+    train: Annotated[
+        list[str] | None,
+        typer.Option(help="Trainable sets to build plans for; the first is released. May be repeated."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
@@ -36,11 +52,18 @@ def publish(
     from pocketfed.coordinator.artifacts import MANIFEST, publish_artifact, read_artifact
     from pocketfed.coordinator.store import Store
 
+    if not 0 < len(channel) <= 100:
+        raise CommandError(f"--channel is {channel[:100]!r}; give a name of 1 to 100 characters")
+    check_database(database)
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         if (model_dir / MANIFEST).is_file():
+            if labels or out:
+                raise CommandError(f"{model_dir} is an artifact already; --labels and --out are for a model folder")
             built = read_artifact(model_dir)
         else:
-            built = _build(model_dir, out or Path(scratch) / "artifact", labels, train or ["lora:8"], max_length, seed, quiet=json)
+            built = _build(
+                model_dir, out or Path(scratch) / "artifact", labels, train or ["lora:8"], max_length, seed, quiet=json
+            )
         store = Store(database)
         try:
             with store.write() as session:
@@ -49,11 +72,18 @@ def publish(
         finally:
             store.close()
     total = sum(f["bytes"] for f in built.manifest["files"].values())
-    report = {"version": built.version, "channel": channel, "bytes": total, "sizes": built.manifest["sizes"], **released}
+    report = {
+        "version": built.version,
+        "channel": channel,
+        "bytes": total,
+        "sizes": built.manifest["sizes"],
+        **released,
+    }
     if json:
         print_json(report)
     else:
-        print(f"released {built.version[:12]} ({format_bytes(total)}) on {channel!r}, training {released['trainable_set']}")
+        trained = released["trainable_set"]
+        print(f"released {built.version[:12]} ({format_bytes(total)}) on {channel!r}, training {trained}")
 
 
 def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_length: int, seed: int, quiet: bool) -> Any:
@@ -67,10 +97,20 @@ def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_leng
     else:
         names = [n.strip() for n in labels.split(",") if n.strip()] or list(checkpoint.labels or ())
     if not names:
-        raise PublishError(f"{model_dir} is task-agnostic, so the artifact needs labels; give --labels A,B,C or --labels DATA")
+        raise PublishError(
+            f"{model_dir} is task-agnostic, so the artifact needs labels; give --labels A,B,C or --labels DATA"
+        )
     return build_artifact(
-        folder, config=checkpoint.config, state=checkpoint.state, vocabulary=tokens_of(checkpoint), labels=names, trainable_sets=sets,
-        quantized=checkpoint.quantization == "int8", max_length=max_length, preset=model_dir.resolve().name, seed=seed,
+        folder,
+        config=checkpoint.config,
+        state=checkpoint.state,
+        vocabulary=tokens_of(checkpoint),
+        labels=names,
+        trainable_sets=sets,
+        quantized=checkpoint.quantization == "int8",
+        max_length=max_length,
+        preset=model_dir.resolve().name,
+        seed=seed,
         progress=lambda step: None if quiet else print(f"{step} ...", flush=True),
     )
 
@@ -79,8 +119,12 @@ def serve(
     database: Database,
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 for any free one.")] = "127.0.0.1:8765",
     run: Annotated[Path | None, typer.Option(help="A run to drive, as TOML.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the run: NAME=VALUE, local.NAME=VALUE.")] = None,
-    enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY", help="Devices must know it to enrol.")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the run: NAME=VALUE, local.NAME=VALUE.")
+    ] = None,
+    enrolment_key: Annotated[
+        str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY", help="Devices must know it to enrol.")
+    ] = "",
     exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
 ) -> None:
@@ -92,25 +136,45 @@ def serve(
     from pocketfed.coordinator.store import Store
 
     config = load_run_config(run, set_ or []) if run is not None or set_ else None
-    stopping = threading.Event()
-    _on_termination(stopping.set)
+    test = _check_run(config) if config is not None else ()
+    check_json(json)
+    host = _check_free(listen)
     store = Store(database)
     try:
+        stopping = threading.Event()
+        _on_termination(stopping.set)
         lease_s = config.lease_s if config else 30.0
         with CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key)) as server:
-            host = listen.rpartition(":")[0]
             print(f"listening on {host}:{server.port}", flush=True)
             if config is not None:
-                _drive(store, server, config, json, stopping.is_set)
+                _drive(store, server, config, test, json, stopping.is_set)
             if not (config is not None and exit_when_done):
                 stopping.wait()
     finally:
         store.close()
 
 
-def _drive(store: Store, server: CoordinatorServer, config: RunConfig, json: Path | None, should_stop: Callable[[], bool]) -> None:
+def _check_run(config: RunConfig) -> Sequence[Example]:
+    """The run's test examples; a strategy or test data that cannot be used is told before anything is written."""
+    from pocketfed.coordinator.strategy import make_strategy
+    from pocketfed.model.tasks import read_dataset
+
+    make_strategy(config.strategy, config.strategy_options)
+    if not config.test_data:
+        return ()
+    dataset = read_dataset(config.test_data, labelled=False)
+    return dataset.test or dataset.train
+
+
+def _drive(
+    store: Store,
+    server: CoordinatorServer,
+    config: RunConfig,
+    test: Sequence[Example],
+    json: Path | None,
+    should_stop: Callable[[], bool],
+) -> None:
     import tempfile
-    from dataclasses import asdict
     from hashlib import sha256
 
     from pocketfed.coordinator.grid import FleetGrid
@@ -122,39 +186,46 @@ def _drive(store: Store, server: CoordinatorServer, config: RunConfig, json: Pat
     rounds: list[dict[str, Any]] = []
 
     def show(result: Any) -> None:
-        rounds.append(asdict(result))
+        rounds.append(result.to_dict())
         print_round(result)
-
-    def forget(assignment_ids: list[str]) -> None:
-        for assignment_id in assignment_ids:
-            server.assignments.upload_path(assignment_id).unlink(missing_ok=True)
 
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
-        evaluate = _test_set(store, run_id, config, Path(scratch)) if config.test_data else None
-        theta = drive_run(store, run_id, grid, config, evaluate, show, forget, should_stop)
+        evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None
+        theta = drive_run(store, run_id, grid, config, evaluate, show, server.assignments.forget, should_stop)
     if json is not None:
-        write_json(json, {"run": run_id, "rounds": rounds, "seed": config.seed, "parameters_sha256": sha256(theta.tobytes()).hexdigest()})
+        write_json(
+            json,
+            {
+                "run": run_id,
+                "rounds": rounds,
+                "seed": config.seed,
+                "parameters_sha256": sha256(theta.tobytes()).hexdigest(),
+            },
+        )
     print(f"run {run_id} finished" + (f"; released on {config.channel!r}" if config.release else ""), flush=True)
 
 
-def _test_set(store: Store, run_id: int, config: RunConfig, scratch: Path) -> Callable[[Any], Mapping[str, float]]:
+def _test_set(
+    store: Store, run_id: int, config: RunConfig, test: Sequence[Example], scratch: Path
+) -> Callable[[Any], Mapping[str, float]]:
     """Measures theta on the run's test_data, with the very plans that devices use."""
     from pocketfed.client_sdk.artifacts import open_artifact
     from pocketfed.client_sdk.plan_trainer import PlanTrainer
     from pocketfed.client_sdk.trainer import evaluate
     from pocketfed.coordinator.artifacts import export_artifact
     from pocketfed.coordinator.store import Run
-    from pocketfed.model.tasks import read_dataset
     from pocketfed.simulations.run import encode_examples
 
     with store.read() as session:
         run = session.get_one(Run, run_id)
         export_artifact(session, run.artifact_version, scratch / "artifact")
         trainer = PlanTrainer(open_artifact(scratch / "artifact", run.artifact_version), run.trainable_set)
-    dataset = read_dataset(config.test_data, labelled=False)
-    examples = encode_examples(trainer, dataset.test or dataset.train, config.local.max_length)
+    examples = encode_examples(trainer, test, config.local.max_length)
+    if not len(examples):
+        known = ", ".join(trainer.artifact.manifest.labels[:10])
+        raise CommandError(f"no example of test_data {config.test_data} has a label of the artifact ({known})")
     return lambda theta: evaluate(trainer, theta, examples)
 
 
@@ -169,6 +240,7 @@ def device(
 ) -> None:
     """Be a device: take part in rounds with the texts in --data, until told to stop."""
     import threading
+    from collections import Counter
 
     from pocketfed.client_sdk import Device
     from pocketfed.model.tasks import read_dataset
@@ -177,14 +249,19 @@ def device(
     stopping = threading.Event()
     _on_termination(stopping.set)
     with Device(
-        coordinator, home, name=name, channel=channel, enrolment_key=enrolment_key, insecure=insecure,
+        coordinator,
+        home,
+        name=name,
+        channel=channel,
+        enrolment_key=enrolment_key,
+        insecure=insecure,
         on_status=lambda status: print(status, flush=True),
     ) as member:
         member.examples.forget()  # the file is the truth: home's copy is made anew
         added = member.add_examples((e.text, e.label, e.text_pair) for e in dataset.train)
-        skipped = {**dataset.skipped, **added.skipped}
-        notes = "".join(f", skipped {count}: {reason}" for reason, count in skipped.items())
-        print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{notes}", flush=True)
+        skipped = dict(Counter(dataset.skipped) + Counter(added.skipped))
+        note = f", {format_skipped(skipped)}" if skipped else ""
+        print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{note}", flush=True)
         member.start()
         stopping.wait()
 
@@ -192,29 +269,49 @@ def device(
 def dashboard(
     database: Database,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
-    address: Annotated[str, typer.Option(help="To listen on; other machines can look in only if this is not loopback.")] = "127.0.0.1",
+    address: Annotated[
+        str, typer.Option(help="To listen on; other machines can look in only if this is not loopback.")
+    ] = "127.0.0.1",
 ) -> None:
     """Show runs, devices and models of a database in the browser."""
     import importlib.util
-    import socket
     import subprocess
 
-    from pocketfed.coordinator.store import database_url
+    from pocketfed.coordinator.store import Store, database_url
     from pocketfed.dashboard.launch import command, environment
 
     if importlib.util.find_spec("streamlit") is None:
         raise ModuleNotFoundError(name="streamlit")
-    database_url(database)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            raise typer.BadParameter(f"cannot listen on {address}:{port}: {error.strerror}; choose another --port") from None
+    url = database_url(database)
+    if url.get_backend_name() != "sqlite" or Path(url.database or "").exists():  # else it waits for the first run
+        Store(database, create=False).close()
+    _check_free(f"{address}:{port}")
     print(f"dashboard on http://{address}:{port}", flush=True)
     process = subprocess.Popen(command(port, address), env=environment(database))
     _on_termination(process.terminate)
     raise typer.Exit(max(0, process.wait()))
+
+
+def _check_free(listen: str) -> str:
+    """The host of HOST:PORT, if one can listen there now: better told before a database is made.
+
+    Raises:
+        CommandError: not an address, not of this machine, or taken.
+    """
+    import socket
+
+    host, _, port = listen.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise CommandError(f"{listen!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise CommandError(f"cannot listen on {listen}: {why}; choose another port or address") from None
+    return host
 
 
 def _on_termination(stop: Callable[[], object]) -> None:

@@ -9,10 +9,17 @@ import typer
 
 from pocketfed.cli import fleet, model, simulate
 
+# What each sub-command needs beyond the base install, as extras of the distribution.
+EXTRAS = {
+    "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
+    "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
+    "demo": "simulation",
+}  # fmt: skip
+
 app = typer.Typer(
-    name="pocketfed", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    name="pocketfed", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Distill a MobileBERT student, fine-tune it on a fleet of devices whose text stays with them, and watch.",
-)
+)  # fmt: skip
 app.command()(model.distill)
 app.command()(model.quantize)
 app.command()(model.inspect)
@@ -22,24 +29,39 @@ app.command()(fleet.serve)
 app.command()(fleet.device)
 app.command()(simulate.simulate)
 app.command()(fleet.dashboard)
+app.command()(simulate.demo)
 
 
 def main() -> None:
-    """Run a sub-command. A mistake ends with exit code 1 and one sentence on stderr; a usage error with 2."""
+    """Run a sub-command. A mistake ends with one sentence on stderr and exit code 1; 2 where an option is wrong."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        code = app(arguments, prog_name="pocketfed", standalone_mode=False)
     except KeyboardInterrupt:
-        _fail("stopped", 130)
+        code = 130
     except Exception as error:
         if os.environ.get("POCKETFED_TRACEBACK"):
             raise
-        _fail(explain(error), 1)
+        _fail(explain(error, arguments[0]), 2 if is_usage(error) else 1)
+    if code == 130:
+        _fail("stopped", 130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def explain(error: Exception) -> str:
-    """One sentence for any exception."""
+def is_usage(error: Exception) -> bool:
+    """Was it click's parser that refused? Told by shape: newer versions of typer bring a click of their own."""
+    return hasattr(error, "format_message") and hasattr(error, "ctx")
+
+
+def explain(error: Exception, command: str = "") -> str:
+    """One sentence, on one line, for any exception."""
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("pocketfed"):
-        return f"this command needs {error.name}, which is not installed; run: pip install 'pocketfed[simulation]'"
+        extra = EXTRAS.get(command, "simulation")
+        return f"{command} needs {error.name}, which is not installed; run: pip install 'pocketfed[{extra}]'"
+    if is_usage(error):
+        told = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+        context = error.ctx  # type: ignore[attr-defined]
+        return f"{told}; see {context.command_path if context else 'pocketfed'} --help"
     text = " ".join(str(error).split())
     if type(error).__module__.startswith("pocketfed."):
         return text

@@ -7,19 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from pocketfed.cli.output import format_bytes, print_json, print_table, progress_bar
+from pocketfed.cli.output import CommandError, format_bytes, print_json, print_table, progress_bar
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same result.")]
 
 
 def distill(
-    corpus: Annotated[list[Path], typer.Option(help="Text files, folders of them, or data with a text column. May be repeated.")],
+    corpus: Annotated[
+        list[Path], typer.Option(help="Text files, folders of them, or data with a text column. May be repeated.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the student; made whole or not at all.")],
     preset: Annotated[str, typer.Option(help="nano (seconds), micro (minutes), or a published size.")] = "nano",
     steps: Annotated[int | None, typer.Option(min=1, help="All stages together; the preset's own by default.")] = None,
     seed: Seed = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: a size of the student, teacher.KEY, schedule.KEY, or vocabulary=FILE.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE: a size of the student, teacher.KEY, schedule.KEY, or vocabulary=FILE."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Distill a task-agnostic student from an inverted-bottleneck teacher, on your text."""
@@ -37,8 +42,11 @@ def distill(
     if json:
         print_json(report)
         return
-    print_table("Hidden tokens of held-out lines", ["model", "loss", "accuracy"],
-                [[who, f"{s['loss']:.3f}", f"{s['accuracy']:.3f}"] for who, s in report["scores"].items()])
+    print_table(
+        "Hidden tokens of held-out lines",
+        ["model", "loss", "accuracy"],
+        [[who, f"{s['loss']:.3f}", f"{s['accuracy']:.3f}"] for who, s in report["scores"].items()],
+    )
     print(f"{out}: {report['model']['parameters']:,} parameters (teacher {report['teacher_parameters']:,})")
 
 
@@ -56,7 +64,10 @@ def quantize(
         print_json(report)
         return
     before, after = report["bytes_before"], report["bytes_after"]
-    print(f"{out}: {format_bytes(before)} -> {format_bytes(after)} ({report['ratio']:.2f} x smaller), largest error of a weight {report['largest_error']:.2g}")
+    print(
+        f"{out}: {format_bytes(before)} -> {format_bytes(after)} ({report['ratio']:.2f} x smaller), "
+        f"largest error of a weight {report['largest_error']:.2g}"
+    )
 
 
 def inspect(
@@ -78,7 +89,12 @@ def inspect(
 def evaluate(
     model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
     data: Annotated[Path, typer.Option(help="Labelled texts: a file or folder, see the README.")],
-    train: Annotated[str, typer.Option(help="What to fine-tune where the model has no classifier for these labels: head, norms, lora:R, last:K, full.")] = "full",
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What to fine-tune if the model has no classifier for the labels: head, norms, lora:R, last:K, full."
+        ),
+    ] = "full",
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
@@ -90,16 +106,26 @@ def evaluate(
     from pocketfed.client_sdk.trainer import TrainConfig
     from pocketfed.simulations.central import evaluate_model
 
-    config = TrainConfig(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, seed=seed)
+    config = TrainConfig(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, seed=seed
+    )
     with progress_bar() as bar:
         task = bar.add_task("fine-tuning", total=100, note="")
-        report = evaluate_model(model_dir, data, train, config, lambda fraction: bar.update(task, completed=round(100 * fraction)))
+        report = evaluate_model(
+            model_dir, data, train, config, lambda fraction: bar.update(task, completed=round(100 * fraction))
+        )
     if json:
         print_json(report)
         return
-    how = f"fine-tuned ({report['trainable_set']}) on {report['train_examples']} examples" if report["fine_tuned"] else "as it is"
-    print(f"accuracy {report['accuracy']:.4f}, loss {report['loss']:.4f} on {report['test_examples']} test examples "
-          f"({report['test_source']}), {how}; always the commonest label: {report['majority_accuracy']:.4f}")
+    how = (
+        f"fine-tuned ({report['trainable_set']}) on {report['train_examples']} examples"
+        if report["fine_tuned"]
+        else "as it is"
+    )
+    print(
+        f"accuracy {report['accuracy']:.4f}, loss {report['loss']:.4f} on {report['test_examples']} test examples "
+        f"({report['test_source']}), {how}; always the commonest label: {report['majority_accuracy']:.4f}"
+    )
 
 
 def key_values(pairs: list[str]) -> dict[str, str]:
@@ -111,6 +137,6 @@ def key_values(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE")
+            raise CommandError(f"--set {pair!r} is not KEY=VALUE, e.g. hidden_size=64")
         values[key.strip()] = value
     return values

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 ROUND_COLUMNS = ("round", "accuracy", "loss", "devices", "failed", "up", "down", "seconds")
 
 
+class CommandError(ValueError):
+    """What is asked cannot be done."""
+
+
 def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
@@ -27,6 +31,36 @@ def console(stderr: bool = False) -> Console:
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
     sys.stdout.flush()
+
+
+def check_json(path: Path | None) -> None:
+    """Better now than after an hour of training.
+
+    Raises:
+        CommandError: a file that cannot be written there.
+    """
+    if path is not None and path.is_dir():
+        raise CommandError(f"--json {path} is a folder; name a file")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise CommandError(
+            f"--json {path} cannot be written, there is no folder {path.absolute().parent}; create it first"
+        )
+
+
+def check_database(database: str | None) -> None:
+    """Is it one that can be written to? One that is not there yet is not made: the command may yet fail otherwise.
+
+    Raises:
+        StoreError: no; the message says why.
+    """
+    from pocketfed.coordinator.store import Store, database_url
+
+    if database is None:
+        return
+    url = database_url(database)
+    if url.get_backend_name() == "sqlite" and not (url.database and Path(url.database).exists()):
+        return
+    Store(database).close()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,8 +99,14 @@ def round_cells(result: Any) -> list[str]:
     accuracy = "" if result.accuracy is None else f"{result.accuracy:.4f}"
     loss = "" if result.loss is None else f"{result.loss:.4f}"
     return [
-        str(result.number), accuracy, loss, str(result.devices), str(result.failed), format_bytes(result.bytes_up),
-        format_bytes(result.bytes_down), f"{result.seconds:.1f}",
+        str(result.number),
+        accuracy,
+        loss,
+        str(result.devices),
+        str(result.failed),
+        format_bytes(result.bytes_up),
+        format_bytes(result.bytes_down),
+        f"{result.seconds:.1f}",
     ]
 
 
@@ -75,17 +115,33 @@ def print_round_header() -> None:
 
 
 def print_round(result: Any) -> None:
-    print("".join(cell.rjust(10) for cell in round_cells(result)) + (f"  {result.reason}" if result.reason else ""), flush=True)
+    reason = f"  {result.reason}" if result.reason else ""
+    print("".join(cell.rjust(10) for cell in round_cells(result)) + reason, flush=True)
+
+
+def format_skipped(skipped: Mapping[str, int]) -> str:
+    """
+    >>> format_skipped({"empty text": 2, "missing label": 1})
+    'skipped 3 rows: 2 × empty text, 1 × missing label'
+    """
+    total = sum(skipped.values())
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
+    return f"skipped {total} row{'s' * (total != 1)}: {reasons}"
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Bars on stderr; nothing where stderr is not a terminal and not asked for."""
+    """Bars on stderr; nothing where that is not a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(), console=console(stderr=True),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+        disable=not sys.stderr.isatty(),
     ) as bar:
         yield bar
 

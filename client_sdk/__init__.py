@@ -1,6 +1,6 @@
 """What an app embeds to fine-tune on the device: base dependencies only.
 
-    from pocketfed.client_sdk import Device
+from pocketfed.client_sdk import Device
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from pocketfed.client_sdk.device import Device, Prediction
 
 __all__ = [
-    "ArtifactError", "ConfigurationError", "Device", "LinkError", "NoExamples", "PocketfedError", "Prediction",
-    "TrainingDiverged", "TrainingError", "TrainingStopped",
+    "ArtifactError",
+    "ConfigurationError",
+    "Device",
+    "LinkError",
+    "NoExamples",
+    "PocketfedError",
+    "Prediction",
+    "TrainingDiverged",
+    "TrainingError",
+    "TrainingStopped",
 ]
 
 

@@ -55,7 +55,9 @@ class Manifest:
             ArtifactError: the artifact does not carry that set.
         """
         if name not in self.sets:
-            raise ArtifactError(f"the artifact {self.version[:12]} has no trainable set {name!r}, only {', '.join(self.sets)}")
+            raise ArtifactError(
+                f"the artifact {self.version[:12]} has no trainable set {name!r}, only {', '.join(self.sets)}"
+            )
         return self.sets[name]
 
     @property
@@ -71,17 +73,19 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         raw = json.loads(data)
         schema = raw["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"the manifest is not readable ({error}); fetch the artifact again") from None
     if schema != SCHEMA:
         raise ArtifactError(f"the manifest has schema {schema!r}; this SDK reads {SCHEMA}: update the app")
     try:
         files = {_safe_name(n): _file(n, f) for n, f in raw["files"].items()}
         sets = {
-            str(n): TrainableSet(_known(s["train"], files), _known(s["predict"], files), _known(s["initial"], files), _count(s["size"]))
+            str(n): TrainableSet(
+                _known(s["train"], files), _known(s["predict"], files), _known(s["initial"], files), _count(s["size"])
+            )
             for n, s in raw["trainable_sets"].items()
         }
-        labels = tuple(str(label) for label in raw["labels"])
+        labels = _labels(raw["labels"])
         tokenize = _known(raw["plans"]["tokenize"], files)
         max_length = _count(raw["max_length"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -90,14 +94,19 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _safe_name(name: str) -> str:
-    if not name or len(name) > 100 or name.startswith(".") or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
+    if (
+        not name
+        or len(name) > 100
+        or name.startswith(".")
+        or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
+    ):
         raise ArtifactError(f"the manifest names a file {name[:100]!r}; only plain names without folders are accepted")
     return name
 
 
 def _digest(text: Any) -> str:
     if not isinstance(text, str) or len(text) != 64 or not set(text) <= _HEX:
-        raise ArtifactError(f"{str(text)[:80]!r} in the manifest is not a SHA-256")
+        raise ArtifactError(f"{str(text)[:80]!r} is not a SHA-256; a version and each digest of a manifest must be one")
     return text
 
 
@@ -105,6 +114,13 @@ def _count(number: Any) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 40:
         raise ArtifactError(f"{number!r} in the manifest is not a size")
     return number
+
+
+def _labels(raw: Any) -> tuple[str, ...]:
+    texts = isinstance(raw, list) and all(isinstance(label, str) for label in raw)
+    if not texts or not raw or len(set(raw)) < len(raw):
+        raise ArtifactError("the labels in the manifest are not a list of different texts; publish the artifact again")
+    return tuple(raw)
 
 
 def _known(name: Any, files: Mapping[str, File]) -> str:
@@ -116,7 +132,7 @@ def _known(name: Any, files: Mapping[str, File]) -> str:
 def _file(name: str, raw: Mapping[str, Any]) -> File:
     size = raw["bytes"]
     chunks = tuple(_digest(c) for c in raw["chunks"])
-    if not isinstance(size, int) or size < 0 or len(chunks) != -(-size // CHUNK_BYTES):
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0 or len(chunks) != -(-size // CHUNK_BYTES):
         raise ArtifactError(f"{name} of {size!r} bytes cannot have {len(chunks)} chunks of {CHUNK_BYTES} bytes")
     return File(_digest(raw["sha256"]), size, chunks)
 
@@ -180,7 +196,7 @@ def fetch(
         ArtifactError: what arrives is not what the manifest promises.
         LinkError: from the source.
     """
-    target = home / version
+    target = home / _digest(version)  # it comes from the network, and names a folder
     if target.is_dir():
         try:
             return open_artifact(target, version), 0
@@ -222,7 +238,7 @@ def _reuse(home: Path, path: Path, file: File) -> bool:
 
 def _download(source: Source, file: File, path: Path) -> Iterator[int]:
     """Append the missing chunks, each checked before it is written. Yields their sizes."""
-    whole = path.stat().st_size // CHUNK_BYTES if path.exists() else 0
+    whole = min(path.stat().st_size // CHUNK_BYTES, len(file.chunks)) if path.exists() else 0
     if path.exists() and path.stat().st_size == file.bytes:
         whole = 0  # as long as it should be, yet with another digest: begin anew
     with path.open("r+b" if path.exists() else "wb") as stream:
@@ -233,7 +249,9 @@ def _download(source: Source, file: File, path: Path) -> Iterator[int]:
         if index < len(file.chunks):
             for data in source.download(file.sha256, index):
                 if index >= len(file.chunks) or hashlib.sha256(data).hexdigest() != file.chunks[index]:
-                    raise ArtifactError(f"chunk {index} of {path.name} does not have the digest that the manifest promises; it was not kept")
+                    raise ArtifactError(
+                        f"chunk {index} of {path.name} does not have the digest that the manifest promises; it was not kept"
+                    )
                 stream.write(data)
                 stream.flush()
                 index += 1

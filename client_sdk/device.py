@@ -1,10 +1,10 @@
 """The class an app holds: examples in, predictions out, and a background thread that takes part in rounds.
 
-    device = Device("127.0.0.1:8765", home="~/.my-app/pocketfed")
-    device.add_examples([("play some jazz", "play_music")])
-    device.start()
-    device.predict("put on a record").label
-    device.stop()
+device = Device("127.0.0.1:8765", home="~/.my-app/pocketfed")
+device.add_examples([("play some jazz", "play_music")])
+device.start()
+device.predict("put on a record").label
+device.stop()
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class Device:
         try:
             identity = _read_json(self.home / "identity.json")
             if name is not None and identity.get("name", name) != name:
-                raise ConfigurationError(f"{self.home} belongs to device {identity['name']!r}, not {name!r}; give each device a home of its own")
+                raise ConfigurationError(
+                    f"{self.home} belongs to device {identity['name']!r}, not {name!r}; give each device a home of its own"
+                )
             self.name: str = identity.get("name") or name or f"device-{uuid.uuid4().hex[:12]}"
             self.channel = channel
             self._enrolment_key, self._threads, self._on_status = enrolment_key, threads, on_status
@@ -107,6 +109,7 @@ class Device:
         self._trainers: dict[tuple[str, str], PlanTrainer] = {}
         self._encoded: tuple[Any, Examples] | None = None
         self._model_lock = threading.Lock()
+        self._setup_lock = threading.RLock()  # predict() and the background thread enrol and fetch one after the other
         self._closed = False
 
     # ---- for the app -----------------------------------------------------------------------------------------------------
@@ -203,10 +206,11 @@ class Device:
         self._say("stopped")
 
     def _ensure_enrolled(self) -> None:
-        if not self._link.token:
-            self._say("enrolling")
-            self._link.enrol(self.name, self.channel, self._enrolment_key)
-            _write_json(self.home / "identity.json", {"name": self.name, "token": self._link.token})
+        with self._setup_lock:
+            if not self._link.token:
+                self._say("enrolling")
+                self._link.enrol(self.name, self.channel, self._enrolment_key)
+                _write_json(self.home / "identity.json", {"name": self.name, "token": self._link.token})
 
     def _ask_for_work(self) -> float:
         """One check-in and what follows from it. Returns how many seconds to wait before the next."""
@@ -256,7 +260,9 @@ class Device:
         examples = self._examples(trainer, config.max_length)
         kind = "evaluate" if assignment.kind == fleet.Assignment.EVALUATE else "train"
         alive.phase = fleet.HeartbeatRequest.TRAINING
-        self._say(f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples")
+        self._say(
+            f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples"
+        )
         task = Task(kind, theta, config, assignment.round, self.name)  # type: ignore[arg-type]
         return perform(trainer, task, examples, alive.should_stop, alive.tell)
 
@@ -282,13 +288,17 @@ class Device:
 
     # ---- models ----------------------------------------------------------------------------------------------------------
 
-    def _trainer(self, version: str, trainable_set: str, progress: Callable[[float], None] = lambda fraction: None) -> PlanTrainer:
+    def _trainer(
+        self, version: str, trainable_set: str, progress: Callable[[float], None] = lambda fraction: None
+    ) -> PlanTrainer:
         key = (version, trainable_set)
-        if key not in self._trainers:
-            artifact, _ = fetch(self._link, version, self.home / "artifacts", progress)
-            self._trainers = {k: v for k, v in self._trainers.items() if k[0] == version}  # sessions of older versions go
-            self._trainers[key] = PlanTrainer(artifact, trainable_set, self._threads)
-        return self._trainers[key]
+        with self._setup_lock:
+            if key not in self._trainers:
+                artifact, _ = fetch(self._link, version, self.home / "artifacts", progress)
+                # Sessions of older versions go.
+                self._trainers = {k: v for k, v in self._trainers.items() if k[0] == version}
+                self._trainers[key] = PlanTrainer(artifact, trainable_set, self._threads)
+            return self._trainers[key]
 
     def _parameters(self, digest: str, size: int) -> Vector:
         data = b"".join(self._link.download(digest))
@@ -310,25 +320,34 @@ class Device:
 
     def _adopt(self, release: Any) -> None:
         """Make a release the model in use: everything is on disk and checked before it is."""
-        self._say("fetching a new model")
-        trainer = self._trainer(release.artifact_version, release.trainable_set)
-        data = b"".join(self._link.download(release.parameters_digest))
-        theta = _checked_vector(data, release.parameters_digest, trainer.size)
-        _write_bytes(self.home / "theta.safetensors", data)
-        _write_json(self.home / "release.json", {
-            "id": release.id, "artifact": release.artifact_version, "set": release.trainable_set, "digest": release.parameters_digest,
-        })
-        with self._model_lock:
-            self._model = Model(trainer, theta, release.id)
+        with self._setup_lock:
+            self._say("fetching a new model")
+            trainer = self._trainer(release.artifact_version, release.trainable_set)
+            data = b"".join(self._link.download(release.parameters_digest))
+            theta = _checked_vector(data, release.parameters_digest, trainer.size)
+            _write_bytes(self.home / "theta.safetensors", data)
+            _write_json(
+                self.home / "release.json",
+                {
+                    "id": release.id,
+                    "artifact": release.artifact_version,
+                    "set": release.trainable_set,
+                    "digest": release.parameters_digest,
+                },
+            )
+            with self._model_lock:
+                self._model = Model(trainer, theta, release.id)
 
     def _current_model(self) -> Model:
         with self._model_lock:
             model = self._model or self._model_on_disk()
             self._model = model
         if model is None:
-            self._ensure_enrolled()
-            self._adopt(self._link.latest(self.channel).release)
-            model = self._model
+            with self._setup_lock:
+                self._ensure_enrolled()
+                if self._model is None:  # the background thread may have fetched one meanwhile
+                    self._adopt(self._link.latest(self.channel).release)
+                model = self._model
         assert model is not None
         return model
 
@@ -397,7 +416,9 @@ def _claim(home: Path) -> Any:
         home.mkdir(parents=True, exist_ok=True)
         stream = (home / "lock").open("a+b")
     except OSError as error:
-        raise ConfigurationError(f"cannot write to {home}: {error.strerror}; give a folder that this app may write to") from None
+        raise ConfigurationError(
+            f"cannot write to {home}: {error.strerror}; give a folder that this app may write to"
+        ) from None
     try:
         import fcntl
     except ImportError:  # Windows: no advisory lock
@@ -406,7 +427,9 @@ def _claim(home: Path) -> Any:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stream.close()
-        raise ConfigurationError(f"{home} is in use by another device; stop it, or give each device a home of its own") from None
+        raise ConfigurationError(
+            f"{home} is in use by another device; stop it, or give each device a home of its own"
+        ) from None
     return stream
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 MAX_TEXT = 1_000_000  # characters; longer texts are skipped, not cut
 _SCHEMA = """
 create table if not exists examples (
-    id integer primary key, text text not null, text_pair text, label text,
+    id integer primary key autoincrement, -- never given twice: state() relies on it
+    text text not null, text_pair text, label text,
     added_at real not null default ((julianday('now') - 2440587.5) * 86400.0) -- seconds since 1970
 )"""
 
@@ -42,6 +43,8 @@ class ExampleStore:
         self._lock = threading.Lock()
         try:
             self._db = self._open(path)
+        except sqlite3.OperationalError:
+            raise  # locked, or a full or forbidden disk: the examples are fine, keep them
         except sqlite3.DatabaseError:
             path.replace(path.with_suffix(".damaged"))
             self._db = self._open(path)
@@ -50,6 +53,9 @@ class ExampleStore:
         db = sqlite3.connect(path, check_same_thread=False)
         try:
             db.execute("pragma journal_mode=wal")
+            db.execute("pragma secure_delete=on")  # forgotten text is overwritten, not only unlinked
+            if db.execute("pragma quick_check(1)").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError(f"{path} is damaged")
             db.execute(_SCHEMA)
             db.commit()
         except sqlite3.DatabaseError:
@@ -61,7 +67,8 @@ class ExampleStore:
         """(text, label) or (text, label, text_pair) each. Hostile text is skipped and counted, never an error."""
         rows, skipped = [], dict[str, int]()
         for example in examples:
-            text, label, pair = (*example, None)[:3]
+            shaped = isinstance(example, (tuple, list)) and len(example) in (2, 3)
+            text, label, pair = (*example, None)[:3] if shaped else (None, None, None)
             reason = _unusable(text, label, pair)
             if reason:
                 skipped[reason] = skipped.get(reason, 0) + 1
@@ -74,7 +81,9 @@ class ExampleStore:
     def labelled(self) -> list[Stored]:
         """All examples with a label, oldest first."""
         with self._lock:
-            rows = self._db.execute("select id, text, text_pair, label from examples where label is not null order by id").fetchall()
+            rows = self._db.execute(
+                "select id, text, text_pair, label from examples where label is not null order by id"
+            ).fetchall()
         return [Stored(*row) for row in rows]
 
     def count(self, labelled: bool = False) -> int:
@@ -90,10 +99,14 @@ class ExampleStore:
 
     def forget(self, example_id: int | None = None) -> int:
         """Delete one example, or all. Returns how many were deleted."""
-        with self._lock, self._db:
-            if example_id is None:
-                return self._db.execute("delete from examples").rowcount
-            return self._db.execute("delete from examples where id = ?", (example_id,)).rowcount
+        with self._lock:
+            with self._db:
+                if example_id is None:
+                    count = self._db.execute("delete from examples").rowcount
+                else:
+                    count = self._db.execute("delete from examples where id = ?", (example_id,)).rowcount
+            self._db.execute("pragma wal_checkpoint(truncate)")  # the write-ahead log holds the text too
+        return count
 
     def close(self) -> None:
         with self._lock:
@@ -111,6 +124,6 @@ def _unusable(text: object, label: object, pair: object) -> str | None:
         return "empty"
     if len(text) > MAX_TEXT or (pair is not None and len(pair) > MAX_TEXT):
         return f"longer than {MAX_TEXT} characters"
-    if label is not None and (not isinstance(label, str) or not label or len(label) > 200 or "\0" in label):
+    if label is not None and (not isinstance(label, str) or not label or len(label) > 200 or _clean(label) != label):
         return "unusable label"
     return None

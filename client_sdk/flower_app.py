@@ -12,7 +12,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from pocketfed.client_sdk.perform import Task, perform
+from pocketfed.client_sdk.perform import Kind, Task, perform
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trainer
 from pocketfed.model.parameters import encode_vector
 
@@ -48,14 +48,19 @@ def make_client_app(trainer: Callable[[], Trainer], local: Callable[[Context], t
     def evaluate(message: Message, context: Context) -> Message:
         task, examples = _read(message, context, local)
         reply = perform(trainer(), task, examples)
-        return Message(RecordDict({"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}), reply_to=message)
+        return Message(
+            RecordDict({"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}),
+            reply_to=message,
+        )
 
     return app
 
 
-def _read(message: Message, context: Context, local: Callable[[Context], tuple[str, Examples]]) -> tuple[Task, Examples]:
+def _read(
+    message: Message, context: Context, local: Callable[[Context], tuple[str, Examples]]
+) -> tuple[Task, Examples]:
     config = dict(message.content["config"])
     name, examples = local(context)
-    kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
+    kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
     theta = message.content["arrays"][THETA].numpy()
     return Task(kind, theta, TrainConfig.from_mapping(config), int(config["server-round"]), name), examples

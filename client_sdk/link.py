@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,10 +19,20 @@ SDK_VERSION = "0.1.0"
 UPLOAD_BYTES = 1 << 19  # of data in one message
 CALL_TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 600.0
-LOOPBACK = ("localhost", "127.", "[::1]", "unix:")
 
 log = logging.getLogger("pocketfed")
 log.addHandler(logging.NullHandler())
+
+
+def is_loopback(host: str) -> bool:
+    """
+    >>> is_loopback("127.0.0.1"), is_loopback("[::1]"), is_loopback("127.example.org")
+    (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Link:
@@ -40,9 +51,12 @@ class Link:
         host, colon, port = coordinator.rpartition(":")
         if not (colon and host and port.isdigit()):
             raise ConfigurationError(f"{coordinator!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
-        if not host.startswith(LOOPBACK):
+        if not is_loopback(host):
             if not insecure:
-                raise ConfigurationError(f"{host} is another machine and the link is not encrypted; put TLS in front of it, or say insecure if the network is yours")
+                raise ConfigurationError(
+                    f"{host} is another machine and the link is not encrypted; put TLS in front of it, or say insecure "
+                    "if the network is yours"
+                )
             log.warning("the link to %s is not encrypted", coordinator)
         self.coordinator, self.token = coordinator, token
         self._channel = grpc.insecure_channel(
@@ -72,20 +86,27 @@ class Link:
     def _explain(self, error: Any) -> LinkError:
         code, details = error.code(), error.details() or ""
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return Unreachable(f"the coordinator at {self.coordinator} cannot be reached ({details[:200]}); is it running, and is the address right?")
+            return Unreachable(
+                f"the coordinator at {self.coordinator} cannot be reached ({details[:200]}); is it running, and is the "
+                "address right?"
+            )
         return Refused(code.name, f"the coordinator at {self.coordinator} refused: {details[:500] or code.name}")
 
     # ---- the fleet -------------------------------------------------------------------------------------------------------
 
     def enrol(self, name: str, channel: str, enrolment_key: str = "") -> str:
         """Make the device known; returns its token and uses it from now on."""
-        request = fleet.EnrolRequest(name=name, channel=channel, protocol=PROTOCOL, sdk_version=SDK_VERSION, enrolment_key=enrolment_key)
+        request = fleet.EnrolRequest(
+            name=name, channel=channel, protocol=PROTOCOL, sdk_version=SDK_VERSION, enrolment_key=enrolment_key
+        )
         self.token = self._call(self._fleet.Enrol, request).token
         return self.token
 
     def begin_check_in(self, examples: int, release_id: int, wait_s: float) -> Any:
         """A long poll under way: a future with `result()`, `cancel()`; see `end_check_in`."""
-        request = fleet.CheckInRequest(protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id)
+        request = fleet.CheckInRequest(
+            protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id
+        )
         return self._fleet.CheckIn.future(request, timeout=wait_s + CALL_TIMEOUT_S, metadata=self._metadata())
 
     def end_check_in(self, call: Any) -> fleet.CheckInReply:
@@ -108,14 +129,20 @@ class Link:
     def decline(self, assignment_id: str, reason: str) -> None:
         self._call(self._fleet.Decline, fleet.DeclineRequest(assignment_id=assignment_id, reason=reason[:500]), 10.0)
 
-    def upload(self, assignment_id: str, data: bytes, digest: str, num_examples: int, metrics: Mapping[str, float]) -> fleet.Receipt:
+    def upload(
+        self, assignment_id: str, data: bytes, digest: str, num_examples: int, metrics: Mapping[str, float]
+    ) -> fleet.Receipt:
         """Hand in an update, from where an earlier try ended."""
         status = self._call(self._fleet.GetUploadStatus, fleet.UploadStatusRequest(assignment_id=assignment_id))
         if status.HasField("receipt"):
             return status.receipt  # type: ignore[no-any-return]
         header = fleet.UploadHeader(
-            assignment_id=assignment_id, total_bytes=len(data), digest=digest, offset=status.received_bytes,
-            num_examples=num_examples, metrics=metrics,
+            assignment_id=assignment_id,
+            total_bytes=len(data),
+            digest=digest,
+            offset=status.received_bytes,
+            num_examples=num_examples,
+            metrics=metrics,
         )
 
         def parts() -> Iterator[fleet.UploadPart]:
@@ -128,7 +155,9 @@ class Link:
     # ---- artifacts: this is an `artifacts.Source` ----------------------------------------------------------------------------
 
     def manifest(self, version: str) -> bytes:
-        return bytes(self._call(self._distribution.GetManifest, distribution.GetManifestRequest(version=version)).manifest)
+        return bytes(
+            self._call(self._distribution.GetManifest, distribution.GetManifestRequest(version=version)).manifest
+        )
 
     def latest(self, channel: str) -> distribution.GetManifestReply:
         return self._call(self._distribution.GetManifest, distribution.GetManifestRequest(channel=channel))  # type: ignore[no-any-return]
@@ -142,11 +171,11 @@ class Link:
             raise self._explain(error) from None
 
 
-class Unreachable(LinkError):
+class Unreachable(LinkError):  # noqa: N818 - says what it is
     """Nobody answers; trying again later may help."""
 
 
-class Refused(LinkError):
+class Refused(LinkError):  # noqa: N818
     """The coordinator answered with an error. `code` is the gRPC status code's name."""
 
     def __init__(self, code: str, message: str) -> None:

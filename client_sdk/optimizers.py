@@ -43,7 +43,12 @@ class AdamW:
     """Adam with bias correction and decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2)."""
 
     def __init__(
-        self, learning_rate: float, weight_decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+        self,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
     ) -> None:
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.beta1, self.beta2, self.eps = beta1, beta2, eps

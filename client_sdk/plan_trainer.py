@@ -67,7 +67,9 @@ class PlanTrainer:
         except ParametersError as error:
             raise ArtifactError(f"{self.set.initial}: {error}") from None
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None, max_length: int = 0) -> tuple[Ids, ...]:
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str | None] | None = None, max_length: int = 0
+    ) -> tuple[Ids, ...]:
         if self._tokenizer is None:
             self._tokenizer = PlanTokenizer(self.artifact.path(self.artifact.manifest.tokenize))
         limit = min(max_length or self.artifact.manifest.max_length, self.artifact.manifest.max_length)

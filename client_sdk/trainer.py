@@ -43,21 +43,31 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
-            "epochs": (1, 1000), "batch_size": (1, 4096), "learning_rate": (0, 100), "momentum": (0, 1),
-            "weight_decay": (0, 100), "max_grad_norm": (0, math.inf), "proximal_mu": (0, 1e6), "seed": (0, 2**64 - 1),
-            "max_length": (3, 65536), "max_steps": (0, 1e9),
+            "epochs": (1, 1000),
+            "batch_size": (1, 4096),
+            "learning_rate": (0, 100),
+            "momentum": (0, 1),
+            "weight_decay": (0, 100),
+            "max_grad_norm": (0, math.inf),
+            "proximal_mu": (0, 1e6),
+            "seed": (0, 2**64 - 1),
+            "max_length": (3, 65536),
+            "max_steps": (0, 1e9),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ConfigurationError(f"{name} is {value!r}; it must be between {low:g} and {high:g}")
+            whole = isinstance(type(self).__dataclass_fields__[name].default, int)
+            number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                kind = "whole number" if whole else "number"
+                raise ConfigurationError(f"{name} is {value!r}; it must be a {kind} between {low:g} and {high:g}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigurationError(f"there is no optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """From names written with - or _; what this version does not know is ignored."""
-        types = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+        types: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
         known = {k.replace("-", "_"): v for k, v in values.items() if k.replace("-", "_") in types}
         return cls(**{k: types[k](v) for k, v in known.items()})
 
@@ -171,6 +181,8 @@ def train(
     total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
     steps = 0
     for _ in range(config.epochs):
+        if steps == total:
+            break  # before the sums are begun anew: the metrics are those of the last epoch with a step
         loss_sum, right, seen = 0.0, 0, 0
         for batch in epoch_batches(examples, config.batch_size, generator):
             if steps == total:
@@ -185,8 +197,15 @@ def train(
             loss_sum, right, seen = loss_sum + loss * len(batch.labels), right + correct, seen + len(batch.labels)
             progress(steps / total)
     if not np.isfinite(current).all():
-        raise TrainingDiverged(f"the parameters are not finite after {steps} steps; use a learning rate below {config.learning_rate:g}")
-    metrics = {"loss": loss_sum / seen, "accuracy": right / seen, "steps": float(steps), "seconds": time.perf_counter() - started}
+        raise TrainingDiverged(
+            f"the parameters are not finite after {steps} steps; use a learning rate below {config.learning_rate:g}"
+        )
+    metrics = {
+        "loss": loss_sum / seen,
+        "accuracy": right / seen,
+        "steps": float(steps),
+        "seconds": time.perf_counter() - started,
+    }
     return Trained(current - theta, len(examples), metrics)
 
 
@@ -204,7 +223,9 @@ def _clip(gradient: Vector, max_norm: float, loss: float, step: int) -> None:
     """
     norm = math.sqrt(float(np.dot(gradient, gradient)))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingDiverged(f"loss {loss:g} and gradient norm {norm:g} at step {step + 1} are not both finite; use a lower learning rate")
+        raise TrainingDiverged(
+            f"loss {loss:g} and gradient norm {norm:g} at step {step + 1} are not both finite; use a lower learning rate"
+        )
     if max_norm and norm > max_norm:
         gradient *= np.float32(max_norm / norm)
 

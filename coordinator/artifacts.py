@@ -14,7 +14,15 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import CHUNK_BYTES, Artifact, Release, iterate_blob, put_artifact, put_blob, split_chunks
+from pocketfed.coordinator.store import (
+    CHUNK_BYTES,
+    Artifact,
+    Release,
+    iterate_blob,
+    put_artifact,
+    put_blob,
+    split_chunks,
+)
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -54,7 +62,7 @@ def build_artifact(
     """Write an artifact into `folder`, which must not exist; every plan is compared with autograd before it counts.
 
     Args:
-        config, state, vocabulary: as in `model.checkpoints.Checkpoint`; an empty state means a student that starts untrained.
+        config, state, vocabulary: as in `model.checkpoints.Checkpoint`; empty state: a student that starts untrained.
         quantized: hold what is frozen as int8.
         seed: for the head, for LoRA, and for all of a student that starts untrained.
 
@@ -73,7 +81,10 @@ def build_artifact(
 
     _check_labels(labels)
     if len(vocabulary.tokens) != config.vocab_size:
-        raise PublishError(f"the vocabulary has {len(vocabulary.tokens)} tokens, the model {config.vocab_size}; give the vocabulary it was made with")
+        raise PublishError(
+            f"the vocabulary has {len(vocabulary.tokens)} tokens, the model {config.vocab_size}; "
+            "give the vocabulary it was made with"
+        )
     if folder.exists():
         raise PublishError(f"{folder} is there already; give a folder that does not exist")
     max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
@@ -102,7 +113,9 @@ def build_artifact(
             plans = build_plans(model, name, backbone)
             stem = name.replace(":", "-")
             sets[name] = {
-                "train": f"train-{stem}.onnx", "predict": f"predict-{stem}.onnx", "initial": f"theta-{stem}.safetensors",
+                "train": f"train-{stem}.onnx",
+                "predict": f"predict-{stem}.onnx",
+                "initial": f"theta-{stem}.safetensors",
                 "size": int(plans.theta.size),
                 "parameters": [{"name": p.name, "shape": list(p.shape), "offset": p.offset} for p in plans.layout],
             }
@@ -118,14 +131,24 @@ def build_artifact(
         (partial / "tokenize.onnx").write_bytes(build_tokenize_plan(vocabulary))
         parameters = count_parameters(config)
         manifest: dict[str, Any] = {
-            "schema": SCHEMA, "min_sdk": MIN_SDK, "chunk_bytes": CHUNK_BYTES,
-            "model": {"preset": preset, "parameters": parameters, "flops": count_flops(config), "config": config.to_dict()},
-            "labels": list(labels), "max_length": max_length,
+            "schema": SCHEMA,
+            "min_sdk": MIN_SDK,
+            "chunk_bytes": CHUNK_BYTES,
+            "model": {
+                "preset": preset,
+                "parameters": parameters,
+                "flops": count_flops(config),
+                "config": config.to_dict(),
+            },
+            "labels": list(labels),
+            "max_length": max_length,
             "quantization": "int8" if quantized else None,
             "sizes": model_sizes(config),
-            "plans": {"tokenize": "tokenize.onnx"}, "trainable_sets": sets,
+            "plans": {"tokenize": "tokenize.onnx"},
+            "trainable_sets": sets,
             "files": {p.name: describe_file(p.read_bytes()) for p in sorted(partial.iterdir())},
-            "parent": parent, "metrics": dict(metrics or {}),
+            "parent": parent,
+            "metrics": dict(metrics or {}),
         }
         data = manifest_bytes(manifest)
         (partial / MANIFEST).write_bytes(data)
@@ -161,7 +184,9 @@ def _check_labels(labels: Sequence[str]) -> None:
 
 def describe_file(data: bytes) -> dict[str, Any]:
     return {
-        "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "chunks": [digest for digest, _ in split_chunks(data)],
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "chunks": [digest for digest, _ in split_chunks(data)],
     }
 
 
@@ -184,7 +209,9 @@ def read_artifact(folder: Path) -> BuiltArtifact:
         manifest = json.loads(data)
         for name, stated in manifest["files"].items():
             if describe_file((folder / name).read_bytes()) != stated:
-                raise PublishError(f"{folder / name} is damaged: its bytes are not those of the manifest; build the artifact again")
+                raise PublishError(
+                    f"{folder / name} is damaged: its bytes are not those of the manifest; build the artifact again"
+                )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, PublishError):
             raise
@@ -192,7 +219,9 @@ def read_artifact(folder: Path) -> BuiltArtifact:
     return BuiltArtifact(hashlib.sha256(data).hexdigest(), manifest, folder)
 
 
-def publish_artifact(session: Session, artifact: BuiltArtifact, channel: str, trainable_set: str | None = None) -> Release:
+def publish_artifact(
+    session: Session, artifact: BuiltArtifact, channel: str, trainable_set: str | None = None
+) -> Release:
     """Store an artifact and release it on a channel with its initial parameters, all in the session's transaction.
 
     Raises:

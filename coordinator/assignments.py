@@ -49,7 +49,9 @@ class Receipt:
 
 @dataclass
 class Assignments:
-    """The assignments of a store. `changed` is notified whenever a device came or an assignment ended, `on_offer` called when some are made.
+    """The assignments of a store.
+
+    `changed` is notified whenever a device came or an assignment ended; `on_offer` is called when there are new ones.
 
     Args:
         spool: where uploads wait until their round has committed.
@@ -71,16 +73,17 @@ class Assignments:
         for callback in self.on_offer:
             callback()
 
-    # ---- asking for work -------------------------------------------------------------------------------------------------
+    # ---- asking for work ---------------------------------------------------------------------------------------------
 
     def next_for(self, device_id: int, lease_s: float) -> Assignment | None:
         """The device's open assignment, marked as accepted; the same one again until it is settled."""
         moment = now()
         with self.store.write() as session:
-            found = session.scalars(
-                sa.select(Assignment).where(Assignment.device_id == device_id, Assignment.status.in_(OPEN)).order_by(Assignment.offered_at)
-            ).first()
-            if found is None or _overdue(found, moment):
+            mine = sa.select(Assignment).where(Assignment.device_id == device_id, Assignment.status.in_(OPEN))
+            # Overdue ones are passed over: a coordinator that was killed may have left some that nobody closes.
+            usable = (a for a in session.scalars(mine.order_by(Assignment.offered_at)) if not _overdue(a, moment))
+            found = next(usable, None)
+            if found is None:
                 return None
             found.status = "accepted"
             found.accepted_at = found.accepted_at or moment
@@ -117,7 +120,9 @@ class Assignments:
         """Close those whose lease or deadline has passed."""
         moment = now()
         with self.store.write() as session:
-            for found in session.scalars(sa.select(Assignment).where(Assignment.id.in_(assignment_ids), Assignment.status.in_(OPEN))):
+            for found in session.scalars(
+                sa.select(Assignment).where(Assignment.id.in_(assignment_ids), Assignment.status.in_(OPEN))
+            ):
                 why = _overdue(found, moment)
                 if why:
                     found.status, found.error, found.finished_at = "expired", why, moment
@@ -128,7 +133,13 @@ class Assignments:
             raise UploadError("not_found", f"this device holds no assignment {assignment_id[:MAX_NAME]!r}")
         return found
 
-    # ---- handing in --------------------------------------------------------------------------------------------------------
+    def forget(self, assignment_ids: list[str]) -> None:
+        """Delete what devices sent for assignments that are settled, be it whole or in part."""
+        for assignment_id in assignment_ids:
+            self.upload_path(assignment_id).unlink(missing_ok=True)
+            self._part(assignment_id).unlink(missing_ok=True)
+
+    # ---- handing in --------------------------------------------------------------------------------------------------
 
     def upload_path(self, assignment_id: str) -> Path:
         return self.spool / f"{assignment_id}.update"
@@ -157,11 +168,17 @@ class Assignments:
         if receipt is not None:
             return receipt
         if header.total_bytes > limit_bytes:
-            raise UploadError("too_large", f"an update of {header.total_bytes} bytes is larger than the {limit_bytes} that this assignment can have")
+            raise UploadError(
+                "too_large",
+                f"an update of {header.total_bytes} bytes is larger than the {limit_bytes} that this assignment "
+                "can have",
+            )
         if header.total_bytes and (len(header.digest) != 64 or not set(header.digest) <= set("0123456789abcdef")):
             raise UploadError("invalid", f"{header.digest[:80]!r} is not a SHA-256")
         if len(header.metrics) > MAX_METRICS or any(not 0 < len(n) <= MAX_NAME for n in header.metrics):
-            raise UploadError("invalid", f"at most {MAX_METRICS} metrics with names of 1 to {MAX_NAME} characters are taken")
+            raise UploadError(
+                "invalid", f"at most {MAX_METRICS} metrics with names of 1 to {MAX_NAME} characters are taken"
+            )
         if header.offset != stands_at:
             raise UploadError("out_of_range", f"the upload goes on at byte {stands_at}, not {header.offset}")
         return None
@@ -170,7 +187,10 @@ class Assignments:
         part = self._part(header.assignment_id)
         with part.open("ab") as stream:
             if stream.tell() + len(data) > header.total_bytes:
-                raise UploadError("invalid", f"more than the {header.total_bytes} bytes announced have arrived; ask for the upload's status")
+                raise UploadError(
+                    "invalid",
+                    f"more than the {header.total_bytes} bytes announced have arrived; ask for the upload's status",
+                )
             stream.write(data)
 
     def finish(self, device_id: int, header: Header) -> Receipt:
@@ -195,15 +215,22 @@ class Assignments:
             found = self._mine(session, device_id, header.assignment_id)
             if session.get(Update, header.assignment_id) is not None:
                 return Receipt(True)
-            if found.status not in OPEN or _overdue(found, now()):
+            why = found.error or found.status if found.status not in OPEN else _overdue(found, now())
+            if why:
                 path.unlink(missing_ok=True)
-                return Receipt(False, f"too late: the assignment has ended ({found.error or found.status})")
+                return Receipt(False, f"too late: {why}")
             found.status, found.finished_at, found.progress = "uploaded", now(), 1.0
+            session.get_one(Device, device_id).last_seen_at = now()  # it will be there for the next round
             metrics = {n: float(v) for n, v in header.metrics.items() if math.isfinite(v)}
-            session.add(Update(
-                assignment_id=header.assignment_id, num_examples=header.num_examples, bytes=header.total_bytes,
-                digest=header.digest or "", metrics=metrics,
-            ))
+            session.add(
+                Update(
+                    assignment_id=header.assignment_id,
+                    num_examples=header.num_examples,
+                    bytes=header.total_bytes,
+                    digest=header.digest or "",
+                    metrics=metrics,
+                )
+            )
         self.notify_changed()
         return Receipt(True)
 

@@ -27,6 +27,7 @@ class Calls:
     assignments: Assignments
     lease_s: float
     enrolment_key: str = ""
+    stopping: bool = False  # long polls answer at once
     asking: Counter[int] = field(default_factory=Counter)  # device id -> long polls open now
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "pocketfed-sql"))
 
@@ -39,5 +40,8 @@ class Calls:
         token = given.removeprefix("Bearer ") if isinstance(given, str) else ""
         found = await self.run(authenticate, self.store, token)
         if found is None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this device is not known here; enrol it (again), with a new home folder")
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "this device is not known here; enrol it (again), with a new home folder",
+            )
         return found  # type: ignore[return-value]

@@ -31,11 +31,21 @@ class LocalTraining:
     max_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "local.", {
-            "epochs": (1, 1000), "batch_size": (1, 4096), "learning_rate": (0, 100), "momentum": (0, 1),
-            "weight_decay": (0, 100), "max_grad_norm": (0, math.inf), "proximal_mu": (0, 1e6), "max_length": (3, 65536),
-            "max_steps": (0, 10**9),
-        })
+        _check_ranges(
+            self,
+            "local.",
+            {
+                "epochs": (1, 1000),
+                "batch_size": (1, 4096),
+                "learning_rate": (0, 100),
+                "momentum": (0, 1),
+                "weight_decay": (0, 100),
+                "max_grad_norm": (0, math.inf),
+                "proximal_mu": (0, 1e6),
+                "max_length": (3, 65536),
+                "max_steps": (0, 10**9),
+            },
+        )
         if self.optimizer not in ("adamw", "sgd"):
             raise RunConfigError(f"local.optimizer is {self.optimizer!r}; choose adamw or sgd")
 
@@ -70,11 +80,23 @@ class RunConfig:
     local: LocalTraining = field(default_factory=LocalTraining)
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "", {
-            "rounds": (1, 1_000_000), "min_devices": (1, 10**7), "cohort": (0, 10**7), "quorum": (1, 10**7),
-            "max_failed_rounds": (1, 1000), "seed": (0, 2**63 - 1), "wait_s": (0, math.inf), "deadline_s": (0.1, math.inf),
-            "lease_s": (0.1, 86400), "max_examples": (1, 10**9), "max_update_norm": (0, math.inf),
-        })
+        _check_ranges(
+            self,
+            "",
+            {
+                "rounds": (1, 1_000_000),
+                "min_devices": (1, 10**7),
+                "cohort": (0, 10**7),
+                "quorum": (1, 10**7),
+                "max_failed_rounds": (1, 1000),
+                "seed": (0, 2**63 - 1),
+                "wait_s": (0, math.inf),
+                "deadline_s": (0.1, math.inf),
+                "lease_s": (0.1, 86400),
+                "max_examples": (1, 10**9),
+                "max_update_norm": (0, math.inf),
+            },
+        )
         for name in ("name", "channel"):
             if not 0 < len(getattr(self, name)) <= 100:
                 raise RunConfigError(f"{name} is {getattr(self, name)[:100]!r}; it must have 1 to 100 characters")
@@ -104,12 +126,16 @@ def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name, value in values.items():
         if name not in fields:
-            raise RunConfigError(f"there is no setting {prefix}{name}; the settings are {', '.join(prefix + n for n in fields)}")
+            raise RunConfigError(
+                f"there is no setting {prefix}{name}; the settings are {', '.join(prefix + n for n in fields)}"
+            )
         default = fields[name].default
         wanted = Mapping if name == "strategy_options" else type(default)
         number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         if not number and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int)):
-            raise RunConfigError(f"{prefix}{name} is {value!r}; it must be of type {getattr(wanted, '__name__', 'table')}")
+            raise RunConfigError(
+                f"{prefix}{name} is {value!r}; it must be of type {getattr(wanted, '__name__', 'table')}"
+            )
 
 
 def _check_ranges(values: Any, prefix: str, ranges: Mapping[str, tuple[float, float]]) -> None:
@@ -130,7 +156,9 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
         try:
             values = tomllib.loads(path.read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise RunConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; give a TOML file") from None
+            raise RunConfigError(
+                f"cannot read {path}: {getattr(error, 'strerror', None) or error}; give a TOML file"
+            ) from None
         except tomllib.TOMLDecodeError as error:
             raise RunConfigError(f"{path} is not TOML: {error}") from None
     return RunConfig.from_dict(apply_overrides(values, overrides))

@@ -17,8 +17,11 @@ from pocketfed.protos import distribution_pb2_grpc
 
 def describe_release(session: Any, release: Release) -> pb.Release:
     return pb.Release(
-        id=release.id, artifact_version=release.artifact_version, trainable_set=release.trainable_set,
-        parameters_digest=release.parameters, parameters_bytes=session.get_one(Blob, release.parameters).bytes,
+        id=release.id,
+        artifact_version=release.artifact_version,
+        trainable_set=release.trainable_set,
+        parameters_digest=release.parameters,
+        parameters_bytes=session.get_one(Blob, release.parameters).bytes,
     )
 
 
@@ -32,9 +35,13 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "give a version or a channel")
         reply = await self.calls.run(self._get_manifest, request)
         if reply is None:
-            what = f"version {request.version[:80]!r}" if request.version else f"release on channel {request.channel[:100]!r}"
+            what = (
+                f"version {request.version[:80]!r}"
+                if request.version
+                else f"release on channel {request.channel[:100]!r}"
+            )
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no {what}; publish one with `pocketfed publish`")
-        return reply
+        return reply  # type: ignore[return-value]  # abort() does not return
 
     def _get_manifest(self, request: pb.GetManifestRequest) -> pb.GetManifestReply | None:
         with self.calls.store.read() as session:
@@ -43,16 +50,22 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
             if artifact is None:
                 return None
             described = describe_release(session, release) if release else None
-            return pb.GetManifestReply(manifest=manifest_bytes(artifact.manifest), version=artifact.version, release=described)
+            return pb.GetManifestReply(
+                manifest=manifest_bytes(artifact.manifest), version=artifact.version, release=described
+            )
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadChunk]:  # noqa: N802
         device_id, _ = await self.calls.authenticate(context)
+        if len(request.digest) != 64 or not set(request.digest) <= set("0123456789abcdef"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{request.digest[:80]!r} is not a SHA-256")
         blob = await self.calls.run(self._blob, request.digest)
         if blob is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there are no bytes with SHA-256 {request.digest[:80]!r}")
-        chunks, total = blob
+        chunks, total = blob  # type: ignore[misc]
         if request.first_chunk > len(chunks):
-            await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"first_chunk is {request.first_chunk}; there are {len(chunks)} chunks")
+            await context.abort(
+                grpc.StatusCode.OUT_OF_RANGE, f"first_chunk is {request.first_chunk}; there are {len(chunks)} chunks"
+            )
         sent = 0
         try:
             for digest in chunks[request.first_chunk :]:

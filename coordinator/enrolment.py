@@ -40,11 +40,19 @@ def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, exp
     token = secrets.token_urlsafe(32)
     try:
         with store.write() as session:
-            session.add(Device(
-                name=name, channel=channel or "stable", token_hash=hash_token(token), sdk_version=sdk_version[:50], last_seen_at=now(),
-            ))
+            session.add(
+                Device(
+                    name=name,
+                    channel=channel or "stable",
+                    token_hash=hash_token(token),
+                    sdk_version=sdk_version[:50],
+                    last_seen_at=now(),
+                )
+            )
     except sa.exc.IntegrityError:
-        raise EnrolmentError("exists", f"a device named {name!r} is enrolled already; use its home folder, or another name") from None
+        raise EnrolmentError(
+            "exists", f"a device named {name!r} is enrolled already; use its home folder, or another name"
+        ) from None
     return token
 
 
@@ -53,13 +61,16 @@ def authenticate(store: Store, token: str) -> tuple[int, str] | None:
     if not token:
         return None
     with store.read() as session:
-        row = session.execute(sa.select(Device.id, Device.channel).where(Device.token_hash == hash_token(token))).first()
+        row = session.execute(
+            sa.select(Device.id, Device.channel).where(Device.token_hash == hash_token(token))
+        ).first()
     return None if row is None else (row.id, row.channel)
 
 
 def mark_seen(store: Store, device_id: int, examples: int, sdk_version: str) -> None:
     with store.write() as session:
         session.execute(
-            sa.update(Device).where(Device.id == device_id)
+            sa.update(Device)
+            .where(Device.id == device_id)
             .values(last_seen_at=now(), examples=min(examples, 2**31 - 1), sdk_version=sdk_version[:50])
         )

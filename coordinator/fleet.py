@@ -23,12 +23,16 @@ PROTOCOL = 1
 MAX_WAIT_S = 60.0
 UPDATE_OVERHEAD_BYTES = 4096  # safetensors header and room
 _UPLOAD_CODES = {
-    "not_found": grpc.StatusCode.NOT_FOUND, "invalid": grpc.StatusCode.INVALID_ARGUMENT,
-    "out_of_range": grpc.StatusCode.OUT_OF_RANGE, "data_loss": grpc.StatusCode.DATA_LOSS,
+    "not_found": grpc.StatusCode.NOT_FOUND,
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "out_of_range": grpc.StatusCode.OUT_OF_RANGE,
+    "data_loss": grpc.StatusCode.DATA_LOSS,
     "too_large": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 _ENROLMENT_CODES = {
-    "invalid": grpc.StatusCode.INVALID_ARGUMENT, "exists": grpc.StatusCode.ALREADY_EXISTS, "denied": grpc.StatusCode.PERMISSION_DENIED,
+    "invalid": grpc.StatusCode.INVALID_ARGUMENT,
+    "exists": grpc.StatusCode.ALREADY_EXISTS,
+    "denied": grpc.StatusCode.PERMISSION_DENIED,
 }
 
 
@@ -52,13 +56,22 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
 
     async def _require_protocol(self, protocol: int, context: Any) -> None:
         if protocol != PROTOCOL:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"protocol {protocol} is not spoken here, only {PROTOCOL}; update the app")
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol {protocol} is not spoken here, only {PROTOCOL}; update the app",
+            )
 
     async def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:  # noqa: N802
         await self._require_protocol(request.protocol, context)
         try:
             token = await self.calls.run(
-                enrol, self.calls.store, request.name, request.channel, request.sdk_version, request.enrolment_key, self.calls.enrolment_key
+                enrol,
+                self.calls.store,
+                request.name,
+                request.channel,
+                request.sdk_version,
+                request.enrolment_key,
+                self.calls.enrolment_key,
             )
         except EnrolmentError as error:
             await context.abort(_ENROLMENT_CODES[error.kind], str(error))
@@ -71,14 +84,18 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         end = self._loop.time() + wait_s
         await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version)
         self.calls.asking[device_id] += 1
-        self.calls.assignments.notify_changed()
         try:
+            await self.calls.run(
+                self.calls.assignments.notify_changed
+            )  # whoever waits holds its lock while asking the store
             while True:
                 news = self._news
                 reply = await self.calls.run(self._answer, device_id, channel, request.release_id)
                 left = end - self._loop.time()
                 if reply.WhichOneof("what") == "assignment" or reply.HasField("release") or left <= 0:
                     return reply
+                if self.calls.stopping:
+                    return pb.CheckInReply(wait=pb.Wait(retry_after_s=1.0, reason="the coordinator is stopping"))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), left)
         finally:  # also when the device has gone: its connection's end cancels this call
@@ -101,10 +118,17 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         config = {k.replace("-", "_"): v for k, v in found.config.items()}
         deadline_s = (found.deadline - now()).total_seconds() if found.deadline else 86400.0
         return pb.Assignment(
-            id=found.id, kind=pb.Assignment.TRAIN if found.kind == "train" else pb.Assignment.EVALUATE, run=run.id, round=found.round,
-            artifact_version=run.artifact_version, trainable_set=run.trainable_set, parameters_digest=found.parameters,
+            id=found.id,
+            kind=pb.Assignment.TRAIN if found.kind == "train" else pb.Assignment.EVALUATE,
+            run=run.id,
+            round=found.round,
+            artifact_version=run.artifact_version,
+            trainable_set=run.trainable_set,
+            parameters_digest=found.parameters,
             parameters_bytes=session.get_one(tables.Blob, found.parameters).bytes,
-            config=pb.TrainConfig(**{k: v for k, v in config.items() if k in fields}), lease_s=self.calls.lease_s, deadline_s=max(0.0, deadline_s),
+            config=pb.TrainConfig(**{k: v for k, v in config.items() if k in fields}),
+            lease_s=self.calls.lease_s,
+            deadline_s=max(0.0, deadline_s),
         )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:  # noqa: N802
@@ -113,7 +137,12 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         phase = pb.HeartbeatRequest.Phase.Name(request.phase).lower() if known else "unknown"
         try:
             alive = await self.calls.run(
-                self.calls.assignments.heartbeat, device_id, request.assignment_id, phase, request.progress, self.calls.lease_s
+                self.calls.assignments.heartbeat,
+                device_id,
+                request.assignment_id,
+                phase,
+                request.progress,
+                self.calls.lease_s,
             )
         except UploadError as error:
             await context.abort(_UPLOAD_CODES[error.kind], str(error))
@@ -122,7 +151,9 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
     async def Decline(self, request: pb.DeclineRequest, context: Any) -> pb.DeclineReply:  # noqa: N802
         device_id, _ = await self.calls.authenticate(context)
         try:
-            await self.calls.run(self.calls.assignments.decline, device_id, request.assignment_id, request.reason or "declined")
+            await self.calls.run(
+                self.calls.assignments.decline, device_id, request.assignment_id, request.reason or "declined"
+            )
         except UploadError as error:
             await context.abort(_UPLOAD_CODES[error.kind], str(error))
         return pb.DeclineReply()
@@ -133,12 +164,16 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             count, receipt = await self.calls.run(self.calls.assignments.received, device_id, request.assignment_id)
         except UploadError as error:
             await context.abort(_UPLOAD_CODES[error.kind], str(error))
-        described = None if receipt is None else pb.Receipt(assignment_id=request.assignment_id, accepted=receipt.accepted, reason=receipt.reason)
+        described = (
+            None
+            if receipt is None
+            else pb.Receipt(assignment_id=request.assignment_id, accepted=receipt.accepted, reason=receipt.reason)
+        )
         return pb.UploadStatusReply(received_bytes=count, receipt=described)
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadPart], context: Any) -> pb.Receipt:  # noqa: N802
         device_id, _ = await self.calls.authenticate(context)
-        header: Header | None = None
+        header: Any = None  # Header, once it has come
         try:
             async for part in request_iterator:
                 if header is None:
@@ -146,7 +181,9 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                     limit = await self.calls.run(self._limit_bytes, header.assignment_id)
                     done = await self.calls.run(self.calls.assignments.check_header, device_id, header, limit)
                     if done is not None:
-                        return pb.Receipt(assignment_id=header.assignment_id, accepted=done.accepted, reason=done.reason)
+                        return pb.Receipt(
+                            assignment_id=header.assignment_id, accepted=done.accepted, reason=done.reason
+                        )
                 elif part.WhichOneof("part") == "data":
                     await self.calls.run(self.calls.assignments.append, header, part.data)
             if header is None:
@@ -160,7 +197,9 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         if part.WhichOneof("part") != "header":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
         h = part.header
-        return Header(h.assignment_id, h.total_bytes, h.digest, h.offset, min(h.num_examples, 2**31 - 1), dict(h.metrics))
+        return Header(
+            h.assignment_id, h.total_bytes, h.digest, h.offset, min(h.num_examples, 2**31 - 1), dict(h.metrics)
+        )
 
     def _limit_bytes(self, assignment_id: str) -> int:
         """The most bytes that an update for this assignment can have."""

@@ -1,4 +1,4 @@
-"""The few private touches of flwr (1.41 to 1.42) that driving its strategies without its servers takes. Nowhere else."""
+"""The few private touches of flwr (1.41 to 1.42) that driving its strategies without its servers takes, all here."""
 
 from __future__ import annotations
 

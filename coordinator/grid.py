@@ -25,6 +25,11 @@ from pocketfed.model.parameters import ParametersError, decode_vector, encode_ve
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
+LOOK_S = 1.0  # how often somebody who waits for devices looks whether to stop
+
+
+class Stopped(RuntimeError):  # noqa: N818 - a request, not a fault
+    """The wait for devices was ended from outside."""
 
 
 def assignment_id(run_id: int, round_number: int, attempt: int, device_id: int, kind: str) -> str:
@@ -51,6 +56,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         self.store, self.run_id = store, run_id
         self.cohort = Cohort()
         self.offer_s: float | None = None  # an assignment that nobody accepts within this long expires
+        self.should_stop: Callable[[], bool] = lambda: False  # asked while replies are awaited
         self._sent: dict[str, Message] = {}
         flwr_compat.enter_run(run_id)
 
@@ -70,7 +76,10 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         self.cohort = cohort
         self._sent = {}
 
-    # ---- Flower's interface ------------------------------------------------------------------------------------------------
+    def announce_release(self) -> None:
+        """Something new is released: devices may hear of it."""
+
+    # ---- Flower's interface ------------------------------------------------------------------------------------------
 
     def set_run(self, run: Any) -> None:
         """A run of Flower's servers; ours is in the store."""
@@ -109,8 +118,14 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         round_number = int(config["server-round"])
         node = message.metadata.dst_node_id
         row = Assignment(
-            id=assignment_id(self.run_id, round_number, self.cohort.attempt, node, kind), run_id=self.run_id, round=round_number,
-            attempt=self.cohort.attempt, device_id=node, kind=kind, config=config, parameters=digests[id(arrays)],
+            id=assignment_id(self.run_id, round_number, self.cohort.attempt, node, kind),
+            run_id=self.run_id,
+            round=round_number,
+            attempt=self.cohort.attempt,
+            device_id=node,
+            kind=kind,
+            config=config,
+            parameters=digests[id(arrays)],
         )
         if self.cohort.deadline_s is not None:
             row.deadline = now() + timedelta(seconds=self.cohort.deadline_s)
@@ -137,7 +152,9 @@ class FleetGrid(RecordedGrid):
         online: says which devices there are now (node id -> name).
     """
 
-    def __init__(self, assignments: Assignments, run_id: int, online: Callable[[], Mapping[int, str]], size: int, lease_s: float) -> None:
+    def __init__(
+        self, assignments: Assignments, run_id: int, online: Callable[[], Mapping[int, str]], size: int, lease_s: float
+    ) -> None:
         super().__init__(assignments.store, run_id)
         self.offer_s = lease_s
         self.assignments, self.size, self._online = assignments, size, online
@@ -149,7 +166,7 @@ class FleetGrid(RecordedGrid):
         end = time.monotonic() + timeout_s
         with self.assignments.changed:
             while len(devices := self.available()) < count and time.monotonic() < end and not should_stop():
-                self.assignments.changed.wait(min(1.0, end - time.monotonic()))
+                self.assignments.changed.wait(min(LOOK_S, max(0.0, end - time.monotonic())))
         return devices
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -157,8 +174,15 @@ class FleetGrid(RecordedGrid):
         self.assignments.notify_offered()
         return ids
 
+    def announce_release(self) -> None:
+        self.assignments.notify_offered()
+
     def replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
-        """Waits until every assignment is settled, then reads the updates from the spool one by one."""
+        """Waits until every assignment is settled, then reads the updates from the spool one by one.
+
+        Raises:
+            Stopped: while waiting.
+        """
         self._wait(list(sent))
         for row_id, message in sent.items():
             reply = self._reply(row_id, message)
@@ -167,17 +191,21 @@ class FleetGrid(RecordedGrid):
 
     def _wait(self, ids: list[str]) -> None:
         while True:
+            if self.should_stop():
+                raise Stopped("stopped before all devices had answered")
             with self.assignments.changed:
                 self.assignments.expire(ids)
                 with self.store.read() as session:
                     rows = session.execute(
-                        sa.select(Assignment.lease_until, Assignment.deadline).where(Assignment.id.in_(ids), Assignment.status.in_(OPEN))
+                        sa.select(Assignment.lease_until, Assignment.deadline).where(
+                            Assignment.id.in_(ids), Assignment.status.in_(OPEN)
+                        )
                     ).all()
                 if not rows:
                     return
                 ends = [moment for row in rows for moment in row if moment is not None]
-                seconds = (min(ends) - now()).total_seconds() + 0.01 if ends else None
-                self.assignments.changed.wait(None if seconds is None else max(0.01, seconds))
+                seconds = (min(ends) - now()).total_seconds() + 0.01 if ends else LOOK_S
+                self.assignments.changed.wait(min(LOOK_S, max(0.01, seconds)))
 
     def _reply(self, row_id: str, message: Message) -> Message | None:
         with self.store.read() as session:
@@ -186,7 +214,9 @@ class FleetGrid(RecordedGrid):
             return None
         if update is None:
             return Message(Error(FAILED, row.error or row.status), reply_to=message)
-        metrics = MetricRecord({"num-examples": update.num_examples, **update.metrics})
+        metrics = MetricRecord(
+            {**update.metrics, "num-examples": update.num_examples}
+        )  # last: no metric takes its place
         if row.kind == "evaluate":
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
         try:
@@ -200,4 +230,3 @@ class FleetGrid(RecordedGrid):
             "update": ConfigRecord({"bytes": update.bytes, "digest": update.digest}),
         }
         return Message(RecordDict(content), reply_to=message)
-

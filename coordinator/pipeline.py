@@ -17,8 +17,15 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want t
 
 Progress = Callable[[str, int, int, float], None]  # stage, step done, steps in all, loss
 SHARED_WITH_TEACHER = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "embedding_size", "trigram_input",
-    "max_position_embeddings", "type_vocab_size", "initializer_range",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "embedding_size",
+    "trigram_input",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
 )
 INSPECTED_TOKENS = 128  # the length at which the paper counts
 
@@ -78,9 +85,7 @@ def distill(
         "model": _sizes(config),
     }
     card = _model_card(preset, config, teacher, result, vocabulary, read)
-    checkpoint = checkpoints.Checkpoint(
-        config, result.student, vocabulary.tokens, lower_case=vocabulary.lower_case
-    )
+    checkpoint = checkpoints.Checkpoint(config, result.student, vocabulary.tokens, lower_case=vocabulary.lower_case)
     checkpoints.save(checkpoint, out, card)
     return report
 
@@ -204,7 +209,11 @@ def _changed_schedule(schedule: Schedule, changes: Mapping[str, Any], steps: int
 
 
 def _model_card(
-    name: str, config: MobileBertConfig, teacher: MobileBertConfig, result: Result, vocabulary: Vocabulary,
+    name: str,
+    config: MobileBertConfig,
+    teacher: MobileBertConfig,
+    result: Result,
+    vocabulary: Vocabulary,
     corpus: Mapping[str, Any],
 ) -> str:
     from pocketfed.model.distillation import mean_of_last
@@ -215,42 +224,44 @@ def _model_card(
     stages = [
         f"| {stage} | {len(result.losses[stage])} | {loss:.4f} |" for stage, loss in mean_of_last(result.losses).items()
     ]
-    return "\n".join([
-        f"# MobileBERT student `{name}`",
-        "",
-        f"Distilled by pocketfed from an inverted-bottleneck teacher ({_parameters(teacher):,} parameters) into "
-        f"{_parameters(config):,} parameters, with seed {result.seed}. Task-agnostic: it has no classifier yet.",
-        "",
-        f"Corpus: {corpus['lines']:,} distinct lines, {corpus['tokens']:,} tokens, sha256 `{corpus['sha256']}`. "
-        f"Vocabulary: {len(vocabulary):,} WordPiece tokens, sha256 `{vocabulary.digest()}`.",
-        "",
-        "Guessing hidden tokens (15 %) of held-out lines, which neither teacher nor student was trained on; the "
-        "vocabulary has seen them:",
-        "",
-        "| model | loss (nats) | accuracy | hidden tokens |",
-        "|---|---|---|---|",
-        *scores,
-        "",
-        "| stage | steps | loss, mean of the last tenth |",
-        "|---|---|---|",
-        *stages,
-        "",
-        "Student:",
-        "",
-        "```json",
-        json.dumps(config.to_dict(), indent=2),
-        "```",
-        "",
-        "Teacher:",
-        "",
-        "```json",
-        json.dumps(teacher.to_dict(), indent=2),
-        "```",
-        "",
-        "Schedule:",
-        "",
-        "```json",
-        json.dumps(dataclasses.asdict(result.schedule), indent=2),
-        "```",
-        "",
-    ])
+    return "\n".join(
+        [
+            f"# MobileBERT student `{name}`",
+            "",
+            f"Distilled by pocketfed from an inverted-bottleneck teacher ({_parameters(teacher):,} parameters) into "
+            f"{_parameters(config):,} parameters, with seed {result.seed}. Task-agnostic: it has no classifier yet.",
+            "",
+            f"Corpus: {corpus['lines']:,} distinct lines, {corpus['tokens']:,} tokens, sha256 `{corpus['sha256']}`. "
+            f"Vocabulary: {len(vocabulary):,} WordPiece tokens, sha256 `{vocabulary.digest()}`.",
+            "",
+            "Guessing hidden tokens (15 %) of held-out lines, which neither teacher nor student was trained on; the "
+            "vocabulary has seen them:",
+            "",
+            "| model | loss (nats) | accuracy | hidden tokens |",
+            "|---|---|---|---|",
+            *scores,
+            "",
+            "| stage | steps | loss, mean of the last tenth |",
+            "|---|---|---|",
+            *stages,
+            "",
+            "Student:",
+            "",
+            "```json",
+            json.dumps(config.to_dict(), indent=2),
+            "```",
+            "",
+            "Teacher:",
+            "",
+            "```json",
+            json.dumps(teacher.to_dict(), indent=2),
+            "```",
+            "",
+            "Schedule:",
+            "",
+            "```json",
+            json.dumps(dataclasses.asdict(result.schedule), indent=2),
+            "```",
+            "",
+        ]
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import sqlalchemy as sa
 
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
@@ -15,8 +17,9 @@ from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp.strategy import Strategy
 
+from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
-from pocketfed.coordinator.grid import UNREADABLE, Cohort, RecordedGrid
+from pocketfed.coordinator.grid import UNREADABLE, Cohort, RecordedGrid, Stopped
 from pocketfed.coordinator.sampling import sample_cohort
 from pocketfed.coordinator.store import (
     Assignment,
@@ -58,6 +61,11 @@ class RoundResult:
     seconds: float
     reason: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON files have it: the number is called `round`."""
+        values = dataclasses.asdict(self)
+        return {"round": values.pop("number"), **values}
+
 
 @dataclass
 class Tally:
@@ -79,14 +87,24 @@ def create_run(store: Store, config: RunConfig) -> int:
     with store.write() as session:
         release = latest_release(session, config.channel)
         if release is None:
-            raise RunError(f"nothing is published on channel {config.channel!r} of {store.name}; run `pocketfed publish` first")
+            raise RunError(
+                f"nothing is published on channel {config.channel!r} of {store.name}; run `pocketfed publish` first"
+            )
         manifest = get_manifest(session, release.artifact_version)
         chosen = config.trainable_set or release.trainable_set
         if chosen not in manifest["trainable_sets"]:
-            raise RunError(f"the artifact on {config.channel!r} has no trainable set {chosen!r}, only {', '.join(manifest['trainable_sets'])}")
+            raise RunError(
+                f"the artifact on {config.channel!r} has no trainable set {chosen!r}, "
+                f"only {', '.join(manifest['trainable_sets'])}"
+            )
         run = Run(
-            name=config.name, channel=config.channel, config=config.to_dict(), artifact_version=release.artifact_version,
-            trainable_set=chosen, seed=config.seed, rounds_planned=config.rounds,
+            name=config.name,
+            channel=config.channel,
+            config=config.to_dict(),
+            artifact_version=release.artifact_version,
+            trainable_set=chosen,
+            seed=config.seed,
+            rounds_planned=config.rounds,
         )
         session.add(run)
         session.flush()
@@ -100,14 +118,17 @@ def get_manifest(session: Any, version: str) -> dict[str, Any]:
 
 
 def starting_theta(store: Store, run_id: int) -> tuple[Vector, int]:
-    """What the run starts from, and its size: the channel's release if it is of the same artifact and set, else the artifact's own."""
+    """What the run starts from, and its size: the channel's release if of the same artifact and set, else its own."""
     with store.read() as session:
         run = session.get_one(Run, run_id)
         manifest = get_manifest(session, run.artifact_version)
         described = manifest["trainable_sets"][run.trainable_set]
         digest = manifest["files"][described["initial"]]["sha256"]
         release = latest_release(session, run.channel)
-        if release is not None and (release.artifact_version, release.trainable_set) == (run.artifact_version, run.trainable_set):
+        if release is not None and (release.artifact_version, release.trainable_set) == (
+            run.artifact_version,
+            run.trainable_set,
+        ):
             digest = release.parameters
         return decode_vector(THETA, get_blob(session, digest), described["size"]), described["size"]
 
@@ -136,6 +157,7 @@ def drive_run(
     strategy = make_strategy(config.strategy, config.strategy_options)
     theta, size = starting_theta(store, run_id)
     limits = Limits(size, config.max_examples, config.max_update_norm)
+    grid.should_stop = should_stop
     _set_run(store, run_id, status="running", started_at=now())
     try:
         on_round(_measure_start(store, run_id, theta, evaluate))
@@ -145,17 +167,25 @@ def drive_run(
             if should_stop():
                 raise RunError(f"stopped before round {number}")
             if len(devices) < config.min_devices:
-                raise RunError(f"{len(devices)} of at least {config.min_devices} devices came within {config.wait_s:g} s; start more or lower min_devices")
+                raise RunError(
+                    f"{len(devices)} of at least {config.min_devices} devices came within {config.wait_s:g} s; "
+                    "start more or lower min_devices"
+                )
             cohort = sample_cohort(devices, config.cohort, config.seed, number)
-            theta, outcome = _run_round(store, run_id, number, cohort, grid, strategy, theta, limits, config, evaluate, on_settled)
+            theta, outcome = _run_round(
+                store, run_id, number, cohort, grid, strategy, theta, limits, config, evaluate, on_settled
+            )
             on_round(outcome)
             failed_in_a_row = failed_in_a_row + 1 if outcome.status == "failed" else 0
             if failed_in_a_row >= config.max_failed_rounds:
                 raise RunError(f"{failed_in_a_row} rounds failed in a row, the last because {outcome.reason}")
         _finish_run(store, run_id, config, theta)
+        grid.announce_release()
     except BaseException as error:
-        reason = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        _set_run(store, run_id, status="failed", reason=reason[:500], finished_at=now())
+        reason = str(error) if isinstance(error, RunError | Stopped) else f"{type(error).__name__}: {error}"
+        _give_up(store, run_id, reason[:500])
+        if isinstance(error, Stopped):
+            raise RunError(reason) from None
         raise
     return theta
 
@@ -167,21 +197,56 @@ def _set_run(store: Store, run_id: int, **values: Any) -> None:
             setattr(run, name, value)
 
 
+def _give_up(store: Store, run_id: int, reason: str) -> None:
+    """The run has failed, and with it its open round and what devices still work on."""
+    with store.write() as session:
+        run = session.get_one(Run, run_id)
+        run.status, run.reason, run.finished_at = "failed", reason, now()
+        session.execute(
+            sa.update(Round)
+            .where(Round.run_id == run_id, Round.status == "running")
+            .values(status="failed", reason=reason, finished_at=now())
+        )
+        session.execute(
+            sa.update(Assignment)
+            .where(Assignment.run_id == run_id, Assignment.status.in_(OPEN))
+            .values(status="expired", error="the run has ended", finished_at=now())
+        )
+
+
 def _measure_start(store: Store, run_id: int, theta: Vector, evaluate: Evaluate | None) -> RoundResult:
     started, begin = time.perf_counter(), now()
     measured = dict(evaluate(theta)) if evaluate else {}
     seconds = time.perf_counter() - started
     with store.write() as session:
-        session.add(Round(
-            run_id=run_id, number=0, status="finished", parameters=put_blob(session, encode_vector(THETA, theta)),
-            accuracy=measured.get("accuracy"), loss=measured.get("loss"), seconds=seconds, started_at=begin, finished_at=now(),
-        ))
+        session.add(
+            Round(
+                run_id=run_id,
+                number=0,
+                status="finished",
+                parameters=put_blob(session, encode_vector(THETA, theta)),
+                accuracy=measured.get("accuracy"),
+                loss=measured.get("loss"),
+                seconds=seconds,
+                started_at=begin,
+                finished_at=now(),
+            )
+        )
     return RoundResult(0, "finished", measured.get("accuracy"), measured.get("loss"), None, 0, 0, 0, 0, seconds)
 
 
 def _run_round(
-    store: Store, run_id: int, number: int, cohort: Mapping[int, str], grid: RecordedGrid, strategy: Strategy, theta: Vector,
-    limits: Limits, config: RunConfig, evaluate: Evaluate | None, on_settled: Callable[[list[str]], None],
+    store: Store,
+    run_id: int,
+    number: int,
+    cohort: Mapping[int, str],
+    grid: RecordedGrid,
+    strategy: Strategy,
+    theta: Vector,
+    limits: Limits,
+    config: RunConfig,
+    evaluate: Evaluate | None,
+    on_settled: Callable[[list[str]], None],
 ) -> tuple[Vector, RoundResult]:
     started = time.perf_counter()
     with store.write() as session:
@@ -192,7 +257,9 @@ def _run_round(
     tally = Tally()
     replies = screen(grid.send_and_receive(messages, timeout=config.deadline_s), theta, limits, tally)
     # Flower's strategies look at the replies more than once; ours folds them in as they come.
-    aggregated, metrics = strategy.aggregate_train(number, replies if _streams(strategy) else list(replies))
+    aggregated, metrics = strategy.aggregate_train(
+        number, replies if _streams(strategy) else with_common_metrics(replies)
+    )
     for _ in replies:  # whatever the strategy did not ask for is screened and recorded all the same
         pass
     result, reason = theta, None
@@ -201,10 +268,15 @@ def _run_round(
     else:
         result = np.ascontiguousarray(aggregated[THETA].numpy(), np.float32)
         if not np.isfinite(result).all():
-            result, reason = theta, f"{config.strategy} made parameters that are not finite; choose other strategy_options"
+            result, reason = (
+                theta,
+                f"{config.strategy} made parameters that are not finite; choose other strategy_options",
+            )
     trained = {} if metrics is None else {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
     measured = _measure(result, reason, strategy, grid, number, config, evaluate)
-    outcome = _commit_round(store, run_id, number, result, reason, tally, trained, measured, time.perf_counter() - started)
+    outcome = _commit_round(
+        store, run_id, number, result, reason, tally, trained, measured, time.perf_counter() - started
+    )
     on_settled(list(tally.statuses))
     return result, outcome
 
@@ -214,9 +286,7 @@ def _streams(strategy: Strategy) -> bool:
 
 
 def local_config(config: RunConfig) -> ConfigRecord:
-    """The message's config: TrainConfig's fields, and the run's seed (which devices mix with their name and the round)."""
-    import dataclasses
-
+    """The message's config: TrainConfig's fields, and the run's seed (devices mix in their name and the round)."""
     return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed})
 
 
@@ -239,15 +309,46 @@ def screen(replies: Iterable[Message], theta: Vector, limits: Limits, tally: Tal
         yield reply
 
 
+def screen_measured(replies: Iterable[Message], max_examples: int) -> Iterator[Message]:
+    """Only the evaluations that count examples, their weights capped."""
+    for reply in replies:
+        if not reply.has_error() and reply.content["metrics"]["num-examples"] >= 1:
+            record = reply.content["metrics"]
+            record["num-examples"] = min(record["num-examples"], max_examples)
+            yield reply
+
+
+def with_common_metrics(replies: Iterable[Message]) -> list[Message]:
+    """Replies without the metrics that not all of them have: Flower's strategies refuse the whole round over one."""
+    held = list(replies)
+    records = [reply.content["metrics"] for reply in held if not reply.has_error()]
+    common = set.intersection(*(set(record) for record in records)) if records else set()
+    for record in records:
+        for name in set(record) - common:
+            del record[name]
+    return held
+
+
 def _measure(
-    theta: Vector, reason: str | None, strategy: Strategy, grid: RecordedGrid, number: int, config: RunConfig, evaluate: Evaluate | None
+    theta: Vector,
+    reason: str | None,
+    strategy: Strategy,
+    grid: RecordedGrid,
+    number: int,
+    config: RunConfig,
+    evaluate: Evaluate | None,
 ) -> dict[str, float]:
     """On the coordinator's test set; on the devices' own examples where that is asked for, as device_<name>."""
     measured = dict(evaluate(theta)) if evaluate else {}
     if config.evaluate_on_devices and reason is None:
         messages = strategy.configure_evaluate(number, ArrayRecord({THETA: Array(theta)}), local_config(config), grid)
-        metrics = strategy.aggregate_evaluate(number, list(grid.send_and_receive(messages, timeout=config.deadline_s)))
-        on_devices = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float)) and k != "num-examples"}
+        replies = grid.send_and_receive(messages, timeout=config.deadline_s)
+        metrics = strategy.aggregate_evaluate(
+            number, with_common_metrics(screen_measured(replies, config.max_examples))
+        )
+        on_devices = {
+            k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float)) and k != "num-examples"
+        }
         measured |= {f"device_{k}": v for k, v in on_devices.items()}
         if not evaluate:
             measured |= {k: v for k, v in on_devices.items() if k in ("accuracy", "loss")}
@@ -255,12 +356,17 @@ def _measure(
 
 
 def _commit_round(
-    store: Store, run_id: int, number: int, theta: Vector, reason: str | None, tally: Tally, trained: Mapping[str, float],
-    measured: Mapping[str, float], seconds: float,
+    store: Store,
+    run_id: int,
+    number: int,
+    theta: Vector,
+    reason: str | None,
+    tally: Tally,
+    trained: Mapping[str, float],
+    measured: Mapping[str, float],
+    seconds: float,
 ) -> RoundResult:
     """The new parameters, what became of every assignment and all numbers, in one transaction."""
-    import sqlalchemy as sa
-
     with store.write() as session:
         row = session.get_one(Round, (run_id, number))
         bytes_up = bytes_down = accepted = failed = 0
@@ -283,10 +389,24 @@ def _commit_round(
         row.accuracy, row.loss, row.train_loss = measured.get("accuracy"), measured.get("loss"), trained.get("loss")
         row.devices, row.failed, row.bytes_up, row.bytes_down = accepted, failed, bytes_up, bytes_down
         row.seconds, row.finished_at = seconds, now()
-        named = {**{f"train_{k}": v for k, v in trained.items()}, **measured}
-        session.add_all(Metric(run_id=run_id, round=number, name=k[:100], value=v) for k, v in named.items() if np.isfinite(v))
+        named = {
+            k[:100]: v
+            for k, v in {**{f"train_{k}": v for k, v in trained.items()}, **measured}.items()
+            if np.isfinite(v)
+        }
+        session.add_all(Metric(run_id=run_id, round=number, name=k, value=v) for k, v in named.items())
         return RoundResult(
-            number, row.status, row.accuracy, row.loss, row.train_loss, accepted, failed, bytes_up, bytes_down, seconds, reason
+            number,
+            row.status,
+            row.accuracy,
+            row.loss,
+            row.train_loss,
+            accepted,
+            failed,
+            bytes_up,
+            bytes_down,
+            seconds,
+            reason,
         )
 
 
@@ -295,7 +415,12 @@ def _finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> 
         run = session.get_one(Run, run_id)
         run.status, run.finished_at = "finished", now()
         if config.release:
-            session.add(Release(
-                channel=run.channel, artifact_version=run.artifact_version, trainable_set=run.trainable_set, run_id=run_id,
-                parameters=put_blob(session, encode_vector(THETA, theta)),
-            ))
+            session.add(
+                Release(
+                    channel=run.channel,
+                    artifact_version=run.artifact_version,
+                    trainable_set=run.trainable_set,
+                    run_id=run_id,
+                    parameters=put_blob(session, encode_vector(THETA, theta)),
+                )
+            )

@@ -59,29 +59,44 @@ class CoordinatorServer:
         """
         host, colon, port = self.config.listen.rpartition(":")
         if not (colon and host and port.isdigit() and int(port) < 65536):
+            self.stop()
             raise ServeError(f"{self.config.listen!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
         self._thread.start()
         try:
             self.port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
         except RuntimeError:
             self.stop()
-            raise ServeError(f"cannot listen on {self.config.listen}: the address is taken or not of this machine; choose another port") from None
+            raise ServeError(
+                f"cannot listen on {self.config.listen}: the address is taken or not of this machine; "
+                "choose another port"
+            ) from None
         return self.port
 
     async def _start(self) -> int:
         self._calls = Calls(self.store, self.assignments, self.config.lease_s, self.config.enrolment_key)
-        self._server = grpc.aio.server(options=[
-            ("grpc.so_reuseport", 0),  # two coordinators on one port would share the devices between them
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_metadata_size", 16 << 10),
-        ])
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),  # two coordinators on one port would share the devices between them
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_metadata_size", 16 << 10),
+            ]
+        )
         fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self._calls), self._server)
-        distribution_pb2_grpc.add_DistributionServicer_to_server(DistributionServicer(self._calls), self._server)
+        distribution = DistributionServicer(self._calls)
+        distribution_pb2_grpc.add_DistributionServicer_to_server(distribution, self._server)
         port = self._server.add_insecure_port(self.config.listen)
         if port == 0:
             raise RuntimeError("not bound")
         await self._server.start()
         return port
+
+    async def _stop(self, server: grpc.aio.Server) -> None:
+        ending = asyncio.ensure_future(server.stop(STOP_S))
+        await asyncio.sleep(0)  # no new calls from here on
+        if self._calls is not None:
+            self._calls.stopping = True
+        self.assignments.notify_offered()  # long polls end now, not when their grace is over
+        await ending
 
     def online(self, channel: str) -> dict[int, str]:
         """Devices (id -> name) that could take part now."""
@@ -92,12 +107,12 @@ class CoordinatorServer:
     def stop(self) -> None:
         """End calls, then the loop; returns when both have ended."""
         if self._server is not None:
-            asyncio.run_coroutine_threadsafe(self._server.stop(STOP_S), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._stop(self._server), self._loop).result()
             self._server = None
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
-            self._loop.close()
+        self._loop.close()
         if self._calls is not None:
             self._calls.threads.shutdown()
             self._calls = None

@@ -71,7 +71,7 @@ class Artifact(Base):
 
 
 class Release(Base):
-    """What devices on a channel should run: an artifact, one of its trainable sets, and values for it. The newest counts."""
+    """What devices on a channel should run: an artifact, one of its trainable sets, values for it. The newest holds."""
 
     __tablename__ = "releases"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -90,7 +90,9 @@ class Device(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(100), unique=True)
     channel: Mapped[str] = mapped_column(String(100), default="stable", index=True)
-    token_hash: Mapped[str] = mapped_column(String(64), index=True)  # sha256 of the bearer token; the token itself is not kept
+    token_hash: Mapped[str] = mapped_column(
+        String(64), index=True
+    )  # sha256 of the bearer token; the token itself is not kept
     sdk_version: Mapped[str] = mapped_column(String(50), default="")
     examples: Mapped[int] = mapped_column(default=0)
     enrolled_at: Mapped[datetime] = mapped_column(default=now)
@@ -109,7 +111,7 @@ class Run(Base):
     config: Mapped[dict[str, Any]]
     artifact_version: Mapped[str] = mapped_column(ForeignKey("artifacts.version"))
     trainable_set: Mapped[str] = mapped_column(String(50))
-    seed: Mapped[int]
+    seed: Mapped[int] = mapped_column(sa.BigInteger)
     rounds_planned: Mapped[int]
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
@@ -140,7 +142,7 @@ class Round(Base):
 class Assignment(Base):
     """One device's part in a round.
 
-    status: offered, accepted, uploaded, aggregated, quarantined, failed (the device said so), expired (lease or deadline).
+    status: offered, accepted, uploaded, aggregated, quarantined, failed (it said so), expired (lease, deadline).
     """
 
     __tablename__ = "assignments"
@@ -201,7 +203,9 @@ def database_url(text: str) -> URL:
         url = make_url(text)
         url.get_dialect()
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError) as error:
-        raise StoreError(f"{text!r} is not a database URL: {error}; use a file name or e.g. sqlite:///fleet.db") from None
+        raise StoreError(
+            f"{text!r} is not a database URL: {error}; use a file name or e.g. sqlite:///fleet.db"
+        ) from None
     if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
         folder = Path(url.database).absolute().parent
         if not folder.is_dir():
@@ -225,7 +229,9 @@ class Store:
     def __init__(self, database: str, create: bool = True) -> None:
         self.url = database_url(database)
         if not create and self.file is not None and not self.file.exists():
-            raise StoreError(f"there is no database {self.file}; start `pocketfed simulate` or `pocketfed serve` with it first")
+            raise StoreError(
+                f"there is no database {self.file}; start `pocketfed simulate` or `pocketfed serve` with it first"
+            )
         self.engine = sa.create_engine(self.url)
         if self.url.get_backend_name() == "sqlite":
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
@@ -233,7 +239,10 @@ class Store:
             self._migrate(create)
         except sa.exc.DBAPIError as error:
             self.close()
-            raise StoreError(f"cannot use the database {self.name}: {error.orig}; check that it is there, is a database and may be written") from None
+            raise StoreError(
+                f"cannot use the database {self.name}: {error.orig}; "
+                "check that it is there, is a database and may be written"
+            ) from None
         except StoreError:
             self.close()
             raise
@@ -268,7 +277,10 @@ class Store:
         if found == script.get_current_head():
             return
         if not create:
-            raise StoreError(f"the database {self.name} has schema revision {found}; run `pocketfed serve` or `simulate` once to upgrade it")
+            raise StoreError(
+                f"the database {self.name} has schema revision {found}; "
+                "run `pocketfed serve` or `simulate` once to upgrade it"
+            )
         with self.engine.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -294,7 +306,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-# ---- blobs -------------------------------------------------------------------------------------------------------------
+# ---- blobs -----------------------------------------------------------------------------------------------------------
 
 
 def split_chunks(data: bytes | memoryview) -> Iterator[tuple[str, memoryview]]:
@@ -311,7 +323,7 @@ def put_blob(session: Session, data: bytes) -> str:
     if session.get(Blob, digest) is not None:
         return digest
     pieces = list(split_chunks(data))
-    wanted = {piece_digest: piece for piece_digest, piece in pieces}
+    wanted = dict(pieces)
     held = set(session.scalars(sa.select(Chunk.digest).where(Chunk.digest.in_(wanted))))
     session.add_all(Chunk(digest=d, data=bytes(p)) for d, p in wanted.items() if d not in held)
     session.add(Blob(digest=digest, bytes=len(data), chunks=[d for d, _ in pieces]))
@@ -337,7 +349,7 @@ def iterate_blob(session: Session, digest: str, first_chunk: int = 0) -> Iterato
         yield session.scalars(sa.select(Chunk.data).where(Chunk.digest == chunk)).one()
 
 
-# ---- the writes that touch more than one row -----------------------------------------------------------------------------
+# ---- the writes that touch more than one row -------------------------------------------------------------------------
 
 
 def put_artifact(session: Session, manifest: Mapping[str, Any], version: str, files: Iterable[bytes]) -> bool:
@@ -354,7 +366,9 @@ def put_artifact(session: Session, manifest: Mapping[str, Any], version: str, fi
 
 
 def latest_release(session: Session, channel: str) -> Release | None:
-    return session.scalars(sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(1)).first()
+    return session.scalars(
+        sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(1)
+    ).first()
 
 
 def device_named(session: Session, name: str, **values: Any) -> Device:

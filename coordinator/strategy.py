@@ -35,12 +35,16 @@ class StreamingFedAvg(Strategy):  # type: ignore[misc]
     def summary(self) -> None:
         """Nothing to print: the run's configuration is in the store."""
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         config["server-round"] = server_round
         record = RecordDict({"arrays": arrays, "config": config})
         return [Message(content=record, message_type=MessageType.TRAIN, dst_node_id=n) for n in grid.get_node_ids()]
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         total, weight_sum, metrics = None, 0.0, WeightedMean()
         for reply in replies:
             if reply.has_error():
@@ -56,7 +60,9 @@ class StreamingFedAvg(Strategy):  # type: ignore[misc]
             return None, None
         return ArrayRecord({THETA: Array((total / weight_sum).astype(np.float32))}), metrics.result()
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         config["server-round"] = server_round
         record = RecordDict({"arrays": arrays, "config": config})
         return [Message(content=record, message_type=MessageType.EVALUATE, dst_node_id=n) for n in grid.get_node_ids()]
@@ -90,7 +96,8 @@ class WeightedMean:
 def strategy_names() -> list[str]:
     """Ours first, then those of Flower that aggregate parameter vectors."""
     names = [
-        n for n in flower.__all__
+        n
+        for n in flower.__all__
         if n not in ("Strategy", "Result", *NEEDS_OTHER_REPLIES) and not n.startswith("DifferentialPrivacy")
     ]
     return [DEFAULT, *sorted(names)]
@@ -110,9 +117,17 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     accepted = set(inspect.signature(kind).parameters)
     for option in options:
         if option not in accepted:
-            raise StrategyError(f"{chosen} takes no option {option!r}; it takes {', '.join(sorted(accepted)) or 'none'}")
+            raise StrategyError(
+                f"{chosen} takes no option {option!r}; it takes {', '.join(sorted(accepted)) or 'none'}"
+            )
     # The cohort was sampled already: Flower's strategy is shown only that, and takes all of it.
-    defaults = {"fraction_train": 1.0, "min_train_nodes": 1, "fraction_evaluate": 1.0, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+    defaults = {
+        "fraction_train": 1.0,
+        "min_train_nodes": 1,
+        "fraction_evaluate": 1.0,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+    }
     try:
         return kind(**{k: v for k, v in defaults.items() if k in accepted} | dict(options))
     except (TypeError, ValueError) as error:

@@ -31,7 +31,7 @@ class Verdict:
 
 
 def check_update(theta: Vector, arrays: Mapping[str, NDArray[Any]], num_examples: Any, limits: Limits) -> Verdict:
-    """Names, shape, dtype, finiteness, weight and norm of trained parameters, exactly as expected: nothing is broadcast.
+    """Names, shape, dtype, finiteness, weight and norm of trained parameters, as expected: nothing is broadcast.
 
     Args:
         theta: (P,) what the device started from.
@@ -41,7 +41,9 @@ def check_update(theta: Vector, arrays: Mapping[str, NDArray[Any]], num_examples
         return Verdict(None, f"arrays are named {sorted(arrays)[:5]}; expected only 'theta'")
     sent = arrays["theta"]
     if sent.dtype != np.float32 or sent.shape != (limits.size,):
-        return Verdict(None, f"'theta' is {sent.dtype} of shape {sent.shape}; expected float32 of shape ({limits.size},)")
+        return Verdict(
+            None, f"'theta' is {sent.dtype} of shape {sent.shape}; expected float32 of shape ({limits.size},)"
+        )
     if not np.isfinite(sent).all():
         return Verdict(None, f"'theta' holds {int((~np.isfinite(sent)).sum())} values that are not finite")
     if isinstance(num_examples, bool) or not isinstance(num_examples, (int, float)) or not math.isfinite(num_examples):

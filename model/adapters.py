@@ -44,7 +44,7 @@ def parse_set(name: str) -> tuple[str, int]:
         TrainableSetError: not one of TRAINABLE_SETS.
     """
     kind, _, number = name.partition(":")
-    if kind in ("head", "norms", "full") and not number:
+    if name in ("head", "norms", "full"):
         return kind, 0
     if kind in ("lora", "last") and number.isascii() and number.isdigit() and int(number) > 0:
         return kind, int(number)
@@ -67,7 +67,11 @@ def select(model: TextClassifier, name: str, seed: int = 0) -> TextClassifier:
         if number > model.config.intra_bottleneck_size:
             raise TrainableSetError(f"rank {number} of {name!r} exceeds the width {model.config.intra_bottleneck_size}")
         _add_lora(model, number, torch.Generator().manual_seed(seed))
-    last = {f"mobilebert.encoder.layer.{i}." for i in range(len(blocks) - number, len(blocks))} if kind == "last" else set()
+    last = (
+        {f"mobilebert.encoder.layer.{i}." for i in range(len(blocks) - number, len(blocks))}
+        if kind == "last"
+        else set()
+    )
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(
             kind == "full"
@@ -102,7 +106,8 @@ def get_theta(model: nn.Module) -> Vector:
 
 def set_theta(model: nn.Module, theta: Vector) -> None:
     """Write a flat vector back into the model's trainable parameters."""
-    values: Sequence[Tensor] = torch.from_numpy(theta.copy()).split([p.numel() for p in model.parameters() if p.requires_grad])
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    values: Sequence[Tensor] = torch.split(torch.from_numpy(theta.copy()), sizes)
     with torch.no_grad():
         for parameter, value in zip((p for p in model.parameters() if p.requires_grad), values, strict=True):
             parameter.copy_(value.view_as(parameter))

@@ -56,17 +56,32 @@ class MobileBertConfig:
     head_norm: bool = False  # parameter-free LayerNorm before a classification head
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                     "intra_bottleneck_size", "embedding_size", "num_feedforward_networks",
-                     "max_position_embeddings", "type_vocab_size"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "intra_bottleneck_size",
+            "embedding_size",
+            "num_feedforward_networks",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1")
         for name in ("num_hidden_layers", "num_feedforward_networks"):
             if getattr(self, name) > MOST_BLOCKS:
                 raise ConfigError(f"{name} is {getattr(self, name)}; at most {MOST_BLOCKS} are built")
-        for name in ("key_query_shared_bottleneck", "use_bottleneck_attention", "trigram_input",
-                     "classifier_activation", "isolate_padding", "head_norm"):
+        for name in (
+            "key_query_shared_bottleneck",
+            "use_bottleneck_attention",
+            "trigram_input",
+            "classifier_activation",
+            "isolate_padding",
+            "head_norm",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -122,24 +137,44 @@ class MobileBertConfig:
 
 
 _MICRO = MobileBertConfig(
-    vocab_size=4096, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
-    intra_bottleneck_size=64, embedding_size=64, num_feedforward_networks=2, max_position_embeddings=128,
-    attention_probs_dropout_prob=0.0, pooling="mean", head_norm=True,
+    vocab_size=4096,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=128,
+    intra_bottleneck_size=64,
+    embedding_size=64,
+    num_feedforward_networks=2,
+    max_position_embeddings=128,
+    attention_probs_dropout_prob=0.0,
+    pooling="mean",
+    head_norm=True,
     # BERT's 0.02 suits a width of 512; at 64 to 128 without a norm it leaves the paths behind ReLU dead (docs/results.md).
-    initializer_range=0.07,
+    initializer_range=0.05,
 )
 _NANO = _MICRO.with_changes(
-    vocab_size=2048, hidden_size=64, num_hidden_layers=2, intermediate_size=64, intra_bottleneck_size=32,
-    embedding_size=32, max_position_embeddings=64, initializer_range=0.1,
+    vocab_size=2048,
+    hidden_size=64,
+    num_hidden_layers=2,
+    intermediate_size=64,
+    intra_bottleneck_size=32,
+    embedding_size=32,
+    max_position_embeddings=64,
+    initializer_range=0.1,
 )
 
 
 def _teacher_of(student: MobileBertConfig, intra: int, intermediate: int) -> MobileBertConfig:
     """The inverted-bottleneck teacher of a student: as wide between blocks, wider inside (Sun et al. 2020, table 1)."""
     return student.with_changes(
-        intra_bottleneck_size=intra, intermediate_size=intermediate, num_feedforward_networks=1,
-        key_query_shared_bottleneck=False, use_bottleneck_attention=False, normalization_type="layer_norm",
-        hidden_act="gelu", attention_probs_dropout_prob=0.0 if student.hidden_size < 512 else 0.1,
+        intra_bottleneck_size=intra,
+        intermediate_size=intermediate,
+        num_feedforward_networks=1,
+        key_query_shared_bottleneck=False,
+        use_bottleneck_attention=False,
+        normalization_type="layer_norm",
+        hidden_act="gelu",
+        attention_probs_dropout_prob=0.0 if student.hidden_size < 512 else 0.1,
         initializer_range=0.02,
     )
 

@@ -154,17 +154,35 @@ class Schedule:
 
 # Sun et al. 2020, section 4.2, and google-research/mobilebert: a TPU pod's work, kept as the reference.
 REFERENCE_SCHEDULE = Schedule(
-    teacher_steps=500_000, transfer_steps=240_000, distillation_steps=500_000, batch_size=2048,
-    teacher_rate=1.5e-3, transfer_rate=4.5e-3, distillation_rate=1.5e-3, warm_up=0.02,
+    teacher_steps=500_000,
+    transfer_steps=240_000,
+    distillation_steps=500_000,
+    batch_size=2048,
+    teacher_rate=1.5e-3,
+    transfer_rate=4.5e-3,
+    distillation_rate=1.5e-3,
+    warm_up=0.02,
 )
 SCHEDULES: dict[str, Schedule] = {
     "nano": Schedule(
-        teacher_steps=800, transfer_steps=600, distillation_steps=600, batch_size=32,
-        teacher_rate=5e-3, transfer_rate=5e-3, distillation_rate=5e-3, optimizer="adamw",
+        teacher_steps=800,
+        transfer_steps=600,
+        distillation_steps=600,
+        batch_size=32,
+        teacher_rate=5e-3,
+        transfer_rate=5e-3,
+        distillation_rate=5e-3,
+        optimizer="adamw",
     ),
     "micro": Schedule(
-        teacher_steps=2000, transfer_steps=1500, distillation_steps=1500, batch_size=32,
-        teacher_rate=3e-3, transfer_rate=3e-3, distillation_rate=3e-3, optimizer="adamw",
+        teacher_steps=2000,
+        transfer_steps=1500,
+        distillation_steps=1500,
+        batch_size=32,
+        teacher_rate=3e-3,
+        transfer_rate=3e-3,
+        distillation_rate=3e-3,
+        optimizer="adamw",
     ),
 }
 
@@ -198,8 +216,16 @@ def no_progress(stage: str, step: int, steps: int, loss: float) -> None:
 
 def check_pair(student: MobileBertConfig, teacher: MobileBertConfig) -> None:
     """Raises DistillationError unless each student layer can follow the same layer of the teacher."""
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "embedding_size",
-                 "trigram_input", "max_position_embeddings", "type_vocab_size"):
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "vocab_size",
+        "embedding_size",
+        "trigram_input",
+        "max_position_embeddings",
+        "type_vocab_size",
+    ):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise DistillationError(
@@ -248,7 +274,7 @@ def _descend(
             group["lr"] = peak * share(step, steps)
         loss = loss_of(next(batches))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
         losses.append(float(loss.detach()))
         if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
@@ -262,7 +288,10 @@ def _descend(
 
 
 def train_masked(
-    model: PreTrainingModel, batches: Iterator[MaskedBatch], schedule: Schedule, progress: Progress = no_progress,
+    model: PreTrainingModel,
+    batches: Iterator[MaskedBatch],
+    schedule: Schedule,
+    progress: Progress = no_progress,
 ) -> tuple[float, ...]:
     """Pre-train a model, in place, by guessing hidden tokens for `teacher_steps`; returns the loss of each step."""
 
@@ -278,8 +307,13 @@ def train_masked(
 
 
 def transfer_layer(
-    student: PreTrainingModel, teacher: PreTrainingModel, layer: int, batches: Iterator[MaskedBatch],
-    steps: int, schedule: Schedule, progress: Progress = no_progress,
+    student: PreTrainingModel,
+    teacher: PreTrainingModel,
+    layer: int,
+    batches: Iterator[MaskedBatch],
+    steps: int,
+    schedule: Schedule,
+    progress: Progress = no_progress,
 ) -> tuple[float, ...]:
     """One phase of progressive transfer, in place: the student's block `layer` (from 0) follows the teacher's.
 
@@ -308,8 +342,11 @@ def transfer_layer(
 
 
 def distill_predictions(
-    student: PreTrainingModel, teacher: PreTrainingModel, batches: Iterator[MaskedBatch],
-    schedule: Schedule, progress: Progress = no_progress,
+    student: PreTrainingModel,
+    teacher: PreTrainingModel,
+    batches: Iterator[MaskedBatch],
+    schedule: Schedule,
+    progress: Progress = no_progress,
 ) -> tuple[float, ...]:
     """Pre-training distillation, in place: everything in the student is trained, dropout off in both."""
 

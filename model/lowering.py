@@ -40,7 +40,9 @@ def length_prime(limit: int, sizes: set[int]) -> int:
         prime = all(candidate % d for d in range(2, math.isqrt(candidate) + 1))
         if prime and not any(size % candidate == 0 for size in sizes):
             return candidate
-    raise LoweringError(f"no prime up to {limit} tells the length from the model's sizes; raise max_position_embeddings")
+    raise LoweringError(
+        f"no prime up to {limit} tells the length from the model's sizes; raise max_position_embeddings"
+    )
 
 
 @dataclass(frozen=True)
@@ -251,11 +253,18 @@ def _binary(op: str) -> Rule:
 
 
 for _op, _targets in {
-    "Add": (aten.add.Tensor,), "Sub": (aten.sub.Tensor,), "Mul": (aten.mul.Tensor, aten.mul.Scalar),
-    "Div": (aten.div.Tensor, aten.div.Scalar), "Equal": (aten.eq.Tensor, aten.eq.Scalar),
-    "LessOrEqual": (aten.le.Tensor, aten.le.Scalar), "GreaterOrEqual": (aten.ge.Tensor, aten.ge.Scalar),
-    "Less": (aten.lt.Tensor, aten.lt.Scalar), "Greater": (aten.gt.Tensor, aten.gt.Scalar),
-    "Pow": (aten.pow.Tensor_Scalar,), "And": (aten.bitwise_and.Tensor, aten.logical_and.default),
+    "Add": (aten.add.Tensor,),
+    "Sub": (aten.sub.Tensor,),
+    "Mul": (aten.mul.Tensor, aten.mul.Scalar),
+    "Div": (aten.div.Tensor, aten.div.Scalar),
+    "Equal": (aten.eq.Tensor, aten.eq.Scalar),
+    "LessOrEqual": (aten.le.Tensor, aten.le.Scalar),
+    "GreaterOrEqual": (aten.ge.Tensor, aten.ge.Scalar),
+    "Less": (aten.lt.Tensor, aten.lt.Scalar),
+    "Greater": (aten.gt.Tensor, aten.gt.Scalar),
+    "Pow": (aten.pow.Tensor_Scalar,),
+    "And": (aten.bitwise_and.Tensor, aten.logical_and.default),
+    "Or": (aten.bitwise_or.Tensor, aten.logical_or.default),
 }.items():
     RULES.update(dict.fromkeys(_targets, _binary(_op)))
 
@@ -265,9 +274,15 @@ def _unary(op: str, **attributes: Any) -> Rule:
 
 
 for _op, _target in {
-    "Relu": aten.relu.default, "Neg": aten.neg.default, "Exp": aten.exp.default, "Erf": aten.erf.default,
-    "Tanh": aten.tanh.default, "Sqrt": aten.sqrt.default, "Reciprocal": aten.reciprocal.default,
-    "Not": aten.bitwise_not.default, "Log": aten.log.default,
+    "Relu": aten.relu.default,
+    "Neg": aten.neg.default,
+    "Exp": aten.exp.default,
+    "Erf": aten.erf.default,
+    "Tanh": aten.tanh.default,
+    "Sqrt": aten.sqrt.default,
+    "Reciprocal": aten.reciprocal.default,
+    "Not": aten.bitwise_not.default,
+    "Log": aten.log.default,
 }.items():
     RULES[_target] = _unary(_op)
 
@@ -277,8 +292,14 @@ def _same(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
     return args[0]  # type: ignore[no-any-return]
 
 
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
-      aten.squeeze.dims)
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 def _view(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
     return low.reshape(args[0], low.shape(node.meta["val"].shape))
 
@@ -373,6 +394,13 @@ def _clamp(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
     return result(low, node, low.emit("Clip", low.name(args[0]), *bounds))
 
 
+@rule(aten.hardtanh.default)
+def _hardtanh(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
+    """ReLU6 is a hardtanh from 0 to 6."""
+    low_bound, high_bound = (low.constant(x, np.float32) for x in (*args[1:], -1.0, 1.0)[:2])
+    return result(low, node, low.emit("Clip", low.name(args[0]), low_bound, high_bound))
+
+
 @rule(aten.native_layer_norm.default)
 def _layer_norm(low: Lowering, node: torch.fx.Node, args: Arguments) -> tuple[Value, ...]:
     x, sizes, weight, bias, eps = args
@@ -380,7 +408,9 @@ def _layer_norm(low: Lowering, node: torch.fx.Node, args: Arguments) -> tuple[Va
     inputs = [low.name(x), scale] + ([low.name(bias)] if bias is not None else [])
     name = low.emit("LayerNormalization", *inputs, outputs=3, axis=-len(sizes), epsilon=eps)
     metas = node.meta["val"]
-    return tuple(Value(low.shape(m.shape), m.dtype, n) for m, n in zip(metas, (name, f"{name}:1", f"{name}:2"), strict=True))
+    return tuple(
+        Value(low.shape(m.shape), m.dtype, n) for m, n in zip(metas, (name, f"{name}:1", f"{name}:2"), strict=True)
+    )
 
 
 @rule(aten._to_copy.default)
@@ -426,9 +456,11 @@ def _embedding_backward(low: Lowering, node: torch.fx.Node, args: Arguments) -> 
     for s in ids.shape:
         tokens = Size(tokens.k * s.k, tokens.b + s.b, tokens.t + s.t)
     zeros = low.emit("ConstantOfShape", low.constant([rows, out.shape[1].k], np.int64))
-    index = low.name(low.reshape(ids, (tokens, Size(1))))
+    # Not ScatterND: on several threads ONNX Runtime's adds race there, and updates of a row named twice are lost.
+    row = low.reshape(ids, (tokens, Size(1)))
+    index = low.name(low.expand(row, (tokens, out.shape[1])))
     update = low.name(low.reshape(grad, (tokens, out.shape[1])))
-    out.name = low.emit("ScatterND", zeros, index, update, reduction="add")
+    out.name = low.emit("ScatterElements", zeros, index, update, axis=0, reduction="add")
     return out
 
 
@@ -439,7 +471,11 @@ def _slice(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
         return args[0]  # type: ignore[no-any-return]
     axis, start, end = args[1], args[2] or 0, args[3]
     ends = low.constant([end], np.int64) if end < 0 or end > 1 << 40 else low.size_vector(low.size(end))
-    return result(low, node, low.emit("Slice", low.name(args[0]), low.constant([start], np.int64), ends, low.constant([axis], np.int64)))
+    return result(
+        low,
+        node,
+        low.emit("Slice", low.name(args[0]), low.constant([start], np.int64), ends, low.constant([axis], np.int64)),
+    )
 
 
 @rule(aten.slice_backward.default)
@@ -555,4 +591,3 @@ def prune(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.
 
 def used_names(nodes: Sequence[onnx.NodeProto]) -> set[str]:
     return {name for node in nodes for name in node.input}
-

@@ -79,7 +79,8 @@ def unflatten(theta: Vector, layout: Sequence[Parameter]) -> dict[str, Vector]:
 
 def encode_vector(name: str, vector: Vector) -> bytes:
     """A float32 vector as safetensors bytes with one tensor of that name. Same vector, same bytes."""
-    return save({name: np.ascontiguousarray(vector, np.float32)})
+    data: bytes = save({name: np.ascontiguousarray(vector, np.float32)})
+    return data
 
 
 def decode_vector(name: str, data: bytes, size: int) -> Vector:
@@ -97,7 +98,7 @@ def decode_vector(name: str, data: bytes, size: int) -> Vector:
         raise ParametersError(f"not safetensors bytes: {error}") from None
     if set(tensors) != {name}:
         raise ParametersError(f"expected one tensor {name!r}, found {sorted(tensors)[:5]}")
-    vector = tensors[name]
+    vector: Vector = tensors[name]
     if vector.dtype != np.float32 or vector.shape != (size,):
         raise ParametersError(
             f"tensor {name!r} is {vector.dtype} of shape {vector.shape}; expected float32 of shape ({size},)"

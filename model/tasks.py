@@ -19,14 +19,22 @@ MAX_LABEL_CHARS = 200  # labels travel in every manifest
 
 # Column names, lower case, the first that is present wins. Pairs come first: QNLI has both `question` and `sentence`.
 _PAIRS = (
-    ("text", "text_pair"), ("sentence", "text_pair"), ("sentence1", "sentence2"), ("text_a", "text_b"),
-    ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"), ("#1 string", "#2 string"),
+    ("text", "text_pair"),
+    ("sentence", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("text_a", "text_b"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("#1 string", "#2 string"),
 )
 _TEXTS = ("text", "sentence", "utterance", "question")
 _LABELS = ("label", "category", "intent", "class", "quality")
 _USERS = ("user", "speaker")
 _SPLITS: Mapping[str, tuple[str, ...]] = {
-    "train": ("train",), "dev": ("dev", "valid", "validation", "val"), "test": ("test",)
+    "train": ("train",),
+    "dev": ("dev", "valid", "validation", "val"),
+    "test": ("test",),
 }
 _ROW_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _LINE_SUFFIXES = (".txt", ".tokens")
@@ -206,7 +214,7 @@ def _table(path: Path) -> _Table:
         items = _json_document(path)
         if isinstance(items, list):
             return _objects(path, items)
-        raise DataError(f"{path} holds no list of objects; give a list of {{\"text\": …, \"label\": …}}")
+        raise DataError(f'{path} holds no list of objects; give a list of {{"text": …, "label": …}}')
     known = ", ".join(_ROW_SUFFIXES + _LINE_SUFFIXES)
     shown = suffix or "(none)"
     raise DataError(f"{path} has the extension {shown}, which is not read; give one of {known}, or a folder")
@@ -301,7 +309,7 @@ def _json_splits(path: Path) -> dict[str, _Table]:
     """
     document = _json_document(path)
     if not isinstance(document, dict) or not isinstance(document.get("train"), list):
-        raise DataError(f"{path} has no list \"train\"; give {{\"train\": [[text, label], …], \"test\": …}}")
+        raise DataError(f'{path} has no list "train"; give {{"train": [[text, label], …], "test": …}}')
     domains_path = path.parent / "domains.json"
     domains = _json_document(domains_path) if domains_path.is_file() else {}
     domain_of = {y: name for name, labels in domains.items() for y in labels} if isinstance(domains, dict) else {}
@@ -411,13 +419,15 @@ def _examples(
             skipped[problem] += 1
             continue
         cells = {c: _clean(row[c]) for c in others if c in row}
-        examples.append(Example(
-            text=_clean(row[text]) or "",
-            label=value or None,
-            text_pair=_clean(row[pair]) if pair else None,
-            user=(_clean(row.get(user)) or None) if user else None,
-            fields={c: v for c, v in cells.items() if v is not None},
-        ))
+        examples.append(
+            Example(
+                text=_clean(row[text]) or "",
+                label=value or None,
+                text_pair=_clean(row[pair]) if pair else None,
+                user=(_clean(row.get(user)) or None) if user else None,
+                fields={c: v for c, v in cells.items() if v is not None},
+            )
+        )
     return tuple(examples)
 
 
@@ -439,8 +449,10 @@ def _read(path: str | Path, labelled: bool) -> Dataset:
     train = _examples(tables["train"], labelled, None, skipped)
     if not train:
         reasons = ", ".join(f"{n} × {r}" for r, n in skipped.items()) or "it has no rows"
-        raise DataError(f"{tables['train'].path} has no usable row ({reasons}); add rows with a text"
-                        + (" and a label" if labelled else ""))
+        raise DataError(
+            f"{tables['train'].path} has no usable row ({reasons}); add rows with a text"
+            + (" and a label" if labelled else "")
+        )
     labels = tuple(sorted({e.label for e in train if e.label is not None}))
     if labelled and len(labels) < 2:
         raise DataError(f"{tables['train'].path} has only the label {labels[0]!r}; a classifier needs at least two")

@@ -272,9 +272,7 @@ class Tokenizer:
         )
 
 
-def _checked_pairs(
-    texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int
-) -> Sequence[str | None]:
+def _checked_pairs(texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int) -> Sequence[str | None]:
     """One second text, or None, for each text."""
     if max_length < 3:
         raise ValueError(f"max_length is {max_length}; [CLS] and two [SEP] need at least 3")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
 from pocketfed.model.tokenization import (
     MAX_WORD_CHARS,
     PREFIX,
@@ -46,7 +47,7 @@ def _normal_forms(lower_case: bool) -> tuple[Block | None, ...]:
             blocks.append(("",) * _BLOCK)  # surrogates: as U+FFFD, dropped
             continue
         chars = [chr(c) for c in range(start, start + _BLOCK)]
-        if start:  # one call for a block: no character of it normalizes to anything with a 0
+        if start:  # noqa: SIM108 - one call for a block: no character of it normalizes to anything with a 0
             normals = normalizer.normalize_str("0".join(chars)).split("0")
         else:
             normals = [normalizer.normalize_str(c) for c in chars]
@@ -114,7 +115,9 @@ def build_tokenize_plan(vocabulary: Vocabulary) -> bytes:
     )
     domains = {"": 17, "ai.onnx.ml": 2, _EXTENSIONS: 1}
     model = helper.make_model(
-        graph, ir_version=8, producer_name="pocketfed",
+        graph,
+        ir_version=8,
+        producer_name="pocketfed",
         opset_imports=[helper.make_opsetid(domain, version) for domain, version in domains.items()],
     )
     special = {"pad_id": vocabulary.pad_id, "cls_id": vocabulary.cls_id, "sep_id": vocabulary.sep_id}
@@ -147,13 +150,22 @@ def _wordpiece_nodes(vocabulary: Vocabulary, end: str) -> list[Any]:
     pieces = {**vocabulary.ids, end: size, PREFIX + end: size + 1}
     return [
         helper.make_node(
-            "WordpieceTokenizer", ["text", "no_rows"], ["pieces", "lengths", "starts", "limits"], domain=_EXTENSIONS,
-            vocab=json.dumps(pieces, ensure_ascii=False, separators=(",", ":")), suffix_indicator=PREFIX,
-            unknown_token="[UNK]", max_input_chars_per_word=MAX_WORD_CHARS + 1,
+            "WordpieceTokenizer",
+            ["text", "no_rows"],
+            ["pieces", "lengths", "starts", "limits"],
+            domain=_EXTENSIONS,
+            vocab=json.dumps(pieces, ensure_ascii=False, separators=(",", ":")),
+            suffix_indicator=PREFIX,
+            unknown_token="[UNK]",
+            max_input_chars_per_word=MAX_WORD_CHARS + 1,
         ),
         helper.make_node(
-            "LabelEncoder", ["pieces"], ["found"], domain="ai.onnx.ml",
-            keys_strings=[*vocabulary.tokens, end, PREFIX + end], values_int64s=[*range(size), -1, -1],
+            "LabelEncoder",
+            ["pieces"],
+            ["found"],
+            domain="ai.onnx.ml",
+            keys_strings=[*vocabulary.tokens, end, PREFIX + end],
+            values_int64s=[*range(size), -1, -1],
             default_int64=vocabulary.unk_id,
         ),
     ]

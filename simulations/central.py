@@ -15,7 +15,10 @@ from pocketfed.simulations.run import encode_examples, prepare_artifact
 
 
 def train_centrally(
-    trainer: PlanTrainer, examples: Examples, config: TrainConfig, progress: Callable[[float], None] = lambda fraction: None
+    trainer: PlanTrainer,
+    examples: Examples,
+    config: TrainConfig,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Vector:
     """Trained parameters (P,), by the loop that devices run."""
     theta = trainer.initial_theta()
@@ -23,7 +26,11 @@ def train_centrally(
 
 
 def evaluate_model(
-    model_dir: Path, data: Path, trainable_set: str, config: TrainConfig, progress: Callable[[float], None] = lambda fraction: None
+    model_dir: Path,
+    data: Path,
+    trainable_set: str,
+    config: TrainConfig,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, Any]:
     """Test accuracy of a model folder: as it is where it has a classifier for the data's labels, else fine-tuned first.
 
@@ -37,7 +44,9 @@ def evaluate_model(
     fine_tune = labels is None or set(labels) != set(dataset.labels)
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         chosen = trainable_set if fine_tune else "head"
-        artifact = prepare_artifact(str(model_dir), dataset, chosen, Path(scratch) / "artifact", config.seed, config.max_length)
+        artifact = prepare_artifact(
+            str(model_dir), dataset, chosen, Path(scratch) / "artifact", config.seed, config.max_length
+        )
         trainer = PlanTrainer(artifact, chosen)
         theta = trainer.initial_theta()
         train_examples = encode_examples(trainer, dataset.train, config.max_length)
@@ -45,7 +54,12 @@ def evaluate_model(
             theta = train_centrally(trainer, train_examples, config, progress)
         measured = evaluate(trainer, theta, encode_examples(trainer, dataset.test, config.max_length))
     return {
-        **measured, "fine_tuned": fine_tune, "trainable_set": chosen, "train_examples": len(dataset.train) if fine_tune else 0,
-        "test_examples": len(dataset.test), "test_source": dataset.test_source, "majority_accuracy": majority_accuracy(dataset),
+        **measured,
+        "fine_tuned": fine_tune,
+        "trainable_set": chosen,
+        "train_examples": len(dataset.train) if fine_tune else 0,
+        "test_examples": len(dataset.test),
+        "test_source": dataset.test_source,
+        "majority_accuracy": majority_accuracy(dataset),
         "seed": config.seed,
     }

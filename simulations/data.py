@@ -43,10 +43,14 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "stop_music": ("stop the music in the {room}", "pause {music}", "stop playing {music}"),
     "set_alarm": ("set an alarm for {time} {day}", "wake me up at {time} {day}", "make an alarm for {time}"),
     "set_timer": (
-        "set a timer for {minutes} minutes", "start a {minutes} minute timer", "count down {minutes} minutes",
+        "set a timer for {minutes} minutes",
+        "start a {minutes} minute timer",
+        "count down {minutes} minutes",
     ),
     "get_weather": (
-        "check the weather in {city} {day}", "tell me if it rains in {city} {day}", "show the forecast for {city}",
+        "check the weather in {city} {day}",
+        "tell me if it rains in {city} {day}",
+        "show the forecast for {city}",
     ),
     "add_to_list": ("add {food} to my list", "put {food} and {food2} on the list", "write {food} on the shopping list"),
 }
@@ -54,19 +58,26 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
 # Who does what to whom: the same words, the other way round, are another intent. {one} and {other} trade places.
 ROLES: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("transfer_to_savings", "transfer_from_savings"): (
-        "move {amount} from {other} to {one}", "transfer {amount} to {one} from {other}",
-        "take {amount} out of {other} and put it in {one}", "put {amount} in {one} and take it out of {other}",
+        "move {amount} from {other} to {one}",
+        "transfer {amount} to {one} from {other}",
+        "take {amount} out of {other} and put it in {one}",
+        "put {amount} in {one} and take it out of {other}",
     ),
     ("navigate_home", "navigate_away"): (
-        "how do i get from {other} to {one}", "take me to {one} from {other}",
-        "i am at {other} and have to be at {one} by {time}", "show the way to {one} from {other}",
+        "how do i get from {other} to {one}",
+        "take me to {one} from {other}",
+        "i am at {other} and have to be at {one} by {time}",
+        "show the way to {one} from {other}",
     ),
     ("convert_to_metric", "convert_to_imperial"): (
-        "convert {number} {other} to {one}", "what is {number} {other} in {one}",
-        "how many {one} are {number} {other}", "i need {number} {other} in {one}",
+        "convert {number} {other} to {one}",
+        "what is {number} {other} in {one}",
+        "how many {one} are {number} {other}",
+        "i need {number} {other} in {one}",
     ),
     ("make_call", "set_reminder"): (
-        "{one} {person} to {other} {person2}", "{one} {person} to {other} {person2} about {matter}",
+        "{one} {person} to {other} {person2}",
+        "{one} {person} to {other} {person2} about {matter}",
         "{one} {person} about {matter} and {other} {person2}",
         "please {one} {person} then {other} {person2} about {matter}",
     ),
@@ -86,8 +97,14 @@ PLAIN: Mapping[str, tuple[str, ...]] = {
 
 # Two commands in one utterance; the label is {A}'s: in a correction what is wanted, in a sequence what comes first.
 CONNECTIVES: tuple[str, ...] = (
-    "{B} no wait {A}", "{A} rather than {B}", "do not {B} but {A}", "{A} and do not {B}",
-    "{A} before you {B}", "before you {B} {A}", "{B} after you {A}", "after you {A} {B}",
+    "{B} no wait {A}",
+    "{A} rather than {B}",
+    "do not {B} but {A}",
+    "{A} and do not {B}",
+    "{A} before you {B}",
+    "before you {B} {A}",
+    "{B} after you {A}",
+    "after you {A} {B}",
 )
 
 LABELS: tuple[str, ...] = tuple(sorted([*COMMANDS, *(label for pair in ROLES for label in pair)]))
@@ -207,8 +224,8 @@ def _misspell(word: str, random_: random.Random) -> str:
     """Two neighbouring letters swapped, or one lost."""
     at = random_.randrange(1, len(word) - 1)
     if random_.random() < 0.5:
-        return word[:at] + word[at + 1] + word[at] + word[at + 2:]
-    return word[:at] + word[at + 1:]
+        return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+    return word[:at] + word[at + 1 :]
 
 
 def _decorate(core: str, speaker: Speaker, random_: random.Random) -> str:

@@ -13,7 +13,7 @@ from pocketfed.coordinator.store import Assignment, Blob, Store, Update, now
 
 
 class InProcessGrid(RecordedGrid):
-    """Virtual devices, one after another, in order of their names; replies stream, so memory does not grow with the fleet.
+    """Virtual devices, one after another, in order of their names; replies stream: memory does not grow with the fleet.
 
     Args:
         app: what a device does; it finds its name in `context.node_config["device"]`.
@@ -21,7 +21,9 @@ class InProcessGrid(RecordedGrid):
         artifact_bytes: what a device downloads before its first assignment, for the accounting.
     """
 
-    def __init__(self, store: Store, run_id: int, app: ClientApp, devices: Mapping[int, str], artifact_bytes: int) -> None:
+    def __init__(
+        self, store: Store, run_id: int, app: ClientApp, devices: Mapping[int, str], artifact_bytes: int
+    ) -> None:
         super().__init__(store, run_id)
         self.app, self.devices, self.artifact_bytes = app, dict(devices), artifact_bytes
         self._contexts: dict[int, Context] = {}
@@ -51,9 +53,16 @@ class InProcessGrid(RecordedGrid):
         """What the gRPC servicers would have written: the same rows, the same number of bytes."""
         with self.store.write() as session:
             row = session.get_one(Assignment, row_id)
-            first = session.query(Assignment.id).filter(
-                Assignment.device_id == row.device_id, Assignment.run_id == row.run_id, Assignment.accepted_at.is_not(None)
-            ).first() is None
+            first = (
+                session.query(Assignment.id)
+                .filter(
+                    Assignment.device_id == row.device_id,
+                    Assignment.run_id == row.run_id,
+                    Assignment.accepted_at.is_not(None),
+                )
+                .first()
+                is None
+            )
             row.accepted_at = row.offered_at
             row.bytes_down = session.get_one(Blob, row.parameters).bytes + (self.artifact_bytes if first else 0)
             row.finished_at, row.progress = now(), 1.0
@@ -63,8 +72,12 @@ class InProcessGrid(RecordedGrid):
             row.status = "uploaded"
             metrics = {k: v for k, v in reply.content["metrics"].items() if k != "num-examples"}
             update = reply.content.get("update", {"bytes": 0, "digest": ""})
-            session.add(Update(
-                assignment_id=row_id, num_examples=reply.content["metrics"]["num-examples"], bytes=update["bytes"],
-                digest=update["digest"], metrics=metrics,
-            ))
-
+            session.add(
+                Update(
+                    assignment_id=row_id,
+                    num_examples=reply.content["metrics"]["num-examples"],
+                    bytes=update["bytes"],
+                    digest=update["digest"],
+                    metrics=metrics,
+                )
+            )

@@ -61,9 +61,7 @@ def _alpha(spec: str, argument: str) -> float:
     return alpha
 
 
-def _dirichlet(
-    examples: Sequence[Example], alpha: float, devices: int, random: np.random.Generator
-) -> list[list[int]]:
+def _dirichlet(examples: Sequence[Example], alpha: float, devices: int, random: np.random.Generator) -> list[list[int]]:
     of_label: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
         of_label.setdefault(example.label or "", []).append(i)

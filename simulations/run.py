@@ -1,4 +1,4 @@
-"""A federated run on one machine: data, student, artifact, partition, and the coordinator's own rounds over virtual devices."""
+"""A federated run on one machine: data, student, artifact, partition, and rounds over virtual devices."""
 
 from __future__ import annotations
 
@@ -58,20 +58,23 @@ class SimulationResult:
     test_examples: int
     test_source: str
     run_id: int
+    skipped: Mapping[str, int] = field(default_factory=dict)  # rows of the data that could not be used, by reason
 
     def to_dict(self) -> dict[str, Any]:
         """What `simulate --json` writes."""
-        from dataclasses import asdict
-
         last = self.rounds[-1]
         return {
-            "rounds": [asdict(r) for r in self.rounds],
+            "rounds": [r.to_dict() for r in self.rounds],
             "final": {
-                "accuracy": last.accuracy, "loss": last.loss, "test_examples": self.test_examples, "test_source": self.test_source,
+                "accuracy": last.accuracy,
+                "loss": last.loss,
+                "test_examples": self.test_examples,
+                "test_source": self.test_source,
                 "parameters_sha256": sha256(self.theta.tobytes()).hexdigest(),
             },
             "model": dict(self.model),
             "seed": self.seed,
+            "skipped": dict(self.skipped),
         }
 
 
@@ -91,15 +94,30 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
         vocabulary = train_vocabulary([t for e in dataset.train for t in (e.text, e.text_pair) if t], config.vocab_size)
         config = config.with_changes(vocab_size=len(vocabulary))
         built = build_artifact(
-            folder, config=config, state={}, vocabulary=vocabulary, labels=dataset.labels, trainable_sets=[train or "full"],
-            quantized=False, max_length=max_length, preset=model, seed=seed,
+            folder,
+            config=config,
+            state={},
+            vocabulary=vocabulary,
+            labels=dataset.labels,
+            trainable_sets=[train or "full"],
+            quantized=False,
+            max_length=max_length,
+            preset=model,
+            seed=seed,
         )
     else:
         checkpoint = load(given)
         built = build_artifact(
-            folder, config=checkpoint.config, state=checkpoint.state, vocabulary=tokens_of(checkpoint), labels=dataset.labels,
-            trainable_sets=[train or "lora:8"], quantized=checkpoint.quantization == "int8", max_length=max_length,
-            preset=given.name, seed=seed,
+            folder,
+            config=checkpoint.config,
+            state=checkpoint.state,
+            vocabulary=tokens_of(checkpoint),
+            labels=dataset.labels,
+            trainable_sets=[train or "lora:8"],
+            quantized=checkpoint.quantization == "int8",
+            max_length=max_length,
+            preset=given.name,
+            seed=seed,
         )
     return open_artifact(built.folder, built.version)
 
@@ -145,23 +163,32 @@ def simulate(
         on_step: told, in words, what is being prepared.
 
     Raises:
-        SimulationError, DataError, PartitionError, ConfigError and those of the coordinator: what is wrong with the request.
+        SimulationError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
     """
     on_step("reading the data")
     dataset = read_dataset(config.data).with_test(seed=config.run.seed)
     if not dataset.test:
         raise SimulationError(f"{config.data} leaves no example to test on; give more data or a test split")
     parts = partition(dataset.train, config.partition, config.devices, config.run.seed)
-    with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch, _open_store(database, Path(scratch)) as store:
+    with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         on_step("building the artifact")
         max_length = config.run.local.max_length
-        artifact = prepare_artifact(config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length)
-        return _simulate(config, store, dataset, parts, artifact, on_round, on_step, should_stop)
+        artifact = prepare_artifact(
+            config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length
+        )
+        with _open_store(database, Path(scratch)) as store:
+            return _simulate(config, store, dataset, parts, artifact, on_round, on_step, should_stop)
 
 
 def _simulate(
-    config: SimulationConfig, store: Store, dataset: Dataset, parts: Sequence[Sequence[int]], artifact: Artifact,
-    on_round: Callable[[RoundResult], None], on_step: Callable[[str], None], should_stop: Callable[[], bool],
+    config: SimulationConfig,
+    store: Store,
+    dataset: Dataset,
+    parts: Sequence[Sequence[int]],
+    artifact: Artifact,
+    on_round: Callable[[RoundResult], None],
+    on_step: Callable[[str], None],
+    should_stop: Callable[[], bool],
 ) -> SimulationResult:
     from pocketfed.client_sdk.flower_app import make_client_app
     from pocketfed.coordinator.artifacts import read_artifact
@@ -184,7 +211,9 @@ def _simulate(
             device = device_named(session, name)
             device.examples = len(local[nodes[node]])
     run_id = create_run(store, config.run)
-    app = make_client_app(lambda: trainer, lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])]))
+    app = make_client_app(
+        lambda: trainer, lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])])
+    )
     grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
     rounds: list[RoundResult] = []
 
@@ -194,9 +223,19 @@ def _simulate(
 
     on_step("training")
     theta = drive_run(
-        store, run_id, grid, config.run, lambda values: evaluate(trainer, values, test_examples), remember, should_stop=should_stop
+        store,
+        run_id,
+        grid,
+        config.run,
+        lambda values: evaluate(trainer, values, test_examples),
+        remember,
+        should_stop=should_stop,
     )
-    model = built.manifest["model"] | {"trainable_set": trainable_set, "trainable_parameters": trainer.size, "artifact": built.version}
+    model = built.manifest["model"] | {
+        "trainable_set": trainable_set,
+        "trainable_parameters": trainer.size,
+        "artifact": built.version,
+    }
     return SimulationResult(
-        tuple(rounds), theta, model, config.run.seed, len(dataset.test), str(getattr(dataset, "test_source", "given")), run_id
+        tuple(rounds), theta, model, config.run.seed, len(dataset.test), dataset.test_source, run_id, dataset.skipped
     )

@@ -18,8 +18,14 @@ from pocketfed.model.quantization import dequantize_state, quantize_state
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "play", "some", "##thing", "stop", "it")
 CONFIG = MobileBertConfig(
-    vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, intermediate_size=12, intra_bottleneck_size=8,
-    embedding_size=4, num_feedforward_networks=2, max_position_embeddings=16,
+    vocab_size=len(WORDS),
+    hidden_size=16,
+    num_hidden_layers=2,
+    intermediate_size=12,
+    intra_bottleneck_size=8,
+    embedding_size=4,
+    num_feedforward_networks=2,
+    max_position_embeddings=16,
 )
 IDS = torch.tensor([[2, 5, 6, 7, 3]])
 
@@ -174,7 +180,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "the vocabulary has 9 tokens and the config's vocab_size is 10",
     ),
     "vocabulary without [MASK]": (
-        lambda f: (f / "vocab.txt").write_text("\n".join(w.replace("[MASK]", "mask") for w in WORDS)), "MASK",
+        lambda f: (f / "vocab.txt").write_text("\n".join(w.replace("[MASK]", "mask") for w in WORDS)),
+        "MASK",
     ),
     "labels of another head": (_edit_config(labels=["only one"]), r"classifier\.weight has shape \(2, 16\).*\(1, 16\)"),
     "labels no list": (_edit_config(labels="x"), "labels are 'x'"),
@@ -210,9 +217,20 @@ def test_a_folder_saved_by_hugging_face_gives_the_same_hidden_states(
     import transformers
 
     config = transformers.MobileBertConfig(
-        vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-        intra_bottleneck_size=8, embedding_size=4, num_feedforward_networks=2, initializer_range=0.2,
-        attn_implementation="eager", num_labels=2, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}, **sizes,
+        vocab_size=10,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        intra_bottleneck_size=8,
+        embedding_size=4,
+        num_feedforward_networks=2,
+        initializer_range=0.2,
+        attn_implementation="eager",
+        num_labels=2,
+        id2label={0: "no", 1: "yes"},
+        label2id={"no": 0, "yes": 1},
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

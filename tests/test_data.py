@@ -115,8 +115,12 @@ def test_users_have_favourite_phrasings_things_and_manners() -> None:
 @pytest.mark.parametrize(("one", "other"), list(data.ROLES))
 def test_swapping_who_stands_where_swaps_the_intent(one: str, other: str) -> None:
     """With one person's template and things fixed, the two intents say the same words in another order."""
-    sides = {"make_call": ("call", "remind"), "convert_to_metric": ("meters", "feet"),
-             "transfer_to_savings": ("savings", "checking"), "navigate_home": ("home", "work")}[one]
+    sides = {
+        "make_call": ("call", "remind"),
+        "convert_to_metric": ("meters", "feet"),
+        "transfer_to_savings": ("savings", "checking"),
+        "navigate_home": ("home", "work"),
+    }[one]
     fill = {"amount": "20", "number": "8", "person": "anna", "person2": "ben", "matter": "dinner", "time": "six"}
     for template in data.ROLES[(one, other)]:
         said = template.format(one=sides[0], other=sides[1], **fill)
@@ -150,8 +154,12 @@ def test_swapping_two_commands_keeps_every_word_and_changes_the_meaning(connecti
 
 def test_both_orders_of_the_same_two_commands_are_said() -> None:
     """For each of six pairs of commands the generator says both "X … Y" meaning X and the same pair meaning Y."""
-    heads = {"lights_off": r"\bturn off\b", "play_music": r"\bplay\b", "set_timer": r"\bset a timer\b",
-             "stop_music": r"\bstop the music\b"}
+    heads = {
+        "lights_off": r"\bturn off\b",
+        "play_music": r"\bplay\b",
+        "set_timer": r"\bset a timer\b",
+        "stop_music": r"\bstop the music\b",
+    }
     meant: dict[frozenset[str], set[str]] = {}
     for e in assistant_dataset(seed=0, users=300, test_utterances=1).train:
         inside = frozenset(label for label, head in heads.items() if re.search(head, e.text.lower()))
@@ -162,8 +170,10 @@ def test_both_orders_of_the_same_two_commands_are_said() -> None:
 
 
 def test_a_third_to_a_half_of_the_language_needs_word_order() -> None:
-    cues = re.compile(r"no wait|rather than|before|after you|do not (?!let)|from .* to |to .* from|out of|get from"
-                      r"|have to be|convert|how many|what is \d|i need \d|call .* remind|remind .* call")
+    cues = re.compile(
+        r"no wait|rather than|before|after you|do not (?!let)|from .* to |to .* from|out of|get from"
+        r"|have to be|convert|how many|what is \d|i need \d|call .* remind|remind .* call"
+    )
     stream = random.Random(0)
     texts = []
     for n in range(2000):

@@ -70,10 +70,18 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 SMALL = STUDENTS["nano"].with_changes(
-    hidden_size=32, embedding_size=16, intra_bottleneck_size=16, intermediate_size=32, max_position_embeddings=24,
+    hidden_size=32,
+    embedding_size=16,
+    intra_bottleneck_size=16,
+    intermediate_size=32,
+    max_position_embeddings=24,
 )
 SMALL_TEACHER = TEACHERS["nano"].with_changes(
-    hidden_size=32, embedding_size=16, intra_bottleneck_size=64, intermediate_size=64, max_position_embeddings=24,
+    hidden_size=32,
+    embedding_size=16,
+    intra_bottleneck_size=64,
+    intermediate_size=64,
+    max_position_embeddings=24,
 )
 QUICK = dataclasses.replace(schedule_for("nano"), teacher_steps=400, transfer_steps=200, distillation_steps=200)
 
@@ -177,8 +185,13 @@ def test_masked_language_logits_are_those_of_hugging_face() -> None:
     import transformers
 
     config = MobileBertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, intermediate_size=12, intra_bottleneck_size=8,
-        embedding_size=4, isolate_padding=False,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        intermediate_size=12,
+        intra_bottleneck_size=8,
+        embedding_size=4,
+        isolate_padding=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -28,8 +28,15 @@ from pocketfed.model.mobilebert import (
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "stablehlo_oracle.py"
 TINY_SIZES: dict[str, Any] = {
-    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12,
-    "intra_bottleneck_size": 8, "embedding_size": 4, "num_feedforward_networks": 2, "max_position_embeddings": 16,
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "intra_bottleneck_size": 8,
+    "embedding_size": 4,
+    "num_feedforward_networks": 2,
+    "max_position_embeddings": 16,
 }
 
 

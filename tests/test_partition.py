@@ -90,8 +90,10 @@ def test_extreme_alphas_still_deal_everything_out(alpha: str) -> None:
 def test_a_user_stays_on_one_device() -> None:
     data = examples(320)
     parts = partition(data, "by:user", 3, 0)
-    homes = {user: [d for d, part in enumerate(parts) if any(data[i].user == user for i in part)] for user in
-             {e.user for e in data}}
+    homes = {
+        user: [d for d, part in enumerate(parts) if any(data[i].user == user for i in part)]
+        for user in {e.user for e in data}
+    }
     assert all(len(devices) == 1 for devices in homes.values())
 
 

@@ -49,7 +49,8 @@ def test_quantizing_dequantized_weights_again_changes_nothing(values: np.ndarray
 @settings(deadline=None, max_examples=200)
 @given(
     hnp.arrays(
-        np.float32, st.tuples(st.integers(1, 4), st.integers(1, 6)),
+        np.float32,
+        st.tuples(st.integers(1, 4), st.integers(1, 6)),
         elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
     )
 )
@@ -75,8 +76,11 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad: float) -> None:
 def test_matrices_and_word_table_are_int8_and_everything_else_stays_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "embeddings.word_embeddings.weight": (6, 3), "embeddings.position_embeddings.weight": (4, 5),
-        "embeddings.token_type_embeddings.weight": (2, 5), "layer.dense.weight": (5, 3), "layer.dense.bias": (5,),
+        "embeddings.word_embeddings.weight": (6, 3),
+        "embeddings.position_embeddings.weight": (4, 5),
+        "embeddings.token_type_embeddings.weight": (2, 5),
+        "layer.dense.weight": (5, 3),
+        "layer.dense.bias": (5,),
     }
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     tensors, errors = quantize_state(state)

@@ -46,7 +46,11 @@ def test_a_csv_is_read_with_its_user_and_other_columns(tmp_path: Path) -> None:
             Example("hi, you", "greet", user="ann", fields={"room": "7"}),
             Example("bye", "leave", fields={"room": "8"}),
         ),
-        dev=(), test=(), labels=("greet", "leave"), skipped={}, test_source="none",
+        dev=(),
+        test=(),
+        labels=("greet", "leave"),
+        skipped={},
+        test_source="none",
     )
 
 
@@ -59,8 +63,14 @@ def test_columns_go_by_several_names(tmp_path: Path, text: str, label: str) -> N
 
 @pytest.mark.parametrize(
     ("one", "two"),
-    [("text", "text_pair"), ("sentence1", "sentence2"), ("text_a", "text_b"), ("question1", "question2"),
-     ("premise", "hypothesis"), ("question", "sentence")],
+    [
+        ("text", "text_pair"),
+        ("sentence1", "sentence2"),
+        ("text_a", "text_b"),
+        ("question1", "question2"),
+        ("premise", "hypothesis"),
+        ("question", "sentence"),
+    ],
 )
 def test_pairs_go_by_several_names(tmp_path: Path, one: str, two: str) -> None:
     read = read_dataset(write(tmp_path / "d.tsv", f"{two}\t{one}\tlabel\nsecond\tfirst\t1\nsecond\tfirst\t0\n"))
@@ -70,7 +80,7 @@ def test_pairs_go_by_several_names(tmp_path: Path, one: str, two: str) -> None:
 
 def test_a_tsv_does_not_quote(tmp_path: Path) -> None:
     read = read_dataset(write(tmp_path / "d.tsv", 'sentence\tlabel\n" an open quote\t1\nit \'s 5" long\t0\r\n'))
-    assert texts(read) == ['" an open quote', 'it \'s 5" long']
+    assert texts(read) == ['" an open quote', "it 's 5\" long"]
     assert read.labels == ("0", "1")
 
 
@@ -84,7 +94,9 @@ def test_json_lines_are_read_with_labels_of_any_scalar_kind(tmp_path: Path) -> N
     content = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
     read = read_dataset(write(tmp_path / "d.jsonl", content))
     assert [(e.text, e.label, e.user) for e in read.train] == [
-        ("a", "1", None), ("b", "true", "7"), ("c\u2028d", "x", None)
+        ("a", "1", None),
+        ("b", "true", "7"),
+        ("c\u2028d", "x", None),
     ]
 
 
@@ -110,18 +122,31 @@ def test_emoji_and_every_script_survive(tmp_path: Path) -> None:
 
 def test_bad_rows_are_counted_with_a_reason_and_the_rest_is_kept(tmp_path: Path) -> None:
     rows = [
-        '{"text": "good", "label": "a"}', '{"text": "fine", "label": "b"}',
-        '{"text": "", "label": "a"}', '{"text": "  ", "label": "a"}', '{"text": "\\u0000", "label": "a"}',
+        '{"text": "good", "label": "a"}',
+        '{"text": "fine", "label": "b"}',
+        '{"text": "", "label": "a"}',
+        '{"text": "  ", "label": "a"}',
+        '{"text": "\\u0000", "label": "a"}',
         '{"label": "a"}',
-        '{"text": null, "label": "a"}', '{"text": 5, "label": "a"}', '{"text": "x"}', '{"text": "x", "label": ""}',
-        '{"text": "x", "label": ["a"]}', '{"text": "x", "label": "' + "y" * 201 + '"}',
-        "not json", "[1]", "[" * 100_000,
+        '{"text": null, "label": "a"}',
+        '{"text": 5, "label": "a"}',
+        '{"text": "x"}',
+        '{"text": "x", "label": ""}',
+        '{"text": "x", "label": ["a"]}',
+        '{"text": "x", "label": "' + "y" * 201 + '"}',
+        "not json",
+        "[1]",
+        "[" * 100_000,
     ]
     read = read_dataset(write(tmp_path / "d.jsonl", "\n".join(rows)))
     assert texts(read) == ["good", "fine"]
     assert read.skipped == {
-        "empty text": 5, "text is not a string": 1, "missing label": 2, "label is not a string": 1,
-        "label over 200 characters": 1, "not a JSON object": 3,
+        "empty text": 5,
+        "text is not a string": 1,
+        "missing label": 2,
+        "label is not a string": 1,
+        "label over 200 characters": 1,
+        "not a JSON object": 3,
     }
 
 
@@ -265,7 +290,9 @@ def test_mrpc_train_is_split_by_dev_ids(tmp_path: Path) -> None:
     write(tmp_path / "msr_paraphrase_test.txt", header + "0\t9\t8\tg\th\n")
     read = read_dataset(tmp_path)
     assert [[(e.text, e.text_pair, e.label) for e in split] for split in (read.train, read.dev, read.test)] == [
-        [('a "', "b", "1"), ("e", "f", "0")], [("c", "d", "1")], [("g", "h", "0")]
+        [('a "', "b", "1"), ("e", "f", "0")],
+        [("c", "d", "1")],
+        [("g", "h", "0")],
     ]
 
 
@@ -289,7 +316,10 @@ def test_seq_in_and_label_of_different_length_are_refused(tmp_path: Path) -> Non
 
 def test_clinc_json_has_splits_domains_and_counted_out_of_scope(tmp_path: Path) -> None:
     document = {
-        "train": [["a", "x"], ["b", "y"]], "val": [["c", "x"]], "test": [["d", "y"]], "oos_test": [["e", "oos"]] * 3
+        "train": [["a", "x"], ["b", "y"]],
+        "val": [["c", "x"]],
+        "test": [["d", "y"]],
+        "oos_test": [["e", "oos"]] * 3,
     }
     path = write(tmp_path / "data_full.json", json.dumps(document))
     write(tmp_path / "domains.json", '{"letters": ["x"]}')
@@ -306,7 +336,9 @@ def test_meetings_keep_their_speakers(tmp_path: Path) -> None:
     write(tmp_path / "test" / "m3.txt", "cid|right?|Q|qy|d\n")
     read = read_dataset(tmp_path)
     assert [(e.user, e.text, e.label, e.fields["meeting"]) for e in read.train] == [
-        ("ann", "okay.", "S", "m1"), ("bob", "yes?", "Q", "m1"), ("ann", "so", "D", "m2")
+        ("ann", "okay.", "S", "m1"),
+        ("bob", "yes?", "Q", "m1"),
+        ("ann", "so", "D", "m2"),
     ]
     assert [e.user for e in read.test] == ["cid"]
     assert read.skipped == {"wrong number of columns": 1}

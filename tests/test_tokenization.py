@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pocketfed.client_sdk import tokenizer as device_side
 from pocketfed.client_sdk.tokenizer import PlanTokenizer
 from pocketfed.model import tokenize_plan

@@ -1,0 +1,82 @@
+"""Who may import whom: the layers of the architecture, read from every import statement, lazy ones too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "protos": (), "model": (), "client_sdk": ("protos", "model.parameters"), "coordinator": ("protos", "model"),
+    "dashboard": ("coordinator.store",), "simulations": ("client_sdk", "coordinator", "model"),
+    "cli": ("protos", "model", "client_sdk", "coordinator", "dashboard", "simulations"),
+}  # fmt: skip
+# Packages that only some modules may import, lazily or not; and of those, the ones that must not be at a top.
+ONLY_IN = {
+    "flwr": ("client_sdk/flower_app.py", "coordinator/flwr_compat.py", "coordinator/strategy.py", "coordinator/grid.py",
+             "coordinator/rounds.py", "simulations/grids.py"),
+    "streamlit": ("dashboard/",), "altair": ("dashboard/",), "pandas": ("dashboard/",),
+    "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
+    "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
+    "onnx": ("model/",), "tokenizers": ("model/",),
+    "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
+}  # fmt: skip
+AT_TOP_ONLY_IN = {"torch": ("model/",), "onnx": ("model/",), "tokenizers": ()}
+NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
+
+
+def modules() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for layer in MAY_IMPORT for p in (ROOT / layer).rglob("*.py"))
+
+
+def imports(path: str, top: bool = False) -> Iterator[str]:
+    """Full names of all that a module imports; `top`: of what it imports when it is itself imported."""
+    nodes: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively; give the full name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        lazy = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        type_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (top and (lazy or type_only)):
+            nodes += ast.iter_child_nodes(node)
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("path", modules())
+def test_a_module_imports_only_from_the_layers_below_it(path: str) -> None:
+    layer = path.split("/")[0]
+    allowed = tuple(f"pocketfed.{name}" for name in (layer, *MAY_IMPORT[layer]))
+    ours = [name for name in imports(path) if within(name, ("pocketfed",))]
+    # `from pocketfed.coordinator import flwr_compat` is an import of the module
+    assert [name for name in ours if not within(name, allowed)] == []
+
+
+@pytest.mark.parametrize("path", modules())
+def test_a_package_is_imported_only_where_it_belongs(path: str) -> None:
+    for top, rules in ((False, ONLY_IN), (True, AT_TOP_ONLY_IN)):
+        for package, places in rules.items():
+            found = [name for name in imports(path, top) if within(name, (package,))]
+            assert not found or path.startswith(places), f"{path} imports {found[0]}{' at its top' * top}"
+
+
+@pytest.mark.parametrize("path", NUMPY_ONLY)
+def test_what_a_device_may_meet_of_the_model_needs_no_torch(path: str) -> None:
+    assert [n for n in imports(path) if within(n, ("torch", "onnx", "tokenizers", "pocketfed"))] == []
+
+
+def test_the_reader_of_imports_sees_lazy_ones_and_tells_them_from_those_at_the_top(tmp_path: Path) -> None:
+    source = "import a\nif x:\n    from b import c\ndef f():\n    import d.e\nclass K:\n    import g\n"
+    (tmp_path / "m.py").write_text(source + "if TYPE_CHECKING:\n    import h\n")
+    path = str(tmp_path / "m.py")
+    assert sorted(imports(path)) == ["a", "b.c", "d.e", "g", "h"]
+    assert sorted(imports(path, top=True)) == ["a", "b.c", "g"]

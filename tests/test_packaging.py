@@ -1,0 +1,177 @@
+"""What is installed, and what it weighs: packages, stubs, and a device's install without the coordinator's needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+HEAVY = ("torch", "flwr", "sqlalchemy", "alembic", "streamlit", "ray", "pandas", "tokenizers", "onnx", "transformers")
+NO_INDEX = re.compile(r"No matching distribution|Could not find a version|ConnectionError|timed out")
+HELP_SECONDS = 0.5
+DEVICE_MEGABYTES = 260  # of site-packages, pip left out
+
+
+def folders() -> list[Path]:
+    """Every folder that is a package, relative to the root."""
+    tops = [p.parent for p in ROOT.glob("*/__init__.py")]
+    return sorted(p.parent.relative_to(ROOT) for top in tops for p in top.rglob("__init__.py"))
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages in sys.modules after `code` ran in a fresh interpreter."""
+    report = "import json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})), file=sys.stderr)"
+    done = run(sys.executable, "-c", f"{code}\n{report}", cwd=ROOT / "tests")
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stderr.splitlines()[-1]))
+
+
+# ---- the package list -----------------------------------------------------------------------------------------------
+
+
+def test_every_folder_with_an_init_is_a_package_of_the_distribution_and_no_other() -> None:
+    names = {"pocketfed." + ".".join(folder.parts): str(folder) for folder in folders()}
+    assert sorted(SETUPTOOLS["packages"]) == sorted(names)
+    assert SETUPTOOLS["package-dir"] == names
+
+
+def test_every_layer_says_that_it_is_typed() -> None:
+    tops = {folder.parts[0] for folder in folders()}
+    assert tops == {"protos", "model", "client_sdk", "coordinator", "dashboard", "simulations", "cli"}
+    assert [top for top in sorted(tops) if not (ROOT / top / "py.typed").is_file()] == []
+
+
+def test_the_command_and_the_extras_are_those_that_error_messages_name() -> None:
+    from pocketfed.cli.main import EXTRAS
+
+    assert PROJECT["project"]["scripts"] == {"pocketfed": "pocketfed.cli.main:main"}
+    assert set(EXTRAS.values()) <= set(PROJECT["project"]["optional-dependencies"])
+
+
+# ---- stubs -----------------------------------------------------------------------------------------------------------
+
+
+def test_committed_stubs_are_what_the_protos_generate(tmp_path: Path) -> None:
+    assert version("grpcio-tools") == "1.73.1", "stubs are made with grpcio-tools 1.73.1; pip install -e '.[dev]'"
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "protos").glob("*.proto"))
+    outs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    done = run(sys.executable, "-m", "grpc_tools.protoc", "-Ipocketfed/protos=protos", *outs, *sources)
+    assert done.returncode == 0, done.stderr
+    made = {p.name: p.read_text() for p in (tmp_path / "pocketfed" / "protos").iterdir()}
+    committed = {p.name: p.read_text() for p in (ROOT / "protos").glob("*_pb2*.py*")}
+    assert len(made) == 3 * len(sources) == 6
+    assert sorted(made) == sorted(committed)
+    assert [name for name in made if made[name] != committed[name]] == [], "run `make stubs`"
+
+
+# ---- weight ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["import pocketfed.client_sdk", "from pocketfed.client_sdk import Device"])
+def test_the_sdk_loads_nothing_of_the_coordinator(code: str) -> None:
+    loaded = loaded_by(code)
+    assert "pocketfed" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_help_loads_neither_numpy_nor_anything_heavier() -> None:
+    code = "import sys\nfrom pocketfed.cli.main import main\nsys.argv = ['pocketfed', '--help']\n"
+    loaded = loaded_by(code + "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0")
+    assert loaded.isdisjoint({*HEAVY, "numpy", "grpc", "onnxruntime"})
+
+
+def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
+    times = []
+    for _ in range(2):  # the first one may have to write bytecode
+        with subprocess.Popen([sys.executable, "-m", "pocketfed.cli", "--help"], stdout=subprocess.DEVNULL) as child:
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        times.append(usage.ru_utime + usage.ru_stime)
+    assert times[-1] < HELP_SECONDS
+
+
+# ---- a device's install ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def device_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh virtual environment with `pip install .`, from a copy without anything that was built before."""
+    base = tmp_path_factory.mktemp("device")
+    source, venv = base / "source", base / "venv"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    for top in {folder.parts[0] for folder in folders()}:
+        shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
+    assert run(sys.executable, "-m", "venv", venv).returncode == 0
+    done = run(venv / "bin" / "python", "-m", "pip", "install", "--quiet", source)
+    if done.returncode != 0:
+        if NO_INDEX.search(done.stderr):
+            pytest.skip(f"pip has no package index here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.fail(f"pip install . failed:\n{done.stderr[-3000:]}")
+    return venv
+
+
+@pytest.mark.slow
+def test_a_device_installs_nothing_of_the_coordinator(device_venv: Path) -> None:
+    listed = json.loads(run(device_venv / "bin" / "python", "-m", "pip", "list", "--format", "json").stdout)
+    names = {entry["name"].lower() for entry in listed}
+    assert {"pocketfed", "grpcio", "onnxruntime"} <= names
+    assert names.isdisjoint(HEAVY)
+
+
+@pytest.mark.slow
+def test_a_device_install_is_light(device_venv: Path) -> None:
+    site = next(device_venv.glob("lib/python3*/site-packages"))
+    sizes = {
+        entry.name: sum(p.stat().st_size for p in [entry, *entry.rglob("*")] if p.is_file()) / 1e6
+        for entry in site.iterdir()
+        if not entry.name.startswith(("pip", "setuptools", "pkg_resources"))
+    }
+    biggest = sorted(sizes.items(), key=lambda item: -item[1])[:10]
+    print(f"\ndevice install: {sum(sizes.values()):.0f} MB;", ", ".join(f"{n} {mb:.0f}" for n, mb in biggest))
+    assert sizes["onnxruntime"] > 1, "nothing was measured"
+    assert sum(sizes.values()) < DEVICE_MEGABYTES
+
+
+@pytest.mark.slow
+def test_a_device_can_use_the_sdk_and_is_told_what_other_commands_need(device_venv: Path, tmp_path: Path) -> None:
+    script = tmp_path / "app.py"
+    script.write_text(
+        "from pocketfed.client_sdk import Device\n"
+        "with Device('127.0.0.1:1', home='home') as device:\n"
+        "    print(device.add_examples([('play jazz', 'music')]).added, device.status())\n"
+    )
+    done = run(device_venv / "bin" / "python", script, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 not started\n", "")
+    command = device_venv / "bin" / "pocketfed"
+    shown = run(command, "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "simulate" in shown.stdout
+    told = run(command, "simulate", "--data", "x.csv", cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stderr == (
+        "pocketfed: simulate needs flwr, which is not installed; run: pip install 'pocketfed[simulation]'\n"
+    )
+    wrong = run(command, "simulate", "--data", "x.csv", "--devices", "0", cwd=tmp_path)  # the newest typer's wording
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "--devices" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
