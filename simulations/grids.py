@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 
+from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
+
+# isort: split
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
 from pocketfed.coordinator.grid import FAILED, RecordedGrid
-from pocketfed.coordinator.store import Assignment, Blob, Store, Update, now
+from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
 
 
 class InProcessGrid(RecordedGrid):
@@ -27,6 +31,7 @@ class InProcessGrid(RecordedGrid):
         super().__init__(store, run_id)
         self.app, self.devices, self.artifact_bytes = app, dict(devices), artifact_bytes
         self._contexts: dict[int, Context] = {}
+        self._hold_artifact: set[int] = set()
 
     def available(self) -> dict[int, str]:
         return dict(self.devices)
@@ -36,8 +41,9 @@ class InProcessGrid(RecordedGrid):
 
     def replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
         for row_id, message in sent.items():
+            begun = now()
             reply = self._run_device(message)
-            self._record(row_id, reply)
+            self._record(row_id, reply, begun)
             yield reply
 
     def _run_device(self, message: Message) -> Message:
@@ -49,21 +55,14 @@ class InProcessGrid(RecordedGrid):
         except TrainingError as error:
             return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
 
-    def _record(self, row_id: str, reply: Message) -> None:
+    def _record(self, row_id: str, reply: Message, begun: datetime) -> None:
         """What the gRPC servicers would have written: the same rows, the same number of bytes."""
         with self.store.write() as session:
             row = session.get_one(Assignment, row_id)
-            first = (
-                session.query(Assignment.id)
-                .filter(
-                    Assignment.device_id == row.device_id,
-                    Assignment.run_id == row.run_id,
-                    Assignment.accepted_at.is_not(None),
-                )
-                .first()
-                is None
-            )
-            row.accepted_at = row.offered_at
+            session.get_one(Device, row.device_id).last_seen_at = now()
+            first = row.device_id not in self._hold_artifact
+            self._hold_artifact.add(row.device_id)
+            row.accepted_at = begun
             row.bytes_down = session.get_one(Blob, row.parameters).bytes + (self.artifact_bytes if first else 0)
             row.finished_at, row.progress = now(), 1.0
             if reply.has_error():

@@ -80,3 +80,27 @@ def test_the_reader_of_imports_sees_lazy_ones_and_tells_them_from_those_at_the_t
     path = str(tmp_path / "m.py")
     assert sorted(imports(path)) == ["a", "b.c", "d.e", "g", "h"]
     assert sorted(imports(path, top=True)) == ["a", "b.c", "g"]
+
+
+def test_whichever_module_brings_flwr_in_has_switched_its_telemetry_off_before():
+    import os
+    import subprocess
+    import sys
+
+    modules = [p for p in ROOT.glob("*/*.py") if "flwr" in p.read_text() and p.parts[-2] not in ("tests", "cli", "benchmarks")]
+    names = [f"pocketfed.{p.parts[-2]}.{p.stem}" for p in modules]
+    assert "pocketfed.simulations.grids" in names
+    code = (
+        "import importlib, os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'flwr':\n"
+        "            assert os.environ['FLWR_TELEMETRY_ENABLED'] == '0'\n"
+        "            assert os.environ['FLWR_DISABLE_UPDATE_CHECK'] == '1'\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "importlib.import_module(sys.argv[1])\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
+    for name in names:
+        done = subprocess.run([sys.executable, "-c", code, name], env=clean, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (name, done.stderr)
