@@ -96,6 +96,8 @@ def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_leng
         names = list(read_dataset(labels).labels)
     else:
         names = [n.strip() for n in labels.split(",") if n.strip()] or list(checkpoint.labels or ())
+    if len(names) == 1 and ("/" in labels or "." in labels):
+        raise PublishError(f"there is no data set {labels} to read labels from; give --labels A,B,C or --labels DATA")
     if not names:
         raise PublishError(
             f"{model_dir} is task-agnostic, so the artifact needs labels; give --labels A,B,C or --labels DATA"

@@ -6,6 +6,7 @@ import os
 import sys
 
 import typer
+import typer.core
 
 from pocketfed.cli import fleet, model, simulate
 
@@ -15,6 +16,8 @@ EXTRAS = {
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
     "demo": "simulation",
 }  # fmt: skip
+
+typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
 
 app = typer.Typer(
     name="pocketfed", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

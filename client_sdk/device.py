@@ -31,11 +31,14 @@ from pocketfed.client_sdk.link import Link, Refused, Unreachable, log
 from pocketfed.client_sdk.perform import Reply, Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, pad
-from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
+from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector, vector_bytes
 from pocketfed.protos import fleet_pb2 as fleet
 
 CHECK_IN_S = 20.0  # how long a long poll stays open
 BACKOFF_S = (0.2, 30.0)  # shortest and longest pause after a failure
+LONGEST_WAIT_S = 3600.0  # whatever the coordinator says
+SHORTEST_BEAT_S = 0.1
+RESUMABLE = ("OUT_OF_RANGE", "DATA_LOSS")  # an upload's refusals after which to ask where it stands and go on
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ class Device:
     # ---- the background thread -------------------------------------------------------------------------------------------
 
     def _say(self, status: str) -> None:
+        status = "".join(c if c.isprintable() else " " for c in status)  # some of it the coordinator wrote
         if status != self._status:
             self._status = status
             log.info("%s: %s", self.name, status)
@@ -202,7 +206,7 @@ class Device:
                 self._say(f"will try again: {error}")
                 wait_s = pause * jitter.uniform(0.5, 1.0)
                 pause = min(pause * 2, BACKOFF_S[1])
-            self._stopping.wait(wait_s)
+            self._stopping.wait(_bounded(wait_s, 0.0, LONGEST_WAIT_S))
         self._say("stopped")
 
     def _ensure_enrolled(self) -> None:
@@ -243,17 +247,23 @@ class Device:
                 if not alive.cancelled:
                     self._decline(assignment.id, "the app stopped the device")
                 return
+            except Unreachable:
+                raise  # the assignment is still ours: the next check-in gives it again
             except PocketfedError as error:
                 self._say(f"cannot do round {assignment.round}: {error}")
                 self._decline(assignment.id, type(error).__name__ + ": " + str(error))
                 return
+            except Exception as error:
+                # Kept, it would come back with every check-in and hold up its round. The text may quote an example.
+                self._decline(assignment.id, type(error).__name__)
+                raise
             self._say(f"uploading round {assignment.round}")
             alive.phase = fleet.HeartbeatRequest.UPLOADING
             self._hand_in(assignment, reply)
 
     def _perform(self, assignment: fleet.Assignment, alive: _Alive) -> Reply:
         self._say(f"preparing round {assignment.round}")
-        trainer = self._trainer(assignment.artifact_version, assignment.trainable_set, alive.tell)
+        trainer = self._trainer(assignment.artifact_version, assignment.trainable_set, alive.go_on)
         theta = self._parameters(assignment.parameters_digest, trainer.size)
         c = assignment.config
         config = TrainConfig.from_mapping({f.name: getattr(c, f.name) for f in c.DESCRIPTOR.fields})
@@ -269,13 +279,15 @@ class Device:
     def _hand_in(self, assignment: fleet.Assignment, reply: Reply) -> None:
         data = encode_vector("delta", reply.delta) if assignment.kind == fleet.Assignment.TRAIN else b""
         digest = hashlib.sha256(data).hexdigest()
-        end, pause = time.monotonic() + assignment.deadline_s, BACKOFF_S[0]
+        end, pause = time.monotonic() + _bounded(assignment.deadline_s, 0.0, 86400.0), BACKOFF_S[0]
         while True:
             try:
                 receipt = self._link.upload(assignment.id, data, digest, reply.num_examples, reply.metrics)
                 self._say("handed in" if receipt.accepted else f"not taken: {receipt.reason}")
                 return
-            except Unreachable:
+            except (Unreachable, Refused) as error:
+                if isinstance(error, Refused) and error.code not in RESUMABLE:
+                    raise
                 if time.monotonic() > end or self._stopping.wait(pause):
                     raise
                 pause = min(pause * 2, 5.0)
@@ -301,8 +313,16 @@ class Device:
             return self._trainers[key]
 
     def _parameters(self, digest: str, size: int) -> Vector:
-        data = b"".join(self._link.download(digest))
-        return _checked_vector(data, digest, size)
+        return _checked_vector(self._download(digest, size), digest, size)
+
+    def _download(self, digest: str, size: int) -> bytes:
+        """Parameters' bytes, as they come; no more than `size` float32 values can have."""
+        data = bytearray()
+        for chunk in self._link.download(digest):
+            data += chunk
+            if len(data) > vector_bytes(size):
+                raise ArtifactError(f"parameters {digest[:12]} have more bytes than {size} values; they are not used")
+        return bytes(data)
 
     def _examples(self, trainer: PlanTrainer, max_length: int) -> Examples:
         """The labelled examples, tokenized once for as long as neither they nor the model change."""
@@ -315,6 +335,11 @@ class Device:
             self._encoded = (key, Examples(rows, labels))
         return self._encoded[1]
 
+    def _go_on(self, _fraction: float) -> None:
+        """`stop()` waits for the background thread, not for what it downloads; predict() may always fetch a model."""
+        if self._stopping.is_set() and threading.current_thread() is self._thread:
+            raise TrainingStopped("the app stopped the device; the download goes on where it was")
+
     def _held_release_id(self) -> int:
         return int(_read_json(self.home / "release.json").get("id", 0))
 
@@ -322,8 +347,8 @@ class Device:
         """Make a release the model in use: everything is on disk and checked before it is."""
         with self._setup_lock:
             self._say("fetching a new model")
-            trainer = self._trainer(release.artifact_version, release.trainable_set)
-            data = b"".join(self._link.download(release.parameters_digest))
+            trainer = self._trainer(release.artifact_version, release.trainable_set, self._go_on)
+            data = self._download(release.parameters_digest, trainer.size)
             theta = _checked_vector(data, release.parameters_digest, trainer.size)
             _write_bytes(self.home / "theta.safetensors", data)
             _write_json(
@@ -384,11 +409,17 @@ class _Alive:
     def tell(self, progress: float) -> None:
         self._progress = progress
 
+    def go_on(self, progress: float) -> None:
+        """As `tell`, for what has no `should_stop` of its own."""
+        self.tell(progress)
+        if self.should_stop():
+            raise TrainingStopped("stopped while the model was fetched; the download goes on where it was")
+
     def should_stop(self) -> bool:
         return self.cancelled or self._stopping.is_set()
 
     def _beat(self) -> None:
-        while not self._done.wait(self._assignment.lease_s / 3):
+        while not self._done.wait(_bounded(self._assignment.lease_s / 3, SHORTEST_BEAT_S, LONGEST_WAIT_S)):
             try:
                 if not self._link.heartbeat(self._assignment.id, self.phase, self._progress):
                     self.cancelled = True
@@ -399,6 +430,11 @@ class _Alive:
                 log.info("heartbeat refused: %s", error)
                 self.cancelled = True
                 return
+
+
+def _bounded(seconds: float, low: float, high: float) -> float:
+    """What a coordinator says, as a time that can be waited for; `low` for NaN."""
+    return min(high, max(low, seconds))
 
 
 def _checked_vector(data: bytes, digest: str, size: int) -> Vector:

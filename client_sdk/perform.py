@@ -48,7 +48,9 @@ def perform(
         TrainingError: no examples, stopped, or diverged; nothing is to be sent.
     """
     if task.kind == "evaluate":
-        return Reply(np.zeros(0, np.float32), len(examples), evaluate(trainer, task.theta, examples))
+        return Reply(
+            np.zeros(0, np.float32), len(examples), evaluate(trainer, task.theta, examples, should_stop=should_stop)
+        )
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
     trained = train(trainer, task.theta, examples, config, should_stop, progress)
     return Reply(trained.delta, trained.num_examples, trained.metrics)

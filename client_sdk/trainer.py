@@ -230,17 +230,26 @@ def _clip(gradient: Vector, max_norm: float, loss: float, step: int) -> None:
         gradient *= np.float32(max_norm / norm)
 
 
-def evaluate(trainer: Trainer, theta: Vector, examples: Examples, batch_size: int = 64) -> dict[str, float]:
+def evaluate(
+    trainer: Trainer,
+    theta: Vector,
+    examples: Examples,
+    batch_size: int = 64,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
     """Mean loss and accuracy over the examples.
 
     Raises:
         NoExamples: nothing to evaluate on.
+        TrainingStopped: should_stop, asked before every batch, said so.
     """
     if not len(examples):
         raise NoExamples("there are no labelled examples to evaluate on; add some first")
     order = np.argsort([len(r) for r in examples.rows], kind="stable")
     loss_sum, right = 0.0, 0
     for start in range(0, len(order), batch_size):
+        if should_stop():
+            raise TrainingStopped(f"stopped after {start} of {len(order)} examples")
         batch = make_batch(examples, order[start : start + batch_size])
         logits = trainer.logits(theta, batch.ids, batch.mask).astype(np.float64)
         shifted = logits - logits.max(1, keepdims=True)

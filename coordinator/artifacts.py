@@ -20,7 +20,6 @@ from pocketfed.coordinator.store import (
     Release,
     iterate_blob,
     put_artifact,
-    put_blob,
     split_chunks,
 )
 
@@ -52,6 +51,7 @@ def build_artifact(
     labels: Sequence[str],
     trainable_sets: Sequence[str],
     quantized: bool,
+    head_labels: Sequence[str] | None = None,
     max_length: int | None = None,
     preset: str | None = None,
     parent: str | None = None,
@@ -64,6 +64,8 @@ def build_artifact(
     Args:
         config, state, vocabulary: as in `model.checkpoints.Checkpoint`; empty state: a student that starts untrained.
         quantized: hold what is frozen as int8.
+        head_labels: what the rows of a classifier in `state` stand for, by default `labels`; for others the head starts
+            untrained.
         seed: for the head, for LoRA, and for all of a student that starts untrained.
 
     Raises:
@@ -73,6 +75,7 @@ def build_artifact(
     import torch
 
     from pocketfed.model.adapters import select
+    from pocketfed.model.checkpoints import stored_sizes
     from pocketfed.model.heads import TextClassifier
     from pocketfed.model.mobilebert import count_flops, count_parameters
     from pocketfed.model.parameters import encode_vector
@@ -97,8 +100,10 @@ def build_artifact(
         if encoder:
             model.mobilebert.load_state_dict(encoder)
         head = {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
-        if head and head["weight"].shape[0] == len(labels):
-            model.classifier.load_state_dict(head)
+        stands_for = list(labels if head_labels is None else head_labels)
+        if head and len(head["weight"]) == len(stands_for) and set(stands_for) == set(labels):
+            rows = [stands_for.index(label) for label in labels]
+            model.classifier.load_state_dict({name: values[rows] for name, values in head.items()})
         return model
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +148,7 @@ def build_artifact(
             "labels": list(labels),
             "max_length": max_length,
             "quantization": "int8" if quantized else None,
-            "sizes": model_sizes(config),
+            "sizes": stored_sizes(config),
             "plans": {"tokenize": "tokenize.onnx"},
             "trainable_sets": sets,
             "files": {p.name: describe_file(p.read_bytes()) for p in sorted(partial.iterdir())},
@@ -157,19 +162,6 @@ def build_artifact(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return BuiltArtifact(hashlib.sha256(data).hexdigest(), manifest, folder)
-
-
-def model_sizes(config: Any) -> dict[str, int]:
-    """Bytes of the student's weights in float32, float16 and int8."""
-    import torch
-
-    from pocketfed.model.mobilebert import MobileBert
-    from pocketfed.model.quantization import stored_bytes
-
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in MobileBert(config).named_parameters()}
-    count = sum(torch.Size(s).numel() for s in shapes.values())
-    return {"fp32": 4 * count, "fp16": 2 * count, "int8": stored_bytes(shapes)}
 
 
 def _check_labels(labels: Sequence[str]) -> None:
@@ -207,6 +199,8 @@ def read_artifact(folder: Path) -> BuiltArtifact:
     data = path.read_bytes()
     try:
         manifest = json.loads(data)
+        if manifest_bytes(manifest) != data:
+            raise PublishError(f"{path} was changed after it was made; build the artifact again")
         for name, stated in manifest["files"].items():
             if describe_file((folder / name).read_bytes()) != stated:
                 raise PublishError(
@@ -232,7 +226,6 @@ def publish_artifact(
     if chosen not in sets:
         raise PublishError(f"the artifact has no trainable set {chosen!r}, only {', '.join(sets)}")
     files = ((artifact.folder / name).read_bytes() for name in artifact.manifest["files"])
-    put_blob(session, manifest_bytes(artifact.manifest))
     put_artifact(session, artifact.manifest, artifact.version, files)
     parameters = artifact.manifest["files"][sets[chosen]["initial"]]["sha256"]
     release = Release(channel=channel, artifact_version=artifact.version, trainable_set=chosen, parameters=parameters)

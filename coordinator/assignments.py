@@ -14,7 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, Store, Update, now
+from pocketfed.coordinator.store import Assignment, Device, Store, Update, now, printable
 
 OPEN = ("offered", "accepted")
 MAX_METRICS = 32
@@ -81,7 +81,8 @@ class Assignments:
         with self.store.write() as session:
             mine = sa.select(Assignment).where(Assignment.device_id == device_id, Assignment.status.in_(OPEN))
             # Overdue ones are passed over: a coordinator that was killed may have left some that nobody closes.
-            usable = (a for a in session.scalars(mine.order_by(Assignment.offered_at)) if not _overdue(a, moment))
+            rows = session.scalars(mine.order_by(Assignment.offered_at).with_for_update())
+            usable = (a for a in rows if not _overdue(a, moment))
             found = next(usable, None)
             if found is None:
                 return None
@@ -93,7 +94,7 @@ class Assignments:
     def heartbeat(self, device_id: int, assignment_id: str, phase: str, progress: float, lease_s: float) -> bool:
         """Extend the lease. False: the assignment has ended, stop."""
         with self.store.write() as session:
-            found = self._mine(session, device_id, assignment_id)
+            found = self._mine(session, device_id, assignment_id, lock=True)
             if found.status not in OPEN or _overdue(found, now()):
                 return False
             found.phase, found.progress = phase, min(1.0, max(0.0, progress)) if math.isfinite(progress) else 0.0
@@ -102,9 +103,9 @@ class Assignments:
 
     def decline(self, device_id: int, assignment_id: str, reason: str) -> None:
         with self.store.write() as session:
-            found = self._mine(session, device_id, assignment_id)
+            found = self._mine(session, device_id, assignment_id, lock=True)
             if found.status in OPEN:
-                found.status, found.error, found.finished_at = "failed", reason[:500], now()
+                found.status, found.error, found.finished_at = "failed", printable(reason, 500), now()
         self.notify_changed()
 
     def add_download(self, device_id: int, count: int) -> None:
@@ -121,14 +122,18 @@ class Assignments:
         moment = now()
         with self.store.write() as session:
             for found in session.scalars(
-                sa.select(Assignment).where(Assignment.id.in_(assignment_ids), Assignment.status.in_(OPEN))
+                sa.select(Assignment)
+                .where(Assignment.id.in_(assignment_ids), Assignment.status.in_(OPEN))
+                .with_for_update()
             ):
                 why = _overdue(found, moment)
                 if why:
                     found.status, found.error, found.finished_at = "expired", why, moment
 
-    def _mine(self, session: Session, device_id: int, assignment_id: str) -> Assignment:
-        found = session.get(Assignment, assignment_id)
+    def _mine(self, session: Session, device_id: int, assignment_id: str, lock: bool = False) -> Assignment:
+        """`lock`: nobody else changes it until the transaction ends."""
+        usable = assignment_id.isprintable()  # PostgreSQL takes no NUL
+        found = session.get(Assignment, assignment_id, with_for_update=lock or None) if usable else None
         if found is None or found.device_id != device_id:
             raise UploadError("not_found", f"this device holds no assignment {assignment_id[:MAX_NAME]!r}")
         return found
@@ -173,11 +178,14 @@ class Assignments:
                 f"an update of {header.total_bytes} bytes is larger than the {limit_bytes} that this assignment "
                 "can have",
             )
-        if header.total_bytes and (len(header.digest) != 64 or not set(header.digest) <= set("0123456789abcdef")):
+        stated = header.total_bytes or header.digest
+        if stated and (len(header.digest) != 64 or not set(header.digest) <= set("0123456789abcdef")):
             raise UploadError("invalid", f"{header.digest[:80]!r} is not a SHA-256")
-        if len(header.metrics) > MAX_METRICS or any(not 0 < len(n) <= MAX_NAME for n in header.metrics):
+        if len(header.metrics) > MAX_METRICS or any(
+            not 0 < len(n) <= MAX_NAME or not n.isprintable() for n in header.metrics
+        ):
             raise UploadError(
-                "invalid", f"at most {MAX_METRICS} metrics with names of 1 to {MAX_NAME} characters are taken"
+                "invalid", f"at most {MAX_METRICS} metrics with names of 1 to {MAX_NAME} printable characters are taken"
             )
         if header.offset != stands_at:
             raise UploadError("out_of_range", f"the upload goes on at byte {stands_at}, not {header.offset}")
@@ -210,15 +218,16 @@ class Assignments:
             if digest != header.digest:
                 part.unlink()
                 raise UploadError("data_loss", "what arrived does not have the digest announced; start again at byte 0")
-            os.replace(part, path)
         with self.store.write() as session:
-            found = self._mine(session, device_id, header.assignment_id)
+            found = self._mine(session, device_id, header.assignment_id, lock=True)
             if session.get(Update, header.assignment_id) is not None:
                 return Receipt(True)
             why = found.error or found.status if found.status not in OPEN else _overdue(found, now())
             if why:
-                path.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
                 return Receipt(False, f"too late: {why}")
+            if header.total_bytes:
+                os.replace(part, path)  # only now: a second upload must not take the place of one that counts
             found.status, found.finished_at, found.progress = "uploaded", now(), 1.0
             session.get_one(Device, device_id).last_seen_at = now()  # it will be there for the next round
             metrics = {n: float(v) for n, v in header.metrics.items() if math.isfinite(v)}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+MAX_S = 1e9  # 31 years: dates end in the year 9999, and JSON (PostgreSQL's) knows no infinity
 
 
 class RunConfigError(ValueError):
@@ -40,7 +42,7 @@ class LocalTraining:
                 "learning_rate": (0, 100),
                 "momentum": (0, 1),
                 "weight_decay": (0, 100),
-                "max_grad_norm": (0, math.inf),
+                "max_grad_norm": (0, sys.float_info.max),
                 "proximal_mu": (0, 1e6),
                 "max_length": (3, 65536),
                 "max_steps": (0, 10**9),
@@ -90,11 +92,11 @@ class RunConfig:
                 "quorum": (1, 10**7),
                 "max_failed_rounds": (1, 1000),
                 "seed": (0, 2**63 - 1),
-                "wait_s": (0, math.inf),
-                "deadline_s": (0.1, math.inf),
+                "wait_s": (0, MAX_S),
+                "deadline_s": (0.1, MAX_S),
                 "lease_s": (0.1, 86400),
                 "max_examples": (1, 10**9),
-                "max_update_norm": (0, math.inf),
+                "max_update_norm": (0, sys.float_info.max),
             },
         )
         for name in ("name", "channel"):
@@ -154,7 +156,7 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RunConfigError(
                 f"cannot read {path}: {getattr(error, 'strerror', None) or error}; give a TOML file"

@@ -45,6 +45,8 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
 
     def _get_manifest(self, request: pb.GetManifestRequest) -> pb.GetManifestReply | None:
         with self.calls.store.read() as session:
+            if not (request.version + request.channel).isprintable():
+                return None  # PostgreSQL takes no NUL
             release = None if request.version else latest_release(session, request.channel)
             artifact = session.get(Artifact, request.version or (release.artifact_version if release else ""))
             if artifact is None:

@@ -8,7 +8,7 @@ import secrets
 
 import sqlalchemy as sa
 
-from pocketfed.coordinator.store import Device, Store, now
+from pocketfed.coordinator.store import Device, Store, now, printable
 
 MAX_NAME = 100
 
@@ -35,8 +35,10 @@ def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, exp
         raise EnrolmentError("denied", "the enrolment key is wrong; ask the operator for the current one")
     if not 0 < len(name) <= MAX_NAME or not name.isprintable():
         raise EnrolmentError("invalid", f"the name {name[:MAX_NAME]!r} must have 1 to {MAX_NAME} printable characters")
-    if len(channel) > MAX_NAME:
-        raise EnrolmentError("invalid", f"the channel {channel[:MAX_NAME]!r} must have at most {MAX_NAME} characters")
+    if len(channel) > MAX_NAME or not channel.isprintable():
+        raise EnrolmentError(
+            "invalid", f"the channel {channel[:MAX_NAME]!r} must have at most {MAX_NAME} printable characters"
+        )
     token = secrets.token_urlsafe(32)
     try:
         with store.write() as session:
@@ -45,7 +47,7 @@ def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, exp
                     name=name,
                     channel=channel or "stable",
                     token_hash=hash_token(token),
-                    sdk_version=sdk_version[:50],
+                    sdk_version=printable(sdk_version, 50),
                     last_seen_at=now(),
                 )
             )
@@ -72,5 +74,5 @@ def mark_seen(store: Store, device_id: int, examples: int, sdk_version: str) -> 
         session.execute(
             sa.update(Device)
             .where(Device.id == device_id)
-            .values(last_seen_at=now(), examples=min(examples, 2**31 - 1), sdk_version=sdk_version[:50])
+            .values(last_seen_at=now(), examples=min(examples, 2**31 - 1), sdk_version=printable(sdk_version, 50))
         )

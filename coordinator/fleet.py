@@ -16,12 +16,12 @@ from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import describe_release
 from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_seen
 from pocketfed.coordinator.store import latest_release, now
+from pocketfed.model.parameters import vector_bytes
 from pocketfed.protos import fleet_pb2 as pb
 from pocketfed.protos import fleet_pb2_grpc
 
 PROTOCOL = 1
 MAX_WAIT_S = 60.0
-UPDATE_OVERHEAD_BYTES = 4096  # safetensors header and room
 _UPLOAD_CODES = {
     "not_found": grpc.StatusCode.NOT_FOUND,
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
@@ -100,6 +100,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                     await asyncio.wait_for(news.wait(), left)
         finally:  # also when the device has gone: its connection's end cancels this call
             self.calls.asking[device_id] -= 1
+            if not self.calls.asking[device_id]:
+                del self.calls.asking[device_id]
 
     def _answer(self, device_id: int, channel: str, release_id: int) -> pb.CheckInReply:
         reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))
@@ -204,11 +206,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
     def _limit_bytes(self, assignment_id: str) -> int:
         """The most bytes that an update for this assignment can have."""
         with self.calls.store.read() as session:
-            found = session.get(tables.Assignment, assignment_id)
+            found = session.get(tables.Assignment, assignment_id) if assignment_id.isprintable() else None
             if found is None:
                 raise UploadError("not_found", f"there is no assignment {assignment_id[:100]!r}")
             if found.kind == "evaluate":
                 return 0
             run = session.get_one(tables.Run, found.run_id)
             manifest = session.get_one(tables.Artifact, run.artifact_version).manifest
-            return int(4 * manifest["trainable_sets"][run.trainable_set]["size"] + UPDATE_OVERHEAD_BYTES)
+            return vector_bytes(int(manifest["trainable_sets"][run.trainable_set]["size"]))

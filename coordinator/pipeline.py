@@ -148,16 +148,14 @@ def inspect(name_or_dir: str | Path) -> dict[str, Any]:
 
 
 def _sizes(config: MobileBertConfig) -> dict[str, Any]:
-    from pocketfed.model.checkpoints import expected_shapes
+    from pocketfed.model.checkpoints import stored_sizes
     from pocketfed.model.mobilebert import count_flops
-    from pocketfed.model.quantization import stored_bytes
 
-    parameters = _parameters(config)
     return {
-        "parameters": parameters,
+        "parameters": _parameters(config),
         "flops": count_flops(config, INSPECTED_TOKENS),
         "tokens": INSPECTED_TOKENS,
-        "bytes": {"fp32": 4 * parameters, "fp16": 2 * parameters, "int8": stored_bytes(expected_shapes(config))},
+        "bytes": stored_sizes(config),
         "config": config.to_dict(),
     }
 

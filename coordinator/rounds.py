@@ -22,6 +22,7 @@ from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.grid import UNREADABLE, Cohort, RecordedGrid, Stopped
 from pocketfed.coordinator.sampling import sample_cohort
 from pocketfed.coordinator.store import (
+    Artifact,
     Assignment,
     Metric,
     Release,
@@ -112,9 +113,7 @@ def create_run(store: Store, config: RunConfig) -> int:
 
 
 def get_manifest(session: Any, version: str) -> dict[str, Any]:
-    from pocketfed.coordinator.store import Artifact
-
-    return dict(session.get(Artifact, version).manifest)
+    return dict(session.get_one(Artifact, version).manifest)
 
 
 def starting_theta(store: Store, run_id: int) -> tuple[Vector, int]:
@@ -183,7 +182,7 @@ def drive_run(
         grid.announce_release()
     except BaseException as error:
         reason = str(error) if isinstance(error, RunError | Stopped) else f"{type(error).__name__}: {error}"
-        _give_up(store, run_id, reason[:500])
+        on_settled(_give_up(store, run_id, reason[:500]))
         if isinstance(error, Stopped):
             raise RunError(reason) from None
         raise
@@ -197,8 +196,8 @@ def _set_run(store: Store, run_id: int, **values: Any) -> None:
             setattr(run, name, value)
 
 
-def _give_up(store: Store, run_id: int, reason: str) -> None:
-    """The run has failed, and with it its open round and what devices still work on."""
+def _give_up(store: Store, run_id: int, reason: str) -> list[str]:
+    """The run has failed, and with it its open round and what devices still work on. Returns all of its assignments."""
     with store.write() as session:
         run = session.get_one(Run, run_id)
         run.status, run.reason, run.finished_at = "failed", reason, now()
@@ -212,6 +211,14 @@ def _give_up(store: Store, run_id: int, reason: str) -> None:
             .where(Assignment.run_id == run_id, Assignment.status.in_(OPEN))
             .values(status="expired", error="the run has ended", finished_at=now())
         )
+        return list(session.scalars(sa.select(Assignment.id).where(Assignment.run_id == run_id)))
+
+
+def _assignments_of(store: Store, run_id: int, number: int) -> list[str]:
+    """All of a round's assignments, those that expired included."""
+    with store.read() as session:
+        mine = sa.select(Assignment.id).where(Assignment.run_id == run_id, Assignment.round == number)
+        return list(session.scalars(mine))
 
 
 def _measure_start(store: Store, run_id: int, theta: Vector, evaluate: Evaluate | None) -> RoundResult:
@@ -277,7 +284,7 @@ def _run_round(
     outcome = _commit_round(
         store, run_id, number, result, reason, tally, trained, measured, time.perf_counter() - started
     )
-    on_settled(list(tally.statuses))
+    on_settled(_assignments_of(store, run_id, number))
     return result, outcome
 
 
@@ -386,7 +393,8 @@ def _commit_round(
             accepted, failed = accepted + (status == "aggregated"), failed + (status != "aggregated")
         row.status, row.reason = ("failed", reason) if reason else ("finished", None)
         row.parameters = put_blob(session, encode_vector(THETA, theta))
-        row.accuracy, row.loss, row.train_loss = measured.get("accuracy"), measured.get("loss"), trained.get("loss")
+        row.accuracy, row.loss = _finite(measured.get("accuracy")), _finite(measured.get("loss"))
+        row.train_loss = _finite(trained.get("loss"))
         row.devices, row.failed, row.bytes_up, row.bytes_down = accepted, failed, bytes_up, bytes_down
         row.seconds, row.finished_at = seconds, now()
         named = {
@@ -408,6 +416,11 @@ def _commit_round(
             seconds,
             reason,
         )
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what is no number: a device's loss of 1e308 makes an infinite mean."""
+    return value if value is not None and np.isfinite(value) else None
 
 
 def _finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> None:

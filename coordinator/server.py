@@ -101,7 +101,8 @@ class CoordinatorServer:
     def online(self, channel: str) -> dict[int, str]:
         """Devices (id -> name) that could take part now."""
         with self.store.read() as session:
-            asking = {device for device, polls in self._calls.asking.items() if polls > 0} if self._calls else set()
+            # Copied in one step: the server's thread adds devices meanwhile.
+            asking = set(self._calls.asking) if self._calls else set()
             return devices_online(session, channel, asking, ONLINE_S)
 
     def stop(self) -> None:

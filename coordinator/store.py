@@ -232,7 +232,13 @@ class Store:
             raise StoreError(
                 f"there is no database {self.file}; start `pocketfed simulate` or `pocketfed serve` with it first"
             )
-        self.engine = sa.create_engine(self.url)
+        try:
+            self.engine = sa.create_engine(self.url)
+        except ImportError as error:
+            raise StoreError(
+                f"the database {self.name} needs a driver that is not installed ({error}); install it, e.g. "
+                "`pip install 'pocketfed[postgresql]'` for postgresql+psycopg://"
+            ) from None
         if self.url.get_backend_name() == "sqlite":
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
         try:
@@ -293,6 +299,9 @@ class Store:
     @contextmanager
     def write(self) -> Iterator[Session]:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            if self.url.get_backend_name() == "sqlite":
+                # What is read here must still hold when it is written; SQLite would take its lock only then.
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             yield session
 
     def close(self) -> None:
@@ -304,6 +313,15 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def printable(text: str, most: int) -> str:
+    """A peer's text as it may be stored and shown: no control characters (PostgreSQL takes no NUL), at most `most` long.
+
+    >>> printable("low\\x1b[2J\\0 battery", 9)
+    'low [2J  '
+    """
+    return "".join(c if c.isprintable() else " " for c in text[:most])
 
 
 # ---- blobs -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pocketfed.model.config import ConfigError, MobileBertConfig
 from pocketfed.model.mobilebert import MobileBert
-from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state
+from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state, stored_bytes
 from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocabulary
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
@@ -173,6 +174,13 @@ def expected_shapes(config: MobileBertConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a student, without building it."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in MobileBert(config).state_dict().items()}
+
+
+def stored_sizes(config: MobileBertConfig) -> dict[str, int]:
+    """Bytes of the student's weights in float32, float16 and int8."""
+    shapes = expected_shapes(config)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    return {"fp32": 4 * count, "fp16": 2 * count, "int8": stored_bytes(shapes)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

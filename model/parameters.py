@@ -83,13 +83,18 @@ def encode_vector(name: str, vector: Vector) -> bytes:
     return data
 
 
+def vector_bytes(size: int) -> int:
+    """The most bytes that `encode_vector` makes of so many values: a safetensors header, and room."""
+    return 4 * size + 4096
+
+
 def decode_vector(name: str, data: bytes, size: int) -> Vector:
     """The vector that `encode_vector` wrote. What a peer sends is hostile: everything is checked, nothing broadcast.
 
     Raises:
         ParametersError: not safetensors, another name, shape or dtype.
     """
-    limit = size * 4 + 4096
+    limit = vector_bytes(size)
     if len(data) > limit:
         raise ParametersError(f"{len(data)} bytes are too many for {size} float32 values; at most {limit} are expected")
     try:

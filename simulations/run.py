@@ -115,6 +115,7 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
             labels=dataset.labels,
             trainable_sets=[train or "lora:8"],
             quantized=checkpoint.quantization == "int8",
+            head_labels=checkpoint.labels,
             max_length=max_length,
             preset=given.name,
             seed=seed,

@@ -25,6 +25,7 @@ from pocketfed.client_sdk.artifacts import (
 from pocketfed.client_sdk.errors import ArtifactError, LinkError
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.coordinator.artifacts import BuiltArtifact, PublishError, build_artifact, manifest_bytes, read_artifact
+from pocketfed.model.parameters import decode_vector
 
 ONE = {"tokenize.onnx": b"t" * 10, "train.onnx": b"a" * 20, "predict.onnx": b"", "theta.safetensors": b"h" * 30}
 
@@ -480,3 +481,46 @@ def test_the_coordinator_refuses_a_damaged_folder_too(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(PublishError, match=r"backbone\.bin is damaged"):
         read_artifact(built.folder)
+
+
+def test_a_checkpoints_head_counts_for_its_own_labels_only_whatever_their_order(tmp_path: Path) -> None:
+    import torch
+
+    from pocketfed.model.config import STUDENTS
+    from pocketfed.model.tokenization import train_vocabulary
+
+    vocabulary = train_vocabulary(["play some jazz", "turn on the lamp"], 64)
+    config = STUDENTS["nano"].with_changes(vocab_size=len(vocabulary))
+    hidden = config.hidden_size
+    weight = torch.arange(2.0)[:, None].expand(2, hidden).clone()  # row 0 is all 0, row 1 all 1
+    head = {"classifier.weight": weight, "classifier.bias": torch.tensor([5.0, 7.0])}
+
+    def bias_of(labels: list[str], head_labels: list[str]) -> list[float]:
+        folder = tmp_path / "-".join([*labels, *head_labels])
+        built = build_artifact(
+            folder,
+            config=config,
+            state=head,
+            vocabulary=vocabulary,
+            labels=labels,
+            trainable_sets=["head"],
+            quantized=False,
+            head_labels=head_labels,
+        )
+        sets = built.manifest["trainable_sets"]["head"]
+        theta = decode_vector("theta", (folder / sets["initial"]).read_bytes(), sets["size"])
+        place = next(p for p in sets["parameters"] if p["name"].endswith("classifier.bias"))
+        return [float(v) for v in theta[place["offset"] : place["offset"] + 2]]
+
+    assert bias_of(["no", "yes"], ["no", "yes"]) == [5.0, 7.0]
+    assert bias_of(["yes", "no"], ["no", "yes"]) == [7.0, 5.0]
+    assert bias_of(["up", "down"], ["no", "yes"]) == [0.0, 0.0]
+
+
+def test_a_manifest_changed_by_hand_is_not_published(nano_built: BuiltArtifact, tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(nano_built.folder, folder)
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(PublishError, match="was changed after it was made"):
+        read_artifact(folder)

@@ -330,8 +330,8 @@ def test_more_than_was_announced_is_refused(store: Store, assignments: Assignmen
         ({"digest": "xyz"}, "invalid", "'xyz' is not a SHA-256"),
         ({"digest": "G" * 64}, "invalid", "is not a SHA-256"),
         ({"metrics": {str(i): 0.0 for i in range(33)}}, "invalid", "at most 32 metrics"),
-        ({"metrics": {"x" * 101: 0.0}}, "invalid", "names of 1 to 100 characters"),
-        ({"metrics": {"": 0.0}}, "invalid", "names of 1 to 100 characters"),
+        ({"metrics": {"x" * 101: 0.0}}, "invalid", "names of 1 to 100 printable characters"),
+        ({"metrics": {"": 0.0}}, "invalid", "names of 1 to 100 printable characters"),
         ({"offset": 5}, "out_of_range", "the upload goes on at byte 0, not 5"),
     ],
 )
@@ -414,3 +414,43 @@ def test_handing_in_counts_as_being_seen(store: Store, assignments: Assignments)
         session.execute(sa.update(Device).values(examples=5))
     with store.read() as session:
         assert devices_online(session, "stable", set(), 20.0) == {1: "phone"}
+
+
+def test_a_second_upload_does_not_take_the_place_of_one_that_counts(store: Store, assignments: Assignments) -> None:
+    name, other = offer(store), DATA[::-1]
+    for data in (DATA, other):  # both begin before either has ended
+        assert assignments.check_header(1, header(name, data), 5000) is None
+    assignments.append(header(name), DATA)
+    assert assignments.finish(1, header(name)) == Receipt(True)
+    assignments.append(header(name, other), other)
+    assert assignments.finish(1, header(name, other)) == Receipt(True)
+    assert assignments.upload_path(name).read_bytes() == DATA
+    assert updates(store)[0].digest == hashlib.sha256(DATA).hexdigest()
+
+
+def test_an_update_that_ends_while_its_assignment_expires_is_either_counted_or_refused(
+    store: Store, assignments: Assignments
+) -> None:
+    for number in range(1, 9):
+        name = offer(store, number=number, deadline=timedelta(milliseconds=30))
+        threads = [threading.Thread(target=assignments.expire, args=([name],)) for _ in range(2)]
+        receipts: list[Receipt] = []
+        threads.append(threading.Thread(target=lambda name=name, to=receipts: to.append(hand_in(assignments, name))))  # type: ignore[misc]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assignments.expire([name])
+        assert (row(store, name).status == "uploaded") == receipts[0].accepted
+
+
+def test_no_control_character_of_a_device_is_stored(store: Store, assignments: Assignments) -> None:
+    name = offer(store)
+    with pytest.raises(UploadError, match="printable"):
+        assignments.check_header(1, header(name, metrics={"a\0b": 1.0}), 5000)
+    with pytest.raises(UploadError, match="is not a SHA-256"):
+        assignments.check_header(1, header(name, b"", digest="x" * 100), 5000)
+    with pytest.raises(UploadError, match="holds no assignment"):
+        assignments.received(1, "1-1\0")
+    assignments.decline(1, name, "low\0 \x1b[31mbattery")
+    assert row(store, name).error == "low   [31mbattery"

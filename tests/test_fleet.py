@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ import sqlalchemy as sa
 
 from pocketfed.client_sdk import Device
 from pocketfed.client_sdk.artifacts import Artifact
-from pocketfed.client_sdk.errors import LinkError
+from pocketfed.client_sdk.device import LONGEST_WAIT_S, _bounded
+from pocketfed.client_sdk.errors import ArtifactError, LinkError
 from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.client_sdk.link import Link, Refused, Unreachable
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
@@ -241,9 +243,11 @@ def test_a_device_that_falls_silent_costs_its_lease_and_not_the_round(
 ) -> None:
     coordinator.restart(lease_s=0.5)
     raw = RawDevice(channel)
-    asked = raw.check_in()
+    asked, assignments = raw.check_in(), coordinator.server.assignments
+    asked.add_done_callback(lambda call: assignments._part(call.result().assignment.id).write_bytes(b"half an update"))
     coordinator.device(0)[0].start()
     coordinator.drive(rounds=1, offer_s=0.5)
+    assert not any(assignments.spool.iterdir())
     assert asked.result().assignment.kind == fleet_pb2.Assignment.TRAIN
     assert [(r.status, r.devices, r.failed) for r in coordinator.results[1:]] == [("finished", 1, 1)]
     with coordinator.store.read() as session:
@@ -551,3 +555,37 @@ def test_a_download_goes_on_at_another_server_where_it_broke_off(coordinator: Co
         list(link.download(digest, first_chunk=5))
     assert caught.value.code == "OUT_OF_RANGE"
     link.close()
+
+
+def test_parameters_longer_than_they_can_be_are_not_kept_in_memory(coordinator: Coordinator) -> None:
+    device, _ = coordinator.device(0)
+    taken = []
+
+    def endless(digest: str, first_chunk: int = 0) -> Iterator[bytes]:
+        while True:
+            taken.append(digest)
+            yield bytes(1 << 20)
+
+    device._link.download = endless  # type: ignore[method-assign]
+    with pytest.raises(ArtifactError, match="more bytes than 10 values"):
+        device._download("0" * 64, 10)
+    assert len(taken) == 1
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf, -1.0, 1e300])
+def test_times_that_cannot_be_waited_for_do_not_end_a_devices_thread(said: float) -> None:
+    assert 0.0 <= _bounded(said, 0.0, LONGEST_WAIT_S) <= LONGEST_WAIT_S
+
+
+def test_an_unexpected_fault_gives_the_assignment_back_without_a_word_of_text(coordinator: Coordinator) -> None:
+    device, _ = coordinator.device(0)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("play SECRET jazz")
+
+    device._perform = broken  # type: ignore[method-assign, assignment]
+    device.start()
+    coordinator.drive(rounds=1, min_devices=1, max_failed_rounds=2)
+    with coordinator.store.read() as session:
+        (assignment,) = session.scalars(sa.select(Assignment)).all()
+    assert (assignment.status, assignment.error) == ("failed", "ZeroDivisionError")

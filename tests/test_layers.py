@@ -87,7 +87,9 @@ def test_whichever_module_brings_flwr_in_has_switched_its_telemetry_off_before()
     import subprocess
     import sys
 
-    modules = [p for p in ROOT.glob("*/*.py") if "flwr" in p.read_text() and p.parts[-2] not in ("tests", "cli", "benchmarks")]
+    modules = [
+        p for p in ROOT.glob("*/*.py") if "flwr" in p.read_text() and p.parts[-2] not in ("tests", "cli", "benchmarks")
+    ]
     names = [f"pocketfed.{p.parts[-2]}.{p.stem}" for p in modules]
     assert "pocketfed.simulations.grids" in names
     code = (
@@ -102,5 +104,7 @@ def test_whichever_module_brings_flwr_in_has_switched_its_telemetry_off_before()
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
     for name in names:
-        done = subprocess.run([sys.executable, "-c", code, name], env=clean, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, name], env=clean, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, (name, done.stderr)

@@ -313,6 +313,19 @@ def test_metrics_of_a_hostile_device_cannot_end_the_run(fleet: Fleet) -> None:
     assert fleet.rows(Run)[0].status == "finished"
 
 
+def test_a_loss_too_large_to_average_is_not_stored_as_infinity(fleet: Fleet) -> None:
+    def boast(reply: Message) -> Message:
+        reply.content["metrics"]["loss"] = 1e308
+        return reply
+
+    fleet.tamper["device-1"] = boast
+    with np.errstate(over="ignore"):
+        fleet.drive(rounds=1)
+    assert fleet.results[1].status == "finished"
+    assert fleet.results[1].train_loss is None
+    assert fleet.rows(Round)[1].train_loss is None
+
+
 def test_a_device_without_examples_fails_and_the_run_goes_on(fleet: Fleet) -> None:
     fleet.local["device-2"] = Examples((), np.zeros(0, np.int64))
     fleet.drive()

@@ -121,3 +121,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RunConfigError, match=r"cannot read .*binary\.toml"):
         load_run_config(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize(
+    "override", ["deadline_s=inf", "wait_s=inf", "max_update_norm=inf", "local.max_grad_norm=inf", "deadline_s=1e300"]
+)
+def test_what_neither_a_date_nor_json_can_hold_is_refused(override: str) -> None:
+    with pytest.raises(RunConfigError, match="must be a number between"):
+        load_run_config(None, [override])

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -342,3 +343,26 @@ def test_postgresql_holds_the_same_tables_blobs_times_and_largest_seed(postgres:
             assert session.scalars(sa.select(Device.enrolled_at)).one() == moment
     finally:
         store.close()
+
+
+def test_a_missing_driver_is_told_in_a_sentence() -> None:
+    with pytest.raises(StoreError, match="needs a driver that is not installed"):
+        Store("mysql://localhost/x")  # MySQLdb is no dependency of ours
+
+
+def test_what_a_write_has_read_still_holds_when_it_writes(store: Store) -> None:
+    with store.write() as session:
+        device_named(session, "phone", examples=0)
+
+    def count() -> None:
+        for _ in range(20):
+            with store.write() as session:
+                device_named(session, "phone").examples += 1
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with store.read() as session:
+        assert device_named(session, "phone").examples == 80
