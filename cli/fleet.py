@@ -112,6 +112,7 @@ def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_leng
         quantized=checkpoint.quantization == "int8",
         max_length=max_length,
         preset=model_dir.resolve().name,
+        head_labels=checkpoint.labels,
         seed=seed,
         progress=lambda step: None if quiet else print(f"{step} ...", flush=True),
     )
@@ -151,6 +152,7 @@ def serve(
             if config is not None:
                 _drive(store, server, config, test, json, stopping.is_set)
             if not (config is not None and exit_when_done):
+                print("serving until Ctrl-C", flush=True)
                 stopping.wait()
     finally:
         store.close()

@@ -15,6 +15,7 @@ from pocketfed.client_sdk.errors import ArtifactError
 
 SCHEMA = 1
 CHUNK_BYTES = 1 << 20
+MAX_ARTIFACT_BYTES = 2 << 30  # a manifest that asks for more is not one for a device
 MANIFEST = "manifest.json"
 _HEX = frozenset("0123456789abcdef")
 
@@ -90,6 +91,9 @@ def parse_manifest(data: bytes) -> Manifest:
         max_length = _count(raw["max_length"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"the manifest is incomplete or malformed: {error!r}; publish the artifact again") from None
+    total = sum(f.bytes for f in files.values())
+    if total > MAX_ARTIFACT_BYTES:
+        raise ArtifactError(f"the manifest lists {total} bytes; at most {MAX_ARTIFACT_BYTES} are fetched")
     return Manifest(hashlib.sha256(data).hexdigest(), labels, max_length, tokenize, sets, files)
 
 

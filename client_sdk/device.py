@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import random
+import secrets
+import shutil
 import threading
 import time
 import uuid
@@ -21,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 
 from pocketfed.client_sdk.artifacts import Artifact, fetch, open_artifact
 from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, PocketfedError, TrainingStopped
 from pocketfed.client_sdk.examples import Added, ExampleStore
-from pocketfed.client_sdk.link import Link, Refused, Unreachable, log
+from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, log
 from pocketfed.client_sdk.perform import Reply, Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, pad
@@ -99,20 +100,21 @@ class Device:
             self.name: str = identity.get("name") or name or f"device-{uuid.uuid4().hex[:12]}"
             self.channel = channel
             self._enrolment_key, self._threads, self._on_status = enrolment_key, threads, on_status
-            self._link = Link(coordinator, identity.get("token", ""), insecure)
+            self._link = Link(coordinator, identity.get("token", "") if identity.get("enrolled") else "", insecure)
             self.examples = ExampleStore(self.home / "examples.db")
         except BaseException:
             _release(self._lock_file)
             raise
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._check_in: Any = None
         self._status = "not started"
         self._model: Model | None = None
         self._trainers: dict[tuple[str, str], PlanTrainer] = {}
         self._encoded: tuple[Any, Examples] | None = None
         self._model_lock = threading.Lock()
         self._setup_lock = threading.RLock()  # predict() and the background thread enrol and fetch one after the other
+        self._lifecycle = threading.Lock()
+        self._failing = False  # the last attempt to talk to the coordinator failed
         self._closed = False
 
     # ---- for the app -----------------------------------------------------------------------------------------------------
@@ -124,7 +126,12 @@ class Device:
         self.close()
 
     def add_examples(self, examples: Iterable[tuple[str, str | None] | tuple[str, str | None, str | None]]) -> Added:
-        """Keep (text, label) or (text, label, second text) on this device. Unusable ones are skipped and counted."""
+        """Keep (text, label) or (text, label, second text) on this device. Unusable ones are skipped and counted.
+
+        Raises:
+            ConfigurationError: a text instead of a list of examples, or the device was closed.
+        """
+        self._require_open()
         return self.examples.add(examples)
 
     def predict(self, text: str, text_pair: str | None = None) -> Prediction:
@@ -132,7 +139,9 @@ class Device:
 
         Raises:
             LinkError: no model yet and no coordinator to get one from.
+            ConfigurationError: the device was closed.
         """
+        self._require_open()
         model = self._current_model()
         rows = model.trainer.encode([text], [text_pair])
         logits = model.trainer.logits(model.theta, *pad(rows))[0].astype(np.float64)
@@ -148,21 +157,30 @@ class Device:
         Raises:
             ConfigurationError: the device was closed.
         """
+        self._require_open()
+        with self._lifecycle:
+            if self._thread is None or not self._thread.is_alive():
+                self._stopping.clear()
+                self._thread = threading.Thread(target=self._run, name=f"pocketfed-{self.name}", daemon=True)
+                self._thread.start()
+
+    def _require_open(self) -> None:
         if self._closed:
             raise ConfigurationError(f"device {self.name!r} was closed; make a new one")
-        if self._thread is None or not self._thread.is_alive():
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._run, name=f"pocketfed-{self.name}", daemon=True)
-            self._thread.start()
 
     def stop(self) -> None:
-        """Stop taking part; returns when the background thread has ended, at most one training step later."""
+        """Stop taking part; returns when the background thread has ended, at most one training step later.
+
+        Calls to the coordinator that are under way end, a `predict()` that fetches its first model among them.
+        """
         self._stopping.set()
-        call, thread = self._check_in, self._thread
-        if call is not None:
-            call.cancel()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        thread = self._thread
+        if thread is threading.current_thread():  # from a callback: the thread ends when that returns
+            return
+        with self._lifecycle:
+            while thread is not None and thread.is_alive():
+                self._link.cancel()
+                thread.join(0.1)  # once more, for a call that began just then
             self._thread = None
 
     def close(self) -> None:
@@ -197,12 +215,13 @@ class Device:
             try:
                 self._ensure_enrolled()
                 wait_s = self._ask_for_work()
-                pause = BACKOFF_S[0]
-            except grpc.FutureCancelledError:
-                break
+                pause, self._failing = BACKOFF_S[0], False
+            except (Cancelled, TrainingStopped):
+                wait_s = pause  # ends at once if it was stop()
             except Exception as error:
                 if not isinstance(error, PocketfedError):
                     log.exception("unexpected")
+                self._failing = True
                 self._say(f"will try again: {error}")
                 wait_s = pause * jitter.uniform(0.5, 1.0)
                 pause = min(pause * 2, BACKOFF_S[1])
@@ -212,27 +231,29 @@ class Device:
     def _ensure_enrolled(self) -> None:
         with self._setup_lock:
             if not self._link.token:
-                self._say("enrolling")
-                self._link.enrol(self.name, self.channel, self._enrolment_key)
-                _write_json(self.home / "identity.json", {"name": self.name, "token": self._link.token})
+                if not self._failing:
+                    self._say("enrolling")
+                # The token is on disk before the coordinator hears of it: a lost reply does not lock the device out.
+                token = _read_json(self.home / "identity.json").get("token") or secrets.token_urlsafe(32)
+                identity = {"name": self.name, "token": token, "enrolled": False}
+                _write_json(self.home / "identity.json", identity)
+                self._link.enrol(self.name, self.channel, token, self._enrolment_key)
+                _write_json(self.home / "identity.json", identity | {"enrolled": True})
 
     def _ask_for_work(self) -> float:
         """One check-in and what follows from it. Returns how many seconds to wait before the next."""
-        self._say("waiting for work")
+        if not self._failing:
+            self._say("waiting for work")
         held = self._held_release_id()
-        self._check_in = self._link.begin_check_in(self.examples.count(labelled=True), held, CHECK_IN_S)
-        if self._stopping.is_set():
-            self._check_in.cancel()
-        try:
-            reply = self._link.end_check_in(self._check_in)
-        except Refused as error:
-            if error.code == "CANCELLED" and self._stopping.is_set():
-                return 0.0
-            raise
-        finally:
-            self._check_in = None
+        call = self._link.begin_check_in(self.examples.count(labelled=True), held, 0.0 if self._failing else CHECK_IN_S)
+        reply = self._link.end_check_in(call)
         if reply.HasField("release") and reply.release.id > held:
-            self._adopt(reply.release)
+            try:
+                self._adopt(reply.release)
+            except ArtifactError as error:
+                if not reply.HasField("assignment"):
+                    raise
+                self._say(f"keeps its model: {error}")  # the assignment may be of another
         if reply.HasField("assignment"):
             self._work(reply.assignment)
             return 0.0
@@ -242,7 +263,7 @@ class Device:
         with _Alive(self._link, assignment, self._stopping) as alive:
             try:
                 reply = self._perform(assignment, alive)
-            except TrainingStopped:
+            except (TrainingStopped, Cancelled):
                 self._say("stopped training")
                 if not alive.cancelled:
                     self._decline(assignment.id, "the app stopped the device")
@@ -350,18 +371,30 @@ class Device:
             trainer = self._trainer(release.artifact_version, release.trainable_set, self._go_on)
             data = self._download(release.parameters_digest, trainer.size)
             theta = _checked_vector(data, release.parameters_digest, trainer.size)
-            _write_bytes(self.home / "theta.safetensors", data)
-            _write_json(
-                self.home / "release.json",
-                {
-                    "id": release.id,
-                    "artifact": release.artifact_version,
-                    "set": release.trainable_set,
-                    "digest": release.parameters_digest,
-                },
-            )
+            _write_bytes(self._theta_file(release.parameters_digest), data)
+            held = {
+                "id": release.id,
+                "artifact": release.artifact_version,
+                "set": release.trainable_set,
+                "digest": release.parameters_digest,
+            }
+            _write_json(self.home / "release.json", held)  # from here on it is the model in use
             with self._model_lock:
                 self._model = Model(trainer, theta, release.id)
+            self._forget_others(release.artifact_version, self._theta_file(release.parameters_digest))
+
+    def _theta_file(self, digest: str) -> Path:
+        return self.home / f"theta-{digest[:16]}.safetensors"
+
+    def _forget_others(self, version: str, theta_file: Path) -> None:
+        """Delete artifacts and parameters that nothing on the device uses any more."""
+        used = {version, *(held for held, _ in self._trainers)}
+        for folder in (self.home / "artifacts").iterdir():
+            if folder.name.removesuffix(".partial") not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+        for file in self.home.glob("theta-*.safetensors"):
+            if file != theta_file:
+                file.unlink()
 
     def _current_model(self) -> Model:
         with self._model_lock:
@@ -381,7 +414,7 @@ class Device:
         try:
             artifact: Artifact = open_artifact(self.home / "artifacts" / held["artifact"], held["artifact"])
             trainer = PlanTrainer(artifact, held["set"], self._threads)
-            theta = _checked_vector((self.home / "theta.safetensors").read_bytes(), held["digest"], trainer.size)
+            theta = _checked_vector(self._theta_file(held["digest"]).read_bytes(), held["digest"], trainer.size)
         except (KeyError, OSError, ArtifactError):
             return None
         return Model(trainer, theta, int(held["id"]))

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pocketfed.client_sdk.errors import ConfigurationError
+
 MAX_TEXT = 1_000_000  # characters; longer texts are skipped, not cut
 _SCHEMA = """
 create table if not exists examples (
@@ -46,7 +48,10 @@ class ExampleStore:
         except sqlite3.OperationalError:
             raise  # locked, or a full or forbidden disk: the examples are fine, keep them
         except sqlite3.DatabaseError:
-            path.replace(path.with_suffix(".damaged"))
+            for suffix in ("", "-wal", "-shm"):  # the log belongs to the damaged file
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.replace(path.with_suffix(".damaged" + suffix))
             self._db = self._open(path)
 
     def _open(self, path: Path) -> sqlite3.Connection:
@@ -65,6 +70,9 @@ class ExampleStore:
 
     def add(self, examples: Iterable[tuple[str, str | None] | tuple[str, str | None, str | None]]) -> Added:
         """(text, label) or (text, label, text_pair) each. Hostile text is skipped and counted, never an error."""
+        given: object = examples
+        if isinstance(given, str):
+            raise ConfigurationError(f"add_examples got the text {given[:50]!r}; give a list of (text, label)")
         rows, skipped = [], dict[str, int]()
         for example in examples:
             shaped = isinstance(example, (tuple, list)) and len(example) in (2, 3)

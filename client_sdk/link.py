@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ SDK_VERSION = "0.1.0"
 UPLOAD_BYTES = 1 << 19  # of data in one message
 CALL_TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 600.0
+DECLINE_TIMEOUT_S = 2.0  # a courtesy: the lease ends the assignment anyway
 
 log = logging.getLogger("pocketfed")
 log.addHandler(logging.NullHandler())
@@ -54,8 +56,8 @@ class Link:
         if not is_loopback(host):
             if not insecure:
                 raise ConfigurationError(
-                    f"{host} is another machine and the link is not encrypted; put TLS in front of it, or say insecure "
-                    "if the network is yours"
+                    f"{host} is another machine and the link is not encrypted; put TLS in front of it, or allow it with "
+                    "insecure=True (--insecure) if the network is yours"
                 )
             log.warning("the link to %s is not encrypted", coordinator)
         self.coordinator, self.token = coordinator, token
@@ -68,6 +70,7 @@ class Link:
                 ("grpc.max_reconnect_backoff_ms", 5000),
             ],
         )
+        self._under_way: set[Any] = set()
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
         self._distribution = distribution_pb2_grpc.DistributionStub(self._channel)
 
@@ -78,32 +81,56 @@ class Link:
         return (("authorization", f"Bearer {self.token}"),)
 
     def _call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        call = method.future(request, timeout=timeout_s, metadata=self._metadata())
+        with self._tracked(call):
+            return call.result()
+
+    @contextmanager
+    def _tracked(self, call: Any) -> Iterator[None]:
+        """A call that `cancel` can end, its errors as ours."""
+        self._under_way.add(call)
         try:
-            return method(request, timeout=timeout_s, metadata=self._metadata())
+            yield
+        except grpc.FutureCancelledError:
+            raise Cancelled("the call was ended, since the device stops") from None
         except grpc.RpcError as error:
             raise self._explain(error) from None
+        finally:
+            self._under_way.discard(call)
+
+    def cancel(self) -> None:
+        """End all calls under way, from any thread; they raise `Cancelled`."""
+        for call in list(self._under_way):
+            call.cancel()
 
     def _explain(self, error: Any) -> LinkError:
         code, details = error.code(), error.details() or ""
+        if code == grpc.StatusCode.CANCELLED:
+            return Cancelled(f"the call was ended ({details[:200]})")
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            log.debug("%s: %s", self.coordinator, details)
             return Unreachable(
-                f"the coordinator at {self.coordinator} cannot be reached ({details[:200]}); is it running, and is the "
-                "address right?"
+                f"the coordinator at {self.coordinator} cannot be reached; is it running, and is the address right?"
             )
         return Refused(code.name, f"the coordinator at {self.coordinator} refused: {details[:500] or code.name}")
 
     # ---- the fleet -------------------------------------------------------------------------------------------------------
 
-    def enrol(self, name: str, channel: str, enrolment_key: str = "") -> str:
-        """Make the device known; returns its token and uses it from now on."""
+    def enrol(self, name: str, channel: str, token: str, enrolment_key: str = "") -> None:
+        """Make the device known by a token of its own, which goes with all calls from now on."""
         request = fleet.EnrolRequest(
-            name=name, channel=channel, protocol=PROTOCOL, sdk_version=SDK_VERSION, enrolment_key=enrolment_key
+            name=name,
+            channel=channel,
+            protocol=PROTOCOL,
+            sdk_version=SDK_VERSION,
+            token=token,
+            enrolment_key=enrolment_key,
         )
-        self.token = self._call(self._fleet.Enrol, request).token
-        return self.token
+        self._call(self._fleet.Enrol, request)
+        self.token = token
 
     def begin_check_in(self, examples: int, release_id: int, wait_s: float) -> Any:
-        """A long poll under way: a future with `result()`, `cancel()`; see `end_check_in`."""
+        """A long poll under way: to be ended with `end_check_in`."""
         request = fleet.CheckInRequest(
             protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id
         )
@@ -113,13 +140,10 @@ class Link:
         """Its reply.
 
         Raises:
-            LinkError: unreachable or refused.
-            grpc.FutureCancelledError: it was cancelled.
+            LinkError: unreachable, refused or cancelled.
         """
-        try:
+        with self._tracked(call):
             return call.result()  # type: ignore[no-any-return]
-        except grpc.RpcError as error:
-            raise self._explain(error) from None
 
     def heartbeat(self, assignment_id: str, phase: fleet.HeartbeatRequest.Phase, progress: float) -> bool:
         """False: stop, the assignment has ended."""
@@ -127,7 +151,11 @@ class Link:
         return not self._call(self._fleet.Heartbeat, request, 10.0).cancelled
 
     def decline(self, assignment_id: str, reason: str) -> None:
-        self._call(self._fleet.Decline, fleet.DeclineRequest(assignment_id=assignment_id, reason=reason[:500]), 10.0)
+        self._call(
+            self._fleet.Decline,
+            fleet.DeclineRequest(assignment_id=assignment_id, reason=reason[:500]),
+            DECLINE_TIMEOUT_S,
+        )
 
     def upload(
         self, assignment_id: str, data: bytes, digest: str, num_examples: int, metrics: Mapping[str, float]
@@ -164,15 +192,21 @@ class Link:
 
     def download(self, digest: str, first_chunk: int = 0) -> Iterator[bytes]:
         request = distribution.DownloadRequest(digest=digest, first_chunk=first_chunk)
+        call = self._distribution.Download(request, timeout=TRANSFER_TIMEOUT_S, metadata=self._metadata())
         try:
-            for chunk in self._distribution.Download(request, timeout=TRANSFER_TIMEOUT_S, metadata=self._metadata()):
-                yield chunk.data
-        except grpc.RpcError as error:
-            raise self._explain(error) from None
+            with self._tracked(call):
+                for chunk in call:
+                    yield chunk.data
+        finally:
+            call.cancel()  # whoever stops reading must not leave the coordinator sending
 
 
 class Unreachable(LinkError):  # noqa: N818 - says what it is
     """Nobody answers; trying again later may help."""
+
+
+class Cancelled(LinkError):  # noqa: N818
+    """Ended by `Link.cancel`, or by a coordinator that stops."""
 
 
 class Refused(LinkError):  # noqa: N818

@@ -71,7 +71,10 @@ class PlanTrainer:
         self, texts: Sequence[str], pairs: Sequence[str | None] | None = None, max_length: int = 0
     ) -> tuple[Ids, ...]:
         if self._tokenizer is None:
-            self._tokenizer = PlanTokenizer(self.artifact.path(self.artifact.manifest.tokenize))
+            try:
+                self._tokenizer = PlanTokenizer(self.artifact.path(self.artifact.manifest.tokenize))
+            except Exception as error:  # as in open_plan
+                raise ArtifactError(f"the tokenize plan cannot be opened: {error}") from None
         limit = min(max_length or self.artifact.manifest.max_length, self.artifact.manifest.max_length)
         ids, mask = self._tokenizer.encode(texts, pairs, limit)
         return tuple(row[: int(m.sum())].copy() for row, m in zip(ids, mask, strict=True))

@@ -201,7 +201,11 @@ def read_artifact(folder: Path) -> BuiltArtifact:
         manifest = json.loads(data)
         if manifest_bytes(manifest) != data:
             raise PublishError(f"{path} was changed after it was made; build the artifact again")
+        if not manifest["trainable_sets"]:
+            raise PublishError(f"{path} has no trainable set; build the artifact again")
         for name, stated in manifest["files"].items():
+            if Path(name).name != name:
+                raise PublishError(f"{path} names a file {name!r}; an artifact has no folders")
             if describe_file((folder / name).read_bytes()) != stated:
                 raise PublishError(
                     f"{folder / name} is damaged: its bytes are not those of the manifest; build the artifact again"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 
 import sqlalchemy as sa
 
 from pocketfed.coordinator.store import Device, Store, now, printable
 
 MAX_NAME = 100
+MIN_TOKEN, MAX_TOKEN = 32, 200
 
 
 class EnrolmentError(Exception):
@@ -25,8 +25,8 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, expected_key: str) -> str:
-    """Make a device known; returns its token, of which only the hash is kept.
+def enrol(store: Store, name: str, channel: str, sdk_version: str, token: str, key: str, expected_key: str) -> None:
+    """Make a device known by the token it has made, of which only the hash is kept; once, however often it is asked.
 
     Raises:
         EnrolmentError: wrong key, unusable name, or a name that another device has.
@@ -39,9 +39,13 @@ def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, exp
         raise EnrolmentError(
             "invalid", f"the channel {channel[:MAX_NAME]!r} must have at most {MAX_NAME} printable characters"
         )
-    token = secrets.token_urlsafe(32)
+    if not MIN_TOKEN <= len(token) <= MAX_TOKEN or not token.isascii() or not token.isprintable():
+        raise EnrolmentError("invalid", f"the token must have {MIN_TOKEN} to {MAX_TOKEN} printable ASCII characters")
     try:
         with store.write() as session:
+            other = session.scalars(sa.select(Device.name).where(Device.token_hash == hash_token(token))).first()
+            if other not in (None, name):
+                raise EnrolmentError("invalid", "the token is another device's; every device makes a random one")
             session.add(
                 Device(
                     name=name,
@@ -52,10 +56,12 @@ def enrol(store: Store, name: str, channel: str, sdk_version: str, key: str, exp
                 )
             )
     except sa.exc.IntegrityError:
-        raise EnrolmentError(
-            "exists", f"a device named {name!r} is enrolled already; use its home folder, or another name"
-        ) from None
-    return token
+        with store.read() as session:
+            known = session.scalars(sa.select(Device.token_hash).where(Device.name == name)).first()
+        if known is None or not hmac.compare_digest(known, hash_token(token)):
+            raise EnrolmentError(
+                "exists", f"a device named {name!r} is enrolled already; use its home folder, or another name"
+            ) from None
 
 
 def authenticate(store: Store, token: str) -> tuple[int, str] | None:

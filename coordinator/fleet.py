@@ -64,18 +64,19 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
     async def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:  # noqa: N802
         await self._require_protocol(request.protocol, context)
         try:
-            token = await self.calls.run(
+            await self.calls.run(
                 enrol,
                 self.calls.store,
                 request.name,
                 request.channel,
                 request.sdk_version,
+                request.token,
                 request.enrolment_key,
                 self.calls.enrolment_key,
             )
         except EnrolmentError as error:
             await context.abort(_ENROLMENT_CODES[error.kind], str(error))
-        return pb.EnrolReply(token=token)
+        return pb.EnrolReply()
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Any) -> pb.CheckInReply:  # noqa: N802
         device_id, channel = await self.calls.authenticate(context)

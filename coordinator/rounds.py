@@ -153,12 +153,12 @@ def drive_run(
         RunError: the run failed; the reason is in the store too.
         StrategyError: the strategy or its options do not exist.
     """
-    strategy = make_strategy(config.strategy, config.strategy_options)
-    theta, size = starting_theta(store, run_id)
-    limits = Limits(size, config.max_examples, config.max_update_norm)
     grid.should_stop = should_stop
     _set_run(store, run_id, status="running", started_at=now())
     try:
+        strategy = make_strategy(config.strategy, config.strategy_options)
+        theta, size = starting_theta(store, run_id)
+        limits = Limits(size, config.max_examples, config.max_update_norm)
         on_round(_measure_start(store, run_id, theta, evaluate))
         failed_in_a_row = 0
         for number in range(1, config.rounds + 1):

@@ -131,4 +131,7 @@ def make_strategy(name: str, options: Mapping[str, Any]) -> Strategy:
     try:
         return kind(**{k: v for k, v in defaults.items() if k in accepted} | dict(options))
     except (TypeError, ValueError) as error:
-        raise StrategyError(f"{chosen} does not take the options {dict(options)}: {error}") from None
+        raise StrategyError(
+            f"{chosen} does not take the options {dict(options)}: {error}; give what is missing as "
+            "strategy_options.NAME=VALUE"
+        ) from None

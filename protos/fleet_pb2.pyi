@@ -9,24 +9,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EnrolRequest(_message.Message):
-    __slots__ = ("name", "channel", "protocol", "sdk_version", "enrolment_key")
+    __slots__ = ("name", "channel", "protocol", "sdk_version", "enrolment_key", "token")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHANNEL_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SDK_VERSION_FIELD_NUMBER: _ClassVar[int]
     ENROLMENT_KEY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     name: str
     channel: str
     protocol: int
     sdk_version: str
     enrolment_key: str
-    def __init__(self, name: _Optional[str] = ..., channel: _Optional[str] = ..., protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., enrolment_key: _Optional[str] = ...) -> None: ...
+    token: str
+    def __init__(self, name: _Optional[str] = ..., channel: _Optional[str] = ..., protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., enrolment_key: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
-    __slots__ = ("token",)
-    TOKEN_FIELD_NUMBER: _ClassVar[int]
-    token: str
-    def __init__(self, token: _Optional[str] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class CheckInRequest(_message.Message):
     __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id")

@@ -70,7 +70,8 @@ class FleetServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Enrol(self, request, context):
-        """Makes the device known, once. Keep the token: it is shown only here.
+        """Makes the device known. The device makes its token; sent again with the same name and token (the reply was lost),
+        it counts once.
         Errors: INVALID_ARGUMENT (empty or over-long name), ALREADY_EXISTS (another device has the name),
         PERMISSION_DENIED (wrong enrolment key), FAILED_PRECONDITION (protocol not supported; the message says which are).
         """

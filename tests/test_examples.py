@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pocketfed.client_sdk.errors import ConfigurationError
 from pocketfed.client_sdk.examples import MAX_TEXT, ExampleStore
 
 
@@ -187,4 +188,11 @@ def test_forgotten_text_is_gone_from_the_files_too(tmp_path):
     assert any(secret.encode() in p.read_bytes() for p in tmp_path.iterdir())
     assert store.forget() == 1
     assert not any(secret.encode() in p.read_bytes() for p in tmp_path.iterdir())
+    store.close()
+
+
+def test_a_text_in_place_of_a_list_is_the_callers_mistake(tmp_path):
+    store = ExampleStore(tmp_path / "examples.db")
+    with pytest.raises(ConfigurationError, match="add_examples got the text 'hello'; give a list of"):
+        store.add("hello")
     store.close()

@@ -111,6 +111,9 @@ class Coordinator:
         self.store.close()
 
 
+TOKEN = "A" * 43  # what `secrets.token_urlsafe(32)` makes looks like
+
+
 @pytest.fixture
 def coordinator(tmp_path: Path, nano_built: BuiltArtifact, tiny_dataset: Dataset) -> Iterator[Coordinator]:
     made = Coordinator(tmp_path, nano_built, tiny_dataset)
@@ -130,7 +133,8 @@ class RawDevice:
     def __init__(self, channel: grpc.Channel, name: str = "raw") -> None:
         self.fleet = fleet_pb2_grpc.FleetStub(channel)
         self.distribution = distribution_pb2_grpc.DistributionStub(channel)
-        token = self.fleet.Enrol(fleet_pb2.EnrolRequest(name=name, protocol=1)).token
+        token = name.ljust(43, "-")
+        self.fleet.Enrol(fleet_pb2.EnrolRequest(name=name, protocol=1, token=token))
         self.metadata = (("authorization", f"Bearer {token}"),)
 
     def check_in(self, wait_s: float = PATIENCE_S, **values: Any) -> Any:
@@ -355,16 +359,34 @@ def test_another_protocol_is_refused_by_number(coordinator: Coordinator, channel
 
 def test_names_are_taken_once_and_must_be_usable(coordinator: Coordinator) -> None:
     link = Link(coordinator.address)
-    link.enrol("phone", "stable")
+    link.enrol("phone", "stable", TOKEN)
+    link.enrol("phone", "stable", TOKEN)  # the reply was lost: asked again, it counts once
     with pytest.raises(
         Refused, match="a device named 'phone' is enrolled already; use its home folder, or another name"
     ) as caught:
-        Link(coordinator.address).enrol("phone", "stable")
+        Link(coordinator.address).enrol("phone", "stable", "B" * 43)
     assert caught.value.code == "ALREADY_EXISTS"
     for name in ("", "x" * 101, "new\nline"):
         with pytest.raises(Refused, match="must have 1 to 100 printable characters") as caught:
-            Link(coordinator.address).enrol(name, "stable")
+            Link(coordinator.address).enrol(name, "stable", TOKEN)
         assert caught.value.code == "INVALID_ARGUMENT"
+
+
+def test_a_short_secret_is_refused_and_a_lost_reply_locks_nobody_out(coordinator: Coordinator, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="the token must have 32 to 200 printable ASCII characters"):
+        Link(coordinator.address).enrol("phone", "stable", "short")
+    first = Device(coordinator.address, tmp_path / "home", name="tablet")
+    first.predict("x")
+    first.close()
+    identity = tmp_path / "home" / "identity.json"
+    kept = json.loads(identity.read_text())
+    identity.write_text(json.dumps(kept | {"enrolled": False}))  # as it is when the reply never came
+    with Device(coordinator.address, tmp_path / "home") as again:
+        assert again.name == "tablet"
+        again.start()
+        again.stop()
+        again._ensure_enrolled()
+    assert json.loads(identity.read_text()) == kept
 
 
 def test_the_enrolment_key_is_asked_for(tmp_path: Path) -> None:
@@ -373,9 +395,9 @@ def test_the_enrolment_key_is_asked_for(tmp_path: Path) -> None:
         link = Link(f"127.0.0.1:{server.port}")
         for key in ("", "wrong", "Sésame"):
             with pytest.raises(Refused, match="the enrolment key is wrong") as caught:
-                link.enrol("phone", "stable", key)
+                link.enrol("phone", "stable", TOKEN, key)
             assert caught.value.code == "PERMISSION_DENIED"
-        assert link.enrol("phone", "stable", "sésame")
+        link.enrol("phone", "stable", TOKEN, "sésame")
         link.close()
     with store.read() as session:
         held = session.scalars(sa.select(DeviceRow)).one()
@@ -482,7 +504,7 @@ def test_a_coordinator_that_is_not_there_is_told_in_a_sentence(coordinator: Coor
     device, _ = coordinator.device(0)
     with pytest.raises(
         LinkError,
-        match=f"the coordinator at {coordinator.address} cannot be reached .*; is it running, and is the address",
+        match=f"the coordinator at {coordinator.address} cannot be reached; is it running, and is the address",
     ):
         device.predict("play some jazz")
 
@@ -540,7 +562,7 @@ def test_a_download_goes_on_at_another_server_where_it_broke_off(coordinator: Co
     with coordinator.store.write() as session:
         digest = put_blob(session, data)
     link = Link(coordinator.address)
-    link.enrol("phone", "stable")
+    link.enrol("phone", "stable", TOKEN)
     chunks = link.download(digest)
     received = [next(chunks), next(chunks)]
     coordinator.server.stop()
