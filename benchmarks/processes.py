@@ -37,7 +37,15 @@ def as_processes(folder: Path, config: RunConfig, names: list[str]) -> tuple[str
     (folder / "run.toml").write_text(
         f"rounds = {config.rounds}\nmin_devices = {len(names)}\nseed = {config.seed}\n[local]\n{local}\n"
     )
-    serve = ["serve", "--database", str(folder / "processes.db"), "--listen", "127.0.0.1:0", "--run", str(folder / "run.toml")]
+    serve = [
+        "serve",
+        "--database",
+        str(folder / "processes.db"),
+        "--listen",
+        "127.0.0.1:0",
+        "--run",
+        str(folder / "run.toml"),
+    ]
     serve += ["--exit-when-done", "--json", str(folder / "processes.json")]
     with process(folder / "serve.log", *serve, read=True) as coordinator, ExitStack() as members:
         address = wait_for(coordinator, "listening on ", folder / "serve.log").removeprefix("listening on ")

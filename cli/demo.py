@@ -13,8 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pocketfed.cli.output import ROUND_COLUMNS, console, format_bytes, print_table, progress_bar, sizes_rows
-from pocketfed.model.tasks import Dataset, majority_accuracy
+from pocketfed.cli.output import (
+    ROUND_COLUMNS,
+    console,
+    format_bytes,
+    print_table,
+    progress_bar,
+    sizes_rows,
+    stage_teller,
+)
+from pocketfed.model.tasks import Dataset, majority_accuracy, read_dataset
 from pocketfed.simulations.data import assistant_corpus, assistant_dataset, write_dataset
 from pocketfed.simulations.partition import partition
 
@@ -26,28 +34,36 @@ class DemoError(RuntimeError):
     """A step of the demo that did not do what it should; its log says more."""
 
 
-def run_demo(folder: Path, rounds: int, steps: int | None) -> None:
+def run_demo(folder: Path, rounds: int, steps: int | None, data: Path | None = None) -> None:
     """Everything the demo writes lies in `folder`; an earlier demo there is replaced.
 
+    Args:
+        data: labelled texts in place of the demo's own; its training texts are the corpus as well.
+
     Raises:
-        DemoError: the folder is somebody's own, or a step failed.
+        DataError: from `data`. DemoError: the folder is somebody's own, or a step failed.
     """
     started = time.monotonic()
     out = console()
     folder = folder.absolute()
-    make_folder(folder)
 
     out.rule("1  the data")
-    dataset = assistant_dataset(seed=SEED)
-    files = write_device_files(dataset, folder)
+    if data is None:
+        dataset, lines = assistant_dataset(seed=SEED), assistant_corpus(seed=SEED)
+    else:
+        dataset = read_dataset(data).with_test(seed=SEED)
+        lines = [text for e in dataset.train for text in (e.text, e.text_pair) if text]
+    make_folder(folder)
+    by_person = all(e.user for e in dataset.train) and len({e.user for e in dataset.train}) >= DEVICES
+    files = write_device_files(dataset, folder, "by:user" if by_person else "dirichlet:0.3")
     out.print(
-        f"{len(dataset.train)} utterances of {len({e.user for e in dataset.train})} people, {len(dataset.labels)} intents, "
-        f"dealt to {DEVICES} devices by person; {len(dataset.test)} of other people for the test."
+        f"{len(dataset.train)} texts with {len(dataset.labels)} labels, dealt to {DEVICES} devices "
+        f"{'by person' if by_person else 'with skewed labels'}; {len(dataset.test)} others for the test."
     )
     out.print(f"Always guessing the commonest intent is right in {majority_accuracy(dataset):.1%} of them.")
 
     out.rule("2  distill and quantize, on the coordinator")
-    sizes = make_student(folder, steps)
+    sizes = make_student(folder, lines, steps)
     print_table("student", ["weights", "bytes", ""], sizes_rows(sizes))
 
     out.rule("3  publish, and serve over gRPC")
@@ -87,33 +103,27 @@ def make_folder(folder: Path) -> None:
     mark.touch()
 
 
-def write_device_files(dataset: Dataset, folder: Path) -> list[Path]:
+def write_device_files(dataset: Dataset, folder: Path, deal: str) -> list[Path]:
     """One file a device, as an app on it would have collected; and the data set for the coordinator's test."""
     write_dataset(dataset, folder / "data")
     files = []
-    for i, part in enumerate(partition(dataset.train, "by:user", DEVICES, SEED)):
+    for i, part in enumerate(partition(dataset.train, deal, DEVICES, SEED)):
         path = folder / f"device-{i}.jsonl"
-        lines = (json.dumps({"text": dataset.train[j].text, "label": dataset.train[j].label}) for j in part)
-        path.write_text("\n".join(lines) + "\n")
+        mine = [dataset.train[j] for j in part]
+        rows = ({"text": e.text, "label": e.label} | ({"text_pair": e.text_pair} if e.text_pair else {}) for e in mine)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files.append(path)
     return files
 
 
-def make_student(folder: Path, steps: int | None) -> dict[str, int]:
+def make_student(folder: Path, lines: Sequence[str], steps: int | None) -> dict[str, int]:
     """Distill from unlabelled text, then quantize. Returns the student's bytes by number format."""
     from pocketfed.coordinator import pipeline
 
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(assistant_corpus(seed=SEED)) + "\n")
+    corpus.write_text("".join(" ".join(line.split()) + "\n" for line in lines))
     with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, step: int, total: int, loss: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, note="")
-            bar.update(tasks[stage], completed=step, note=f"loss {loss:.3f}")
-
-        report = pipeline.distill([corpus], PRESET, folder / "student", steps, SEED, progress=tell)
+        report = pipeline.distill([corpus], PRESET, folder / "student", steps, SEED, progress=stage_teller(bar))
     teacher, student = report["teacher_parameters"], report["model"]["parameters"]
     console().print(
         f"teacher {teacher:,} parameters -> student {student:,}; hidden words guessed: teacher "

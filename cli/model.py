@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pocketfed.cli.output import CommandError, format_bytes, print_json, print_table, progress_bar
+from pocketfed.cli.output import CommandError, format_bytes, print_json, print_table, progress_bar, stage_teller
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same result.")]
@@ -18,6 +18,7 @@ def distill(
         list[Path], typer.Option(help="Text files, folders of them, or data with a text column. May be repeated.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student; made whole or not at all.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="Further corpus files and folders.")] = None,
     preset: Annotated[str, typer.Option(help="nano (seconds), micro (minutes), or a published size.")] = "nano",
     steps: Annotated[int | None, typer.Option(min=1, help="All stages together; the preset's own by default.")] = None,
     seed: Seed = 0,
@@ -31,14 +32,8 @@ def distill(
     from pocketfed.coordinator import pipeline
 
     with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def tell(stage: str, step: int, total: int, loss: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, note="")
-            bar.update(tasks[stage], completed=step, note=f"loss {loss:.3f}")
-
-        report = pipeline.distill(corpus, preset, out, steps, seed, key_values(set_ or []), tell)
+        settings = key_values(set_ or [])
+        report = pipeline.distill([*corpus, *(more or [])], preset, out, steps, seed, settings, stage_teller(bar))
     if json:
         print_json(report)
         return

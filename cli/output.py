@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,18 @@ def progress_bar() -> Iterator[Progress]:
         disable=not sys.stderr.isatty(),
     ) as bar:
         yield bar
+
+
+def stage_teller(bar: Progress) -> Callable[[str, int, int, float], None]:
+    """What `pipeline.distill` calls: one bar a stage, with its loss."""
+    tasks: dict[str, Any] = {}
+
+    def tell(stage: str, step: int, total: int, loss: float) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total, note="")
+        bar.update(tasks[stage], completed=step, note=f"loss {loss:.3f}")
+
+    return tell
 
 
 def sizes_rows(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -79,8 +79,9 @@ def demo(
     ] = Path("demo"),
     rounds: Annotated[int, typer.Option(min=1)] = 12,
     steps: Annotated[int | None, typer.Option(min=10, help="Of distillation; by default the preset's own.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled texts in place of the demo's own.")] = None,
 ) -> None:
     """The whole path once: distill, quantize, publish, four device processes over gRPC, a table of rounds."""
     from pocketfed.cli.demo import run_demo
 
-    run_demo(folder, rounds, steps)
+    run_demo(folder, rounds, steps, data)

@@ -151,6 +151,28 @@ class Device:
         best = int(shares.argmax())
         return Prediction(labels[best], float(shares[best]), dict(zip(labels, map(float, shares), strict=True)))
 
+    def enrol(self) -> None:
+        """Make the device known to the coordinator now; otherwise it is when it first needs to be.
+
+        Raises:
+            LinkError: unreachable, or refused (the name is another device's, the enrolment key is wrong).
+        """
+        self._require_open()
+        self._ensure_enrolled()
+
+    def fetch(self) -> bool:
+        """Fetch the channel's newest release now, if it is newer than what the device holds. True if it was.
+
+        Raises:
+            LinkError: unreachable, or nothing is released. ArtifactError: what came is not what was promised.
+        """
+        self.enrol()
+        release = self._link.latest(self.channel).release
+        if release.id <= self._held_release_id():
+            return False
+        self._adopt(release)
+        return True
+
     def start(self) -> None:
         """Take part in rounds from a background thread; returns at once.
 
@@ -402,7 +424,7 @@ class Device:
             self._model = model
         if model is None:
             with self._setup_lock:
-                self._ensure_enrolled()
+                self.enrol()
                 if self._model is None:  # the background thread may have fetched one meanwhile
                     self._adopt(self._link.latest(self.channel).release)
                 model = self._model

@@ -527,3 +527,14 @@ def test_an_error_of_no_kind_that_we_know_is_one_line_too() -> None:
             fail()
         assert explain(caught.value).startswith(told)
         assert "\n" not in explain(caught.value)
+
+
+def test_a_corpus_may_be_several_paths_after_one_option(tmp_path: Path) -> None:
+    for name, word in (("a.txt", "line"), ("b.txt", "word")):
+        (tmp_path / name).write_text(f"one small {word}\nanother {word} here\n")
+    arguments = ["distill", "--corpus", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--out", str(tmp_path / "s")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pocketfed.cli", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "b.txt holds 4 distinct lines" in done.stderr  # those of both

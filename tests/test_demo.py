@@ -78,3 +78,21 @@ def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "not from an earlier demo" in done.stderr
     assert precious.read_text() == "keep"
+
+
+@pytest.mark.slow
+def test_any_data_takes_the_place_of_the_demos_own(tmp_path: Path) -> None:
+    rows = [("play jazz", "music"), ("what is the weather", "weather"), ("set a timer", "timer")]
+    lines = [f"{text} number {i},{label}" for i in range(40) for text, label in rows]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pocketfed.cli", "demo", "--data", "mine.csv", "--steps", "10", "--rounds", "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "96 texts with 3 labels, dealt to 4 devices with skewed labels; 24 others for the test." in done.stdout
+    assert (tmp_path / "demo" / "fleet.db").is_file()

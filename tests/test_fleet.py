@@ -385,8 +385,18 @@ def test_a_short_secret_is_refused_and_a_lost_reply_locks_nobody_out(coordinator
         assert again.name == "tablet"
         again.start()
         again.stop()
-        again._ensure_enrolled()
+        again.enrol()
     assert json.loads(identity.read_text()) == kept
+
+
+def test_an_app_may_enrol_and_fetch_when_it_suits_it(coordinator: Coordinator, tmp_path: Path) -> None:
+    with Device(coordinator.address, tmp_path / "home", name="tablet") as device:
+        device.enrol()
+        with coordinator.store.read() as session:
+            assert session.scalars(sa.select(DeviceRow.name)).all() == ["tablet"]
+        assert device.fetch()
+        assert not device.fetch()  # it is the newest already
+        assert len(list((tmp_path / "home" / "artifacts").iterdir())) == 1
 
 
 def test_the_enrolment_key_is_asked_for(tmp_path: Path) -> None:
