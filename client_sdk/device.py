@@ -285,7 +285,9 @@ class Device:
         with _Alive(self._link, assignment, self._stopping) as alive:
             try:
                 reply = self._perform(assignment, alive)
-            except (TrainingStopped, Cancelled):
+            except (TrainingStopped, Cancelled) as error:
+                if isinstance(error, Cancelled) and not self._stopping.is_set():
+                    raise  # it was the coordinator that ended the call; the assignment is still ours
                 self._say("stopped training")
                 if not alive.cancelled:
                     self._decline(assignment.id, "the app stopped the device")
@@ -328,7 +330,7 @@ class Device:
                 receipt = self._link.upload(assignment.id, data, digest, reply.num_examples, reply.metrics)
                 self._say("handed in" if receipt.accepted else f"not taken: {receipt.reason}")
                 return
-            except (Unreachable, Refused) as error:
+            except (Unreachable, Cancelled, Refused) as error:
                 if isinstance(error, Refused) and error.code not in RESUMABLE:
                     raise
                 if time.monotonic() > end or self._stopping.wait(pause):
@@ -479,7 +481,7 @@ class _Alive:
                 if not self._link.heartbeat(self._assignment.id, self.phase, self._progress):
                     self.cancelled = True
                     return
-            except Unreachable:
+            except (Unreachable, Cancelled):
                 continue  # the lease decides
             except PocketfedError as error:
                 log.info("heartbeat refused: %s", error)

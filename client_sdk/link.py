@@ -151,11 +151,12 @@ class Link:
         return not self._call(self._fleet.Heartbeat, request, 10.0).cancelled
 
     def decline(self, assignment_id: str, reason: str) -> None:
-        self._call(
-            self._fleet.Decline,
-            fleet.DeclineRequest(assignment_id=assignment_id, reason=reason[:500]),
-            DECLINE_TIMEOUT_S,
-        )
+        """Give an assignment back. `cancel` leaves this call alone: it is how a device that stops takes its leave."""
+        request = fleet.DeclineRequest(assignment_id=assignment_id, reason=reason[:500])
+        try:
+            self._fleet.Decline(request, timeout=DECLINE_TIMEOUT_S, metadata=self._metadata())
+        except grpc.RpcError as error:
+            raise self._explain(error) from None
 
     def upload(
         self, assignment_id: str, data: bytes, digest: str, num_examples: int, metrics: Mapping[str, float]
