@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
@@ -23,8 +23,13 @@ from pocketfed.coordinator.store import (
     split_chunks,
 )
 
+if TYPE_CHECKING:  # torch is imported only where plans are built
+    from pocketfed.model.heads import TextClassifier
+    from pocketfed.model.plans import Plans
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
+TOKENIZE = "tokenize.onnx"
 MIN_SDK = "0.1.0"
 MAX_LABELS = 10_000
 
@@ -72,13 +77,7 @@ def build_artifact(
         PublishError: no or doubtful labels, or a vocabulary that does not fit.
         PlanError, TrainableSetError: from building the plans.
     """
-    import torch
-
     from pocketfed.model.adapters import select
-    from pocketfed.model.checkpoints import stored_sizes
-    from pocketfed.model.heads import TextClassifier
-    from pocketfed.model.mobilebert import count_flops, count_parameters
-    from pocketfed.model.parameters import encode_vector
     from pocketfed.model.plans import BACKBONE_FILE, Backbone, build_plans, verify_plans
     from pocketfed.model.tokenization import build_tokenize_plan
 
@@ -90,67 +89,32 @@ def build_artifact(
         )
     if folder.exists():
         raise PublishError(f"{folder} is there already; give a folder that does not exist")
-    max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
-
-    def make_model() -> TextClassifier:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = TextClassifier(config, len(labels), vocabulary.sep_id)
-        encoder = {k: v for k, v in state.items() if not k.startswith("classifier.")}
-        if encoder:
-            model.mobilebert.load_state_dict(encoder)
-        head = {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
-        stands_for = list(labels if head_labels is None else head_labels)
-        if head and len(head["weight"]) == len(stands_for) and set(stands_for) == set(labels):
-            rows = [stands_for.index(label) for label in labels]
-            model.classifier.load_state_dict({name: values[rows] for name, values in head.items()})
-        return model
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         backbone = Backbone(quantized)
-        sets: dict[str, Any] = {}
         built = []
         for name in trainable_sets:
             progress(f"plans for {name}")
-            model = select(make_model(), name, seed)
+            model = select(_classifier(config, state, vocabulary.sep_id, labels, head_labels, seed), name, seed)
             plans = build_plans(model, name, backbone)
-            stem = name.replace(":", "-")
-            sets[name] = {
-                "train": f"train-{stem}.onnx",
-                "predict": f"predict-{stem}.onnx",
-                "initial": f"theta-{stem}.safetensors",
-                "size": int(plans.theta.size),
-                "parameters": [{"name": p.name, "shape": list(p.shape), "offset": p.offset} for p in plans.layout],
-            }
-            (partial / sets[name]["train"]).write_bytes(plans.train)
-            (partial / sets[name]["predict"]).write_bytes(plans.predict)
-            (partial / sets[name]["initial"]).write_bytes(encode_vector("theta", plans.theta))
-            built.append((model, plans, sets[name]))
+            built.append((model, plans, _write_set(partial, plans)))
         if backbone.data:
             (partial / BACKBONE_FILE).write_bytes(backbone.data)
-        for model, plans, files in built:
+        for model, plans, described in built:
             progress(f"checking {plans.trainable_set} against autograd")
-            verify_plans(model, plans, partial, files["train"], files["predict"])
-        (partial / "tokenize.onnx").write_bytes(build_tokenize_plan(vocabulary))
-        parameters = count_parameters(config)
+            verify_plans(model, plans, partial, described["train"], described["predict"])
+        (partial / TOKENIZE).write_bytes(build_tokenize_plan(vocabulary))
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "min_sdk": MIN_SDK,
             "chunk_bytes": CHUNK_BYTES,
-            "model": {
-                "preset": preset,
-                "parameters": parameters,
-                "flops": count_flops(config),
-                "config": config.to_dict(),
-            },
+            **_describe_model(config, preset),
             "labels": list(labels),
-            "max_length": max_length,
+            "max_length": min(max_length or config.max_position_embeddings, config.max_position_embeddings),
             "quantization": "int8" if quantized else None,
-            "sizes": stored_sizes(config),
-            "plans": {"tokenize": "tokenize.onnx"},
-            "trainable_sets": sets,
+            "plans": {"tokenize": TOKENIZE},
+            "trainable_sets": {plans.trainable_set: described for _, plans, described in built},
             "files": {p.name: describe_file(p.read_bytes()) for p in sorted(partial.iterdir())},
             "parent": parent,
             "metrics": dict(metrics or {}),
@@ -162,6 +126,64 @@ def build_artifact(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return BuiltArtifact(hashlib.sha256(data).hexdigest(), manifest, folder)
+
+
+def _classifier(
+    config: Any,
+    state: Mapping[str, Any],
+    separator: int,
+    labels: Sequence[str],
+    head_labels: Sequence[str] | None,
+    seed: int,
+) -> TextClassifier:
+    """The student with a head for the labels: the checkpoint's own, its rows put in order, where it is for the same ones."""
+    import torch
+
+    from pocketfed.model.heads import TextClassifier
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TextClassifier(config, len(labels), separator)
+    encoder = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    if encoder:
+        model.mobilebert.load_state_dict(encoder)
+    head = {k.removeprefix("classifier."): v for k, v in state.items() if k.startswith("classifier.")}
+    stands_for = list(labels if head_labels is None else head_labels)
+    if head and len(head["weight"]) == len(stands_for) and set(stands_for) == set(labels):
+        rows = [stands_for.index(label) for label in labels]
+        model.classifier.load_state_dict({name: values[rows] for name, values in head.items()})
+    return model
+
+
+def _write_set(folder: Path, plans: Plans) -> dict[str, Any]:
+    """Write a trainable set's plans and initial values; returns its entry in the manifest."""
+    from pocketfed.model.parameters import encode_vector
+
+    stem = plans.trainable_set.replace(":", "-")
+    described: dict[str, Any] = {
+        "train": f"train-{stem}.onnx",
+        "predict": f"predict-{stem}.onnx",
+        "initial": f"theta-{stem}.safetensors",
+        "size": int(plans.theta.size),
+        "parameters": [{"name": p.name, "shape": list(p.shape), "offset": p.offset} for p in plans.layout],
+    }
+    (folder / described["train"]).write_bytes(plans.train)
+    (folder / described["predict"]).write_bytes(plans.predict)
+    (folder / described["initial"]).write_bytes(encode_vector("theta", plans.theta))
+    return described
+
+
+def _describe_model(config: Any, preset: str | None) -> dict[str, Any]:
+    from pocketfed.model.checkpoints import stored_sizes
+    from pocketfed.model.mobilebert import count_flops, count_parameters
+
+    model = {
+        "preset": preset,
+        "parameters": count_parameters(config),
+        "flops": count_flops(config),
+        "config": config.to_dict(),
+    }
+    return {"model": model, "sizes": stored_sizes(config)}
 
 
 def _check_labels(labels: Sequence[str]) -> None:

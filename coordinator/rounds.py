@@ -79,6 +79,20 @@ class Tally:
         return sum(status == "aggregated" for status, _, _ in self.statuses.values())
 
 
+@dataclass(frozen=True)
+class Driven:
+    """A run under way: everything that stays the same from round to round."""
+
+    store: Store
+    id: int
+    grid: RecordedGrid
+    strategy: Strategy
+    limits: Limits
+    config: RunConfig
+    evaluate: Evaluate | None
+    on_settled: Callable[[list[str]], None]
+
+
 def create_run(store: Store, config: RunConfig) -> int:
     """A run of the channel's newest release, waiting to be driven. Returns its id.
 
@@ -159,6 +173,7 @@ def drive_run(
         strategy = make_strategy(config.strategy, config.strategy_options)
         theta, size = starting_theta(store, run_id)
         limits = Limits(size, config.max_examples, config.max_update_norm)
+        run = Driven(store, run_id, grid, strategy, limits, config, evaluate, on_settled)
         on_round(_measure_start(store, run_id, theta, evaluate))
         failed_in_a_row = 0
         for number in range(1, config.rounds + 1):
@@ -171,9 +186,7 @@ def drive_run(
                     "start more or lower min_devices"
                 )
             cohort = sample_cohort(devices, config.cohort, config.seed, number)
-            theta, outcome = _run_round(
-                store, run_id, number, cohort, grid, strategy, theta, limits, config, evaluate, on_settled
-            )
+            theta, outcome = _run_round(run, number, cohort, theta)
             on_round(outcome)
             failed_in_a_row = failed_in_a_row + 1 if outcome.status == "failed" else 0
             if failed_in_a_row >= config.max_failed_rounds:
@@ -242,50 +255,39 @@ def _measure_start(store: Store, run_id: int, theta: Vector, evaluate: Evaluate 
     return RoundResult(0, "finished", measured.get("accuracy"), measured.get("loss"), None, 0, 0, 0, 0, seconds)
 
 
-def _run_round(
-    store: Store,
-    run_id: int,
-    number: int,
-    cohort: Mapping[int, str],
-    grid: RecordedGrid,
-    strategy: Strategy,
-    theta: Vector,
-    limits: Limits,
-    config: RunConfig,
-    evaluate: Evaluate | None,
-    on_settled: Callable[[list[str]], None],
-) -> tuple[Vector, RoundResult]:
+def _run_round(run: Driven, number: int, cohort: Mapping[int, str], theta: Vector) -> tuple[Vector, RoundResult]:
+    """One round from theta on; the parameters it ended with, theta itself if it failed."""
     started = time.perf_counter()
-    with store.write() as session:
-        session.add(Round(run_id=run_id, number=number))
-    grid.enter(Cohort(number, 1, cohort, config.deadline_s))
+    with run.store.write() as session:
+        session.add(Round(run_id=run.id, number=number))
+    run.grid.enter(Cohort(number, 1, cohort, run.config.deadline_s))
+    result, reason, tally, trained = _train_round(run, number, theta)
+    measured = _measure(run, result, reason, number)
+    seconds = time.perf_counter() - started
+    outcome = _commit_round(run.store, run.id, number, result, reason, tally, trained, measured, seconds)
+    run.on_settled(_assignments_of(run.store, run.id, number))
+    return result, outcome
+
+
+def _train_round(run: Driven, number: int, theta: Vector) -> tuple[Vector, str | None, Tally, dict[str, float]]:
+    """What the cohort made of theta, why it is not usable (then theta comes back), the tally and the devices' metrics."""
     arrays = ArrayRecord({THETA: Array(theta)})
-    messages = strategy.configure_train(number, arrays, local_config(config), grid)
+    messages = run.strategy.configure_train(number, arrays, local_config(run.config), run.grid)
     tally = Tally()
-    replies = screen(grid.send_and_receive(messages, timeout=config.deadline_s), theta, limits, tally)
+    replies = screen(run.grid.send_and_receive(messages, timeout=run.config.deadline_s), theta, run.limits, tally)
     # Flower's strategies look at the replies more than once; ours folds them in as they come.
-    aggregated, metrics = strategy.aggregate_train(
-        number, replies if _streams(strategy) else with_common_metrics(replies)
-    )
+    given = replies if _streams(run.strategy) else with_common_metrics(replies)
+    aggregated, metrics = run.strategy.aggregate_train(number, given)
     for _ in replies:  # whatever the strategy did not ask for is screened and recorded all the same
         pass
-    result, reason = theta, None
-    if aggregated is None or tally.accepted < config.quorum:
-        reason = f"{tally.accepted} of at least {config.quorum} updates were usable"
-    else:
-        result = np.ascontiguousarray(aggregated[THETA].numpy(), np.float32)
-        if not np.isfinite(result).all():
-            result, reason = (
-                theta,
-                f"{config.strategy} made parameters that are not finite; choose other strategy_options",
-            )
-    trained = {} if metrics is None else {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
-    measured = _measure(result, reason, strategy, grid, number, config, evaluate)
-    outcome = _commit_round(
-        store, run_id, number, result, reason, tally, trained, measured, time.perf_counter() - started
-    )
-    on_settled(_assignments_of(store, run_id, number))
-    return result, outcome
+    trained = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float))}
+    if aggregated is None or tally.accepted < run.config.quorum:
+        return theta, f"{tally.accepted} of at least {run.config.quorum} updates were usable", tally, trained
+    result = np.ascontiguousarray(aggregated[THETA].numpy(), np.float32)
+    if not np.isfinite(result).all():
+        reason = f"{run.config.strategy} made parameters that are not finite; choose other strategy_options"
+        return theta, reason, tally, trained
+    return result, None, tally, trained
 
 
 def _streams(strategy: Strategy) -> bool:
@@ -336,29 +338,19 @@ def with_common_metrics(replies: Iterable[Message]) -> list[Message]:
     return held
 
 
-def _measure(
-    theta: Vector,
-    reason: str | None,
-    strategy: Strategy,
-    grid: RecordedGrid,
-    number: int,
-    config: RunConfig,
-    evaluate: Evaluate | None,
-) -> dict[str, float]:
+def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dict[str, float]:
     """On the coordinator's test set; on the devices' own examples where that is asked for, as device_<name>."""
-    measured = dict(evaluate(theta)) if evaluate else {}
-    if config.evaluate_on_devices and reason is None:
-        messages = strategy.configure_evaluate(number, ArrayRecord({THETA: Array(theta)}), local_config(config), grid)
-        replies = grid.send_and_receive(messages, timeout=config.deadline_s)
-        metrics = strategy.aggregate_evaluate(
-            number, with_common_metrics(screen_measured(replies, config.max_examples))
-        )
-        on_devices = {
-            k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float)) and k != "num-examples"
-        }
-        measured |= {f"device_{k}": v for k, v in on_devices.items()}
-        if not evaluate:
-            measured |= {k: v for k, v in on_devices.items() if k in ("accuracy", "loss")}
+    measured = dict(run.evaluate(theta)) if run.evaluate else {}
+    if run.config.evaluate_on_devices and reason is None:
+        arrays = ArrayRecord({THETA: Array(theta)})
+        messages = run.strategy.configure_evaluate(number, arrays, local_config(run.config), run.grid)
+        replies = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
+        usable = with_common_metrics(screen_measured(replies, run.config.max_examples))
+        metrics = run.strategy.aggregate_evaluate(number, usable) or {}
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and k != "num-examples"}
+        measured |= {f"device_{k}": v for k, v in numbers.items()}
+        if not run.evaluate:
+            measured |= {k: v for k, v in numbers.items() if k in ("accuracy", "loss")}
     return measured
 
 
