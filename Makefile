@@ -35,7 +35,8 @@ stubs: $(VENV)/dev.stamp
 	cp build/stubs/pocketfed/protos/*_pb2* protos/
 
 screenshot: $(VENV)/dev.stamp
-	$(BIN)/python docs/screenshot.py
+	@[ -f demo/fleet.db ] || { echo "there is no demo/fleet.db to show; run make demo first"; exit 1; }
+	$(BIN)/python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,9 @@ def run_fleet(folder: Path, database: Path, files: Sequence[Path], rounds: int) 
             )
             for i, file in enumerate(files)
         ]
-        with all_of(members):
+        with ExitStack() as fleet:
+            for member in members:
+                fleet.enter_context(member)
             task = bar.add_task("rounds", total=rounds, note="")
             for line in lines_of(coordinator, folder / "coordinator.log"):
                 cells = round_row(line)
@@ -226,16 +228,6 @@ def process(log: Path, *arguments: str, read: bool = False) -> Iterator[subproce
             child.wait()
             if child.stdout is not None:
                 child.stdout.close()
-
-
-@contextmanager
-def all_of(contexts: Sequence[Any]) -> Iterator[None]:
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
 
 
 def lines_of(child: subprocess.Popen[str], log: Path) -> Iterator[str]:

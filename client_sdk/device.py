@@ -29,9 +29,9 @@ from pocketfed.client_sdk.artifacts import Artifact, fetch, open_artifact
 from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, PocketfedError, TrainingStopped
 from pocketfed.client_sdk.examples import Added, ExampleStore
 from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, log
-from pocketfed.client_sdk.perform import Reply, Task, perform
+from pocketfed.client_sdk.perform import Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, pad
+from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained, pad
 from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector, vector_bytes
 from pocketfed.protos import fleet_pb2 as fleet
 
@@ -306,7 +306,7 @@ class Device:
             alive.phase = fleet.HeartbeatRequest.UPLOADING
             self._hand_in(assignment, reply)
 
-    def _perform(self, assignment: fleet.Assignment, alive: _Alive) -> Reply:
+    def _perform(self, assignment: fleet.Assignment, alive: _Alive) -> Trained:
         self._say(f"preparing round {assignment.round}")
         trainer = self._trainer(assignment.artifact_version, assignment.trainable_set, alive.go_on)
         theta = self._parameters(assignment.parameters_digest, trainer.size)
@@ -321,7 +321,7 @@ class Device:
         task = Task(kind, theta, config, assignment.round, self.name)  # type: ignore[arg-type]
         return perform(trainer, task, examples, alive.should_stop, alive.tell)
 
-    def _hand_in(self, assignment: fleet.Assignment, reply: Reply) -> None:
+    def _hand_in(self, assignment: fleet.Assignment, reply: Trained) -> None:
         data = encode_vector("delta", reply.delta) if assignment.kind == fleet.Assignment.TRAIN else b""
         digest = hashlib.sha256(data).hexdigest()
         end, pause = time.monotonic() + _bounded(assignment.deadline_s, 0.0, 86400.0), BACKOFF_S[0]

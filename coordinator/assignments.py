@@ -14,7 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, Store, Update, now, printable
+from pocketfed.coordinator.store import Assignment, Device, Store, Update, is_digest, now, printable
 
 OPEN = ("offered", "accepted")
 MAX_METRICS = 32
@@ -178,8 +178,7 @@ class Assignments:
                 f"an update of {header.total_bytes} bytes is larger than the {limit_bytes} that this assignment "
                 "can have",
             )
-        stated = header.total_bytes or header.digest
-        if stated and (len(header.digest) != 64 or not set(header.digest) <= set("0123456789abcdef")):
+        if (header.total_bytes or header.digest) and not is_digest(header.digest):
             raise UploadError("invalid", f"{header.digest[:80]!r} is not a SHA-256")
         if len(header.metrics) > MAX_METRICS or any(
             not 0 < len(n) <= MAX_NAME or not n.isprintable() for n in header.metrics
@@ -237,7 +236,7 @@ class Assignments:
                     assignment_id=header.assignment_id,
                     num_examples=header.num_examples,
                     bytes=header.total_bytes,
-                    digest=header.digest or "",
+                    digest=header.digest,
                     metrics=metrics,
                 )
             )

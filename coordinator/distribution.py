@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from pocketfed.coordinator.artifacts import manifest_bytes
 from pocketfed.coordinator.calls import Calls
-from pocketfed.coordinator.store import Artifact, Blob, Chunk, Release, latest_release
+from pocketfed.coordinator.store import Artifact, Blob, Chunk, Release, is_digest, latest_release
 from pocketfed.protos import distribution_pb2 as pb
 from pocketfed.protos import distribution_pb2_grpc
 
@@ -58,7 +58,7 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadChunk]:  # noqa: N802
         device_id, _ = await self.calls.authenticate(context)
-        if len(request.digest) != 64 or not set(request.digest) <= set("0123456789abcdef"):
+        if not is_digest(request.digest):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{request.digest[:80]!r} is not a SHA-256")
         blob = await self.calls.run(self._blob, request.digest)
         if blob is None:

@@ -327,6 +327,11 @@ def printable(text: str, most: int) -> str:
 # ---- blobs -----------------------------------------------------------------------------------------------------------
 
 
+def is_digest(text: str) -> bool:
+    """Whether that can be the SHA-256 of anything here: 64 lower-case hexadecimal digits."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
 def split_chunks(data: bytes | memoryview) -> Iterator[tuple[str, memoryview]]:
     """(sha256, piece) for each CHUNK_BYTES of data."""
     view = memoryview(data)

@@ -38,9 +38,7 @@ class StreamingFedAvg(Strategy):  # type: ignore[misc]
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        config["server-round"] = server_round
-        record = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content=record, message_type=MessageType.TRAIN, dst_node_id=n) for n in grid.get_node_ids()]
+        return _messages(MessageType.TRAIN, server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -63,9 +61,7 @@ class StreamingFedAvg(Strategy):  # type: ignore[misc]
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        config["server-round"] = server_round
-        record = RecordDict({"arrays": arrays, "config": config})
-        return [Message(content=record, message_type=MessageType.EVALUATE, dst_node_id=n) for n in grid.get_node_ids()]
+        return _messages(MessageType.EVALUATE, server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         metrics = WeightedMean()
@@ -74,6 +70,13 @@ class StreamingFedAvg(Strategy):  # type: ignore[misc]
                 record = reply.content["metrics"]
                 metrics.add(record, float(record["num-examples"]))
         return metrics.result()
+
+
+def _messages(kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+    """The same message to every node that the grid shows."""
+    config["server-round"] = server_round
+    record = RecordDict({"arrays": arrays, "config": config})
+    return [Message(content=record, message_type=kind, dst_node_id=node) for node in grid.get_node_ids()]
 
 
 class WeightedMean:

@@ -100,16 +100,6 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def ago(then: datetime | None, at: datetime) -> str:
-    """How long before `at`; clocks of two machines may differ, so the future is "just now"."""
-    if then is None:
-        return "never"
-    seconds = (at - then).total_seconds()
-    if seconds < 2:
-        return "just now"
-    return f"{duration(round(seconds))} ago" if seconds < 172_800 else f"{seconds / 86_400:.0f} days ago"
-
-
 def utc(then: datetime | None) -> str:
     return "" if then is None else f"{then.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 

@@ -49,8 +49,8 @@ def evaluate_model(
         )
         trainer = PlanTrainer(artifact, chosen)
         theta = trainer.initial_theta()
-        train_examples = encode_examples(trainer, dataset.train, config.max_length)
         if fine_tune:
+            train_examples = encode_examples(trainer, dataset.train, config.max_length)
             theta = train_centrally(trainer, train_examples, config, progress)
         measured = evaluate(trainer, theta, encode_examples(trainer, dataset.test, config.max_length))
     return {
