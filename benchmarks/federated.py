@@ -26,7 +26,7 @@ from pocketfed.client_sdk.trainer import Examples, TrainConfig, epoch_batches, e
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.model.tasks import majority_accuracy, read_dataset
 from pocketfed.simulations.partition import partition
-from pocketfed.simulations.run import SimulationConfig, encode_examples, prepare_artifact, simulate, take
+from pocketfed.simulations.run import SimulationConfig, encode_examples, prepare_artifact, simulate
 
 LINES = ("federated", "central", "one device")
 COLOURS = {
@@ -84,7 +84,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         some = sorted({0, 1, 2, 3, 5, 8, arguments.rounds} & set(range(arguments.rounds + 1)))
         started = time.process_time()
         alone = [
-            epochs_of(trainer, take(train_examples, part), test, train_config, arguments.rounds, some) for part in parts
+            epochs_of(trainer, train_examples.take(part), test, train_config, arguments.rounds, some) for part in parts
         ]
         seconds["one device"] = time.process_time() - started
     curves["one device"] = {e: statistics.mean(a[e] for a in alone) for e in some}

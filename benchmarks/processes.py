@@ -28,7 +28,7 @@ from pocketfed.coordinator.store import Store, device_named
 from pocketfed.model.tasks import read_dataset
 from pocketfed.simulations.grids import InProcessGrid
 from pocketfed.simulations.partition import partition
-from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact, take
+from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact
 
 
 def as_processes(folder: Path, config: RunConfig, names: list[str]) -> tuple[str, list[float]]:
@@ -104,7 +104,7 @@ def main() -> int:
         wire, wire_seconds = as_processes(folder, config, names)
         trainer = PlanTrainer(artifact, next(iter(artifact.manifest.sets)))
         everything = encode_examples(trainer, dataset.train, local.max_length)
-        held = {name: take(everything, part) for name, part in zip(names, parts, strict=True)}
+        held = {name: everything.take(part) for name, part in zip(names, parts, strict=True)}
         started = time.monotonic()
         here, here_seconds = in_process(folder, config, artifact, held)
         print(f"in process: {time.monotonic() - started:.1f} s in all")

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pocketfed.client_sdk.errors import ArtifactError
 
-SCHEMA = 1
+SCHEMA = 2
+TASKS = ("classification", "regression", "tokens", "spans")
 CHUNK_BYTES = 1 << 20
 MAX_ARTIFACT_BYTES = 2 << 30  # a manifest that asks for more is not one for a device
 MANIFEST = "manifest.json"
@@ -30,13 +31,45 @@ class File:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """Memory of a plan while it runs, in bytes.
+
+    weights: of what is frozen, were it all widened to float32. activations: c0 + c1 B + c2 B T + c3 B T^2.
+    """
+
+    weights: int
+    activations: tuple[int, int, int, int]
+
+    def bytes(self, batch: int, tokens: int) -> int:
+        """Of the activations.
+
+        >>> Needs(0, (1000, 10, 2, 1)).bytes(3, 4)
+        1102
+        """
+        c0, c1, c2, c3 = self.activations
+        return c0 + batch * (c1 + tokens * (c2 + tokens * c3))
+
+
+@dataclass(frozen=True)
 class TrainableSet:
-    """Files of one trainable set, and how many parameters it has."""
+    """Files of one trainable set's plans, and how many parameters it has.
+
+    The suffix plans, and the prefix below them, are there where whole blocks lie below the lowest trainable parameter.
+    hidden_size: of the prefix's result, a row a token or, without `keeps_tokens`, an example.
+    """
 
     train: str
+    evaluate: str
     predict: str
     initial: str
     size: int
+    prefix: str = ""
+    train_suffix: str = ""
+    evaluate_suffix: str = ""
+    predict_suffix: str = ""
+    hidden_size: int = 0
+    keeps_tokens: bool = True
+    needs: Mapping[str, Needs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +77,7 @@ class Manifest:
     """What docs/artifact.md describes, checked."""
 
     version: str
+    task: str
     labels: tuple[str, ...]
     max_length: int
     tokenize: str
@@ -80,12 +114,8 @@ def parse_manifest(data: bytes) -> Manifest:
         raise ArtifactError(f"the manifest has schema {schema!r}; this SDK reads {SCHEMA}: update the app")
     try:
         files = {_safe_name(n): _file(n, f) for n, f in raw["files"].items()}
-        sets = {
-            str(n): TrainableSet(
-                _known(s["train"], files), _known(s["predict"], files), _known(s["initial"], files), _count(s["size"])
-            )
-            for n, s in raw["trainable_sets"].items()
-        }
+        sets = {str(n): _set(s, files) for n, s in raw["trainable_sets"].items()}
+        task = _task(raw["task"])
         labels = _labels(raw["labels"])
         tokenize = _known(raw["plans"]["tokenize"], files)
         max_length = _count(raw["max_length"])
@@ -94,7 +124,30 @@ def parse_manifest(data: bytes) -> Manifest:
     total = sum(f.bytes for f in files.values())
     if total > MAX_ARTIFACT_BYTES:
         raise ArtifactError(f"the manifest lists {total} bytes; at most {MAX_ARTIFACT_BYTES} are fetched")
-    return Manifest(hashlib.sha256(data).hexdigest(), labels, max_length, tokenize, sets, files)
+    return Manifest(hashlib.sha256(data).hexdigest(), task, labels, max_length, tokenize, sets, files)
+
+
+def _set(raw: Mapping[str, Any], files: Mapping[str, File]) -> TrainableSet:
+    names: dict[str, Any] = {n: _known(raw[n], files) for n in ("train", "evaluate", "predict", "initial")}
+    upper: dict[str, Any] = {}
+    if "prefix" in raw:
+        upper = {n: _known(raw[n], files) for n in ("prefix", "train_suffix", "evaluate_suffix", "predict_suffix")}
+        upper |= {"hidden_size": _count(raw["hidden_size"]), "keeps_tokens": bool(raw["keeps_tokens"])}
+    needs = {str(n): _needs(v) for n, v in raw["needs"].items()}
+    return TrainableSet(**names, **upper, size=_count(raw["size"]), needs=needs)
+
+
+def _needs(raw: Mapping[str, Any]) -> Needs:
+    c0, c1, c2, c3 = (_whole(c) for c in raw["activations"])
+    return Needs(_whole(raw["weights"]), (c0, c1, c2, c3))
+
+
+def _task(name: Any) -> str:
+    if name not in TASKS:
+        raise ArtifactError(
+            f"the manifest's task is {str(name)[:100]!r}; this SDK knows {', '.join(TASKS)}: update the app"
+        )
+    return str(name)
 
 
 def _safe_name(name: str) -> str:
@@ -115,7 +168,13 @@ def _digest(text: Any) -> str:
 
 
 def _count(number: Any) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 40:
+    if _whole(number) == 0:
+        raise ArtifactError("0 in the manifest is not a size")
+    return int(number)
+
+
+def _whole(number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << 40:
         raise ArtifactError(f"{number!r} in the manifest is not a size")
     return number
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from pocketfed.client_sdk.artifacts import Artifact, fetch, open_artifact
+from pocketfed.client_sdk.checkpoint import Checkpoint
 from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, PocketfedError, TrainingStopped
 from pocketfed.client_sdk.examples import Added, ExampleStore
 from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, log
@@ -71,6 +72,7 @@ class Device:
         enrolment_key: where the coordinator asks for one.
         insecure: allow plaintext to another machine.
         threads: for ONNX Runtime; with 1 an update is bit-reproducible.
+        max_memory_mb: the process stays below it while it computes, or says what it would need; 0: no limit.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
 
     Raises:
@@ -87,6 +89,7 @@ class Device:
         enrolment_key: str = "",
         insecure: bool = False,
         threads: int = 1,
+        max_memory_mb: float = 0.0,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.home = Path(home).expanduser()
@@ -99,7 +102,8 @@ class Device:
                 )
             self.name: str = identity.get("name") or name or f"device-{uuid.uuid4().hex[:12]}"
             self.channel = channel
-            self._enrolment_key, self._threads, self._on_status = enrolment_key, threads, on_status
+            self._enrolment_key, self._on_status = enrolment_key, on_status
+            self._threads, self._max_memory_mb = threads, max_memory_mb
             self._link = Link(coordinator, identity.get("token", "") if identity.get("enrolled") else "", insecure)
             self.examples = ExampleStore(self.home / "examples.db")
         except BaseException:
@@ -319,7 +323,8 @@ class Device:
             f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples"
         )
         task = Task(kind, theta, config, assignment.round, self.name)  # type: ignore[arg-type]
-        return perform(trainer, task, examples, alive.should_stop, alive.tell)
+        kept = Checkpoint(self.home / "training.safetensors")  # of the last round that was broken off, if any
+        return perform(trainer, task, examples, alive.should_stop, alive.tell, kept)
 
     def _hand_in(self, assignment: fleet.Assignment, reply: Trained) -> None:
         data = encode_vector("delta", reply.delta) if assignment.kind == fleet.Assignment.TRAIN else b""
@@ -354,7 +359,9 @@ class Device:
                 artifact, _ = fetch(self._link, version, self.home / "artifacts", progress)
                 # Sessions of older versions go.
                 self._trainers = {k: v for k, v in self._trainers.items() if k[0] == version}
-                self._trainers[key] = PlanTrainer(artifact, trainable_set, self._threads)
+                self._trainers[key] = PlanTrainer(
+                    artifact, trainable_set, self._threads, max_memory_mb=self._max_memory_mb
+                )
             return self._trainers[key]
 
     def _parameters(self, digest: str, size: int) -> Vector:
@@ -377,7 +384,7 @@ class Device:
             usable = [e for e in self.examples.labelled() if e.label in index]
             rows = trainer.encode([e.text for e in usable], [e.text_pair for e in usable], max_length) if usable else ()
             labels = np.array([index[e.label] for e in usable if e.label is not None], np.int64)
-            self._encoded = (key, Examples(rows, labels))
+            self._encoded = (key, Examples(rows, labels, truncated=getattr(rows, "truncated", 0)))
         return self._encoded[1]
 
     def _go_on(self, _fraction: float) -> None:
@@ -437,7 +444,7 @@ class Device:
         held = _read_json(self.home / "release.json")
         try:
             artifact: Artifact = open_artifact(self.home / "artifacts" / held["artifact"], held["artifact"])
-            trainer = PlanTrainer(artifact, held["set"], self._threads)
+            trainer = PlanTrainer(artifact, held["set"], self._threads, max_memory_mb=self._max_memory_mb)
             theta = _checked_vector(self._theta_file(held["digest"]).read_bytes(), held["digest"], trainer.size)
         except (KeyError, OSError, ArtifactError):
             return None

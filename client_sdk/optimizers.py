@@ -15,6 +15,14 @@ OPTIMIZERS = ("adamw", "sgd")
 class Optimizer(Protocol):
     """Holds its state (moments) between steps."""
 
+    learning_rate: float
+
+    def state(self) -> tuple[int, list[Vector]]:
+        """Steps taken and moments; what `restore` takes."""
+
+    def restore(self, steps: int, moments: list[Vector]) -> None:
+        """Go on from there."""
+
     def step(self, theta: Vector, gradient: Vector) -> None:
         """Move theta (P,) along gradient (P,), both float32, in place. `gradient` may be overwritten."""
 
@@ -23,9 +31,15 @@ class Sgd:
     """theta -= lr * v, with v = momentum * v + g."""
 
     def __init__(self, learning_rate: float, momentum: float = 0.0) -> None:
-        self.learning_rate = np.float32(learning_rate)
+        self.learning_rate = learning_rate
         self.momentum = np.float32(momentum)
         self._velocity: Vector | None = None
+
+    def state(self) -> tuple[int, list[Vector]]:
+        return 0, [] if self._velocity is None else [self._velocity]
+
+    def restore(self, steps: int, moments: list[Vector]) -> None:
+        self._velocity = moments[0] if moments else None
 
     def step(self, theta: Vector, gradient: Vector) -> None:
         if self.momentum:
@@ -33,9 +47,9 @@ class Sgd:
                 self._velocity = np.zeros_like(theta)
             self._velocity *= self.momentum
             self._velocity += gradient
-            np.multiply(self._velocity, self.learning_rate, out=gradient)
+            np.multiply(self._velocity, np.float32(self.learning_rate), out=gradient)
         else:
-            gradient *= self.learning_rate
+            gradient *= np.float32(self.learning_rate)
         theta -= gradient
 
 
@@ -56,6 +70,14 @@ class AdamW:
         self._first: Vector | None = None
         self._second: Vector | None = None
         self._scratch: Vector | None = None
+
+    def state(self) -> tuple[int, list[Vector]]:
+        return self._steps, [m for m in (self._first, self._second) if m is not None]
+
+    def restore(self, steps: int, moments: list[Vector]) -> None:
+        if moments:
+            self._steps, (self._first, self._second) = steps, moments
+            self._scratch = np.empty_like(self._first)
 
     def step(self, theta: Vector, gradient: Vector) -> None:
         if self._first is None or self._second is None or self._scratch is None:

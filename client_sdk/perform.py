@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from pocketfed.client_sdk.checkpoint import Checkpoint
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained, Trainer, derive_seed, evaluate, train
 from pocketfed.model.parameters import Vector
 
@@ -32,8 +33,12 @@ def perform(
     examples: Examples,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[float], None] = lambda fraction: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Do what is asked, on this device's examples. The reply to an evaluation has an empty delta.
+
+    Args:
+        checkpoint: as in `train`.
 
     Raises:
         TrainingError: no examples, stopped, or diverged; nothing is to be sent.
@@ -43,4 +48,4 @@ def perform(
             np.zeros(0, np.float32), len(examples), evaluate(trainer, task.theta, examples, should_stop=should_stop)
         )
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
-    return train(trainer, task.theta, examples, config, should_stop, progress)
+    return train(trainer, task.theta, examples, config, should_stop, progress, checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,17 @@ END_OF_TEXT = 0x110000  # what closes each text in the plan's input
 CODE_POINTS_PER_RUN = 1 << 15  # of all texts of one run together, unless one text alone is longer
 
 Ids = NDArray[np.int64]
+
+
+class Rows(tuple[Ids, ...]):
+    """One row of token ids a text; truncated: how many texts were longer than the limit and lost their end."""
+
+    truncated: int
+
+    def __new__(cls, rows: Iterable[Ids], truncated: int = 0) -> Rows:
+        made = super().__new__(cls, rows)
+        made.truncated = truncated
+        return made
 
 
 class PlanTokenizer:
@@ -56,21 +67,35 @@ class PlanTokenizer:
         Raises:
             ValueError: `max_length` under 3, or not one pair for each text.
         """
+        ids, mask, _ = self._encode(texts, pairs, max_length)
+        return ids, mask
+
+    def encode_rows(
+        self, texts: Sequence[str], pairs: Sequence[str | None] | None = None, max_length: int = 128
+    ) -> Rows:
+        """As `encode`, one row of ids a text, without padding, and how many texts were cut."""
+        ids, mask, cut = self._encode(texts, pairs, max_length)
+        return Rows((row[: int(m.sum())].copy() for row, m in zip(ids, mask, strict=True)), truncated=int(cut.sum()))
+
+    def _encode(
+        self, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int
+    ) -> tuple[Ids, Ids, NDArray[np.bool_]]:
         if max_length < 3:
             raise ValueError(f"max_length is {max_length}; [CLS] and two [SEP] need at least 3")
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(f"there are {len(texts)} texts and {len(pairs)} pairs; give one, or None, for each text")
         if not texts:
-            return np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64)
+            return np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64), np.zeros(0, np.bool_)
         seconds: Sequence[str | None] = [None] * len(texts) if pairs is None else pairs
         paired = np.array([b is not None for b in seconds])  # (B,)
         pieces, starts, lengths = self._pieces([*texts, *(b for b in seconds if b is not None)])
-        first, second = lengths[: len(texts)], np.zeros(len(texts), np.int64)
+        whole, second = lengths[: len(texts)], np.zeros(len(texts), np.int64)
         second[paired] = lengths[len(texts) :]
         second_starts = np.zeros(len(texts), np.int64)
         second_starts[paired] = starts[len(texts) :]
-        first, second = _shorten(first, second, max_length - 2 - paired)
-        return self._lay_out(pieces, starts[: len(texts)], first, second_starts, second, paired)
+        first, kept = _shorten(whole, second, max_length - 2 - paired)
+        ids, mask = self._lay_out(pieces, starts[: len(texts)], first, second_starts, kept, paired)
+        return ids, mask, (first < whole) | (kept < second)
 
     def _pieces(self, texts: Sequence[str]) -> tuple[Ids, Ids, Ids]:
         """The pieces of all texts in a row, each text's closed by `[SEP]`; where each begins; how many it has."""

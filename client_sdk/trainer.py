@@ -13,12 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketfed.client_sdk.checkpoint import Checkpoint, fingerprint
 from pocketfed.client_sdk.errors import ConfigurationError, NoExamples, TrainingDiverged, TrainingStopped
-from pocketfed.client_sdk.optimizers import OPTIMIZERS, make_optimizer
+from pocketfed.client_sdk.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from pocketfed.model.parameters import Vector
 
 BUCKET_BATCHES = 16  # so many batches' examples are sorted by length together: little padding, still well mixed
+SCHEDULES = ("constant", "linear", "cosine")
 Ids = NDArray[np.int64]
+Labels = NDArray[Any] | Sequence[Ids]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class TrainConfig:
     seed: int = 0
     max_length: int = 64  # tokens
     max_steps: int = 0  # 0: no limit
+    schedule: str = "constant"  # of the learning rate after the warm-up: constant, linear or cosine to 0
+    warmup: float = 0.0  # share of the steps over which the rate rises from 0
+    label_smoothing: float = 0.0
+    holdout: float = 0.0  # share of the examples that is measured after every epoch instead of trained on
+    patience: int = 0  # epochs without a better loss on the holdout before training ends; 0: no early stop
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
@@ -53,6 +61,10 @@ class TrainConfig:
             "seed": (0, 2**64 - 1),
             "max_length": (3, 65536),
             "max_steps": (0, 1e9),
+            "warmup": (0, 1),
+            "label_smoothing": (0, 0.99),
+            "holdout": (0, 0.9),
+            "patience": (0, 1000),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -63,6 +75,10 @@ class TrainConfig:
                 raise ConfigurationError(f"{name} is {value!r}; it must be a {kind} between {low:g} and {high:g}")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigurationError(f"there is no optimizer {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigurationError(f"there is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if self.patience and not self.holdout:
+            raise ConfigurationError(f"patience {self.patience} needs a holdout to measure on; set one, e.g. 0.1")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -74,37 +90,89 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenized, labelled examples: one id row each (no padding), labels (N,) int64."""
+    """Tokenized, labelled examples.
 
-    rows: tuple[Ids, ...]
-    labels: Ids
+    rows: ids of each, without padding. labels: (N,) int64 classes; (N,) float32 for regression; (N, 2) int64 first and last
+    token for spans; one int64 array a row for tokens, negative where a token has no label. weights: (N,), by default 1.
+    truncated: how many lost their end to the limit on tokens.
+    """
+
+    rows: Sequence[Ids]
+    labels: Labels
+    weights: NDArray[np.float32] | None = None
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, chosen: Sequence[int] | Ids) -> Examples:
+        """Some of them, in that order."""
+        places = np.asarray(chosen, np.int64)
+        labels = self.labels[places] if isinstance(self.labels, np.ndarray) else tuple(self.labels[i] for i in places)
+        weights = None if self.weights is None else self.weights[places]
+        return Examples(tuple(self.rows[i] for i in places), labels, weights, self.truncated)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """ids and mask (B, T) int64, labels (B,) int64."""
+    """ids and mask (B, T) int64; labels as in `Examples`, those of tokens (B, T); weights (B,) float32, None for 1 each."""
 
     ids: Ids
     mask: Ids
-    labels: Ids
+    labels: NDArray[Any]
+    weights: NDArray[np.float32] | None = None
+    label_smoothing: float = 0.0
+    per_token: bool = False  # labels are (B, T)
+
+    @property
+    def answers(self) -> int:
+        """How many answers can be right or wrong."""
+        counted = np.ones(len(self.ids), np.bool_) if self.weights is None else self.weights > 0
+        return int(((self.labels >= 0) & (self.mask == 1))[counted].sum() if self.per_token else counted.sum())
+
+    @property
+    def weight(self) -> float:
+        """What a mean over the batch is divided by."""
+        if self.per_token:
+            each = ((self.labels >= 0) & (self.mask == 1)).sum(1)
+            return float(each.sum() if self.weights is None else (each * self.weights).sum())
+        return float(len(self.ids) if self.weights is None else self.weights.sum())
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of its examples, without the padding that only the others needed."""
+        length = int(self.mask[start:stop].sum(1).max())
+        labels = self.labels[start:stop, :length] if self.per_token else self.labels[start:stop]
+        weights = None if self.weights is None else self.weights[start:stop]
+        ids, mask = self.ids[start:stop, :length], self.mask[start:stop, :length]
+        return Batch(ids, mask, labels, weights, self.label_smoothing, self.per_token)
 
 
 class Trainer(Protocol):
     """Computes with the model; the loop around it is the same for all."""
 
+    identity: str  # of the model and its trainable set: what a checkpoint must be of
     size: int  # of theta
+    task: str  # classification, regression, tokens or spans
+    outputs: int  # labels of the head
 
-    def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int) -> tuple[Ids, ...]:
+    def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int) -> Sequence[Ids]:
         """One id row a text."""
 
+    def prepare(self, rows: Sequence[Ids], should_stop: Callable[[], bool]) -> None:
+        """Told what it will see again and again.
+
+        Raises:
+            TrainingStopped: should_stop said so.
+        """
+
     def gradient(self, theta: Vector, batch: Batch) -> tuple[float, int, Vector]:
-        """Mean loss, how many were right, and the loss's gradient (P,)."""
+        """Mean loss, how many answers were right, and the loss's gradient (P,)."""
+
+    def evaluate(self, theta: Vector, batch: Batch) -> tuple[float, int, float]:
+        """Mean loss, how many answers were right, and the weight that the mean was taken over."""
 
     def logits(self, theta: Vector, ids: Ids, mask: Ids) -> NDArray[np.float32]:
-        """(B, labels)"""
+        """(B, outputs), or (B, T, outputs) for tokens and spans."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +200,50 @@ def pad(rows: Sequence[Ids]) -> tuple[Ids, Ids]:
     return ids, mask
 
 
-def make_batch(examples: Examples, chosen: Sequence[int] | Ids) -> Batch:
-    ids, mask = pad([examples.rows[i] for i in chosen])
-    return Batch(ids, mask, examples.labels[np.asarray(chosen)])
+def make_batch(examples: Examples, chosen: Sequence[int] | Ids, label_smoothing: float = 0.0) -> Batch:
+    part = examples.take(chosen)
+    ids, mask = pad(part.rows)
+    per_token = not isinstance(part.labels, np.ndarray)
+    labels = part.labels if isinstance(part.labels, np.ndarray) else _pad_labels(part.labels, ids.shape)
+    return Batch(ids, mask, labels, part.weights, label_smoothing, per_token)
 
 
-def epoch_batches(examples: Examples, batch_size: int, generator: np.random.Generator) -> Iterator[Batch]:
+def _pad_labels(labels: Sequence[Ids], shape: tuple[int, ...]) -> Ids:
+    padded = np.full(shape, -1, np.int64)
+    for i, row in enumerate(labels):
+        padded[i, : len(row)] = row[: shape[1]]
+    return padded
+
+
+def check_labels(examples: Examples, task: str, outputs: int) -> None:
+    """
+    Raises:
+        ConfigurationError: a label outside the head, a span outside its text, a value that is not finite.
+    """
+    if not len(examples.rows) == len(examples.labels) > 0:
+        raise ConfigurationError(
+            f"there are {len(examples.rows)} texts and {len(examples.labels)} labels; give one for each"
+        )
+    if task == "regression":
+        values = np.asarray(examples.labels, np.float64)
+        if not np.isfinite(values).all():
+            raise ConfigurationError(
+                f"the label of example {int(np.argmin(np.isfinite(values)))} is not finite; leave it out"
+            )
+        return
+    for i, (row, label) in enumerate(zip(examples.rows, examples.labels, strict=True)):
+        low, high = int(np.min(label)), int(np.max(label))
+        limit = len(row) if task == "spans" else outputs
+        if high >= limit or (low < 0 and task != "tokens"):
+            wrong = high if high >= limit else low
+            raise ConfigurationError(
+                f"label {wrong} of example {i} is outside 0 to {limit - 1}; leave the example out or publish another head"
+            )
+
+
+def epoch_batches(
+    examples: Examples, batch_size: int, generator: np.random.Generator, label_smoothing: float = 0.0
+) -> Iterator[Batch]:
     """All examples once, in random order, those of similar length together."""
     order = generator.permutation(len(examples))
     lengths = np.array([len(examples.rows[i]) for i in order])
@@ -148,7 +254,7 @@ def epoch_batches(examples: Examples, batch_size: int, generator: np.random.Gene
         piece = piece[np.argsort(lengths[start : start + window], kind="stable")]
         batches += [piece[i : i + batch_size] for i in range(0, len(piece), batch_size)]
     for index in generator.permutation(len(batches)):
-        yield make_batch(examples, batches[index])
+        yield make_batch(examples, batches[index], label_smoothing)
 
 
 def train(
@@ -158,6 +264,7 @@ def train(
     config: TrainConfig,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[float], None] = lambda fraction: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Train a copy of theta on the examples; theta itself is not touched.
 
@@ -165,48 +272,143 @@ def train(
         config: with the device's own seed (see `derive_seed`).
         should_stop: asked before every step.
         progress: told the fraction done, 0 to 1, after every step.
+        checkpoint: where to keep the state when stopped, and every so often; the same call goes on from there, to the
+            same bits, and removes it when done.
 
     Raises:
         NoExamples: nothing to train on.
+        ConfigurationError: a label that the head does not have.
         TrainingStopped: should_stop said so.
         TrainingDiverged: a loss, gradient or parameter is not finite.
     """
     if not len(examples):
         raise NoExamples("the device has no labelled examples; add some before it takes part")
+    if not np.isfinite(theta).all():
+        raise TrainingDiverged("the parameters to start from are not finite; the coordinator must send others")
+    check_labels(examples, trainer.task, trainer.outputs)
     started = time.perf_counter()
-    generator = np.random.Generator(np.random.PCG64(config.seed))
+    trainer.prepare(examples.rows, should_stop)
+    held_out, trained_on = _split(examples, config)
     optimizer = make_optimizer(config.optimizer, config.learning_rate, config.momentum, config.weight_decay)
-    current = theta.copy()
-    per_epoch = math.ceil(len(examples) / config.batch_size)
-    total = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-    steps = 0
-    for _ in range(config.epochs):
-        if steps == total:
-            break  # before the sums are begun anew: the metrics are those of the last epoch with a step
-        loss_sum, right, seen = 0.0, 0, 0
-        for batch in epoch_batches(examples, config.batch_size, generator):
-            if steps == total:
+    total = _steps(len(trained_on), config)
+    state = _State(theta.copy(), theta.copy(), optimizer)
+    if checkpoint is not None:
+        checkpoint.restore(state, fingerprint(trainer.identity, theta, examples, config))
+    try:
+        while state.epoch < config.epochs:
+            batches = epoch_batches(
+                trained_on, config.batch_size, _epoch_generator(config.seed, state.epoch), config.label_smoothing
+            )
+            for index, batch in enumerate(batches):
+                if index < state.steps_in_epoch:
+                    continue  # done before the checkpoint
+                if state.steps == total:
+                    break
+                if should_stop():
+                    raise TrainingStopped(f"stopped after {state.steps} of {total} steps")
+                _step(trainer, theta, state, batch, config, total)
+                if checkpoint is not None:
+                    checkpoint.tick(state)
+                progress(state.steps / total)
+            if not _next_epoch(trainer, state, held_out, config, should_stop) or state.steps == total:
                 break
-            if should_stop():
-                raise TrainingStopped(f"stopped after {steps} of {total} steps")
-            loss, correct, gradient = trainer.gradient(current, batch)
-            _add_proximal(gradient, current, theta, config.proximal_mu)
-            _clip(gradient, config.max_grad_norm, loss, steps)
-            optimizer.step(current, gradient)
-            steps += 1
-            loss_sum, right, seen = loss_sum + loss * len(batch.labels), right + correct, seen + len(batch.labels)
-            progress(steps / total)
-    if not np.isfinite(current).all():
+    except TrainingStopped:
+        if checkpoint is not None:
+            checkpoint.save(state)
+        raise
+    result = state.best if held_out is not None and config.patience else state.current
+    if not np.isfinite(result).all():
         raise TrainingDiverged(
-            f"the parameters are not finite after {steps} steps; use a learning rate below {config.learning_rate:g}"
+            f"the parameters are not finite after {state.steps} steps; use a learning rate below {config.learning_rate:g}"
         )
-    metrics = {
-        "loss": loss_sum / seen,
-        "accuracy": right / seen,
-        "steps": float(steps),
-        "seconds": time.perf_counter() - started,
-    }
-    return Trained(current - theta, len(examples), metrics)
+    metrics = {"loss": state.loss_sum / (state.weight or 1.0), "steps": float(state.steps)}
+    if trainer.task != "regression":
+        metrics["accuracy"] = state.right / max(1, state.answers)
+    if held_out is not None:
+        metrics["holdout_loss"] = state.best_loss
+    if examples.truncated:
+        metrics["truncated"] = float(examples.truncated)
+    metrics["seconds"] = time.perf_counter() - started
+    if checkpoint is not None:
+        checkpoint.remove()
+    return Trained(result - theta, len(examples), metrics)
+
+
+@dataclass
+class _State:
+    """Everything that a step changes; sums are of the current epoch."""
+
+    current: Vector
+    best: Vector
+    optimizer: Optimizer
+    epoch: int = 0
+    steps: int = 0
+    steps_in_epoch: int = 0
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    right: int = 0
+    answers: int = 0
+    best_loss: float = math.inf
+    bad_epochs: int = 0
+
+
+def _epoch_generator(seed: int, epoch: int) -> np.random.Generator:
+    """An epoch's order depends on nothing before it, so that a checkpoint need not hold a generator."""
+    return np.random.Generator(np.random.PCG64([seed, epoch]))
+
+
+def _split(examples: Examples, config: TrainConfig) -> tuple[Examples | None, Examples]:
+    held = math.floor(config.holdout * len(examples))
+    if held == 0:
+        return None, examples
+    order = np.random.Generator(np.random.PCG64([config.seed, 1 << 32])).permutation(len(examples))
+    return examples.take(order[:held]), examples.take(np.sort(order[held:]))
+
+
+def _steps(count: int, config: TrainConfig) -> int:
+    most = math.ceil(count / config.batch_size) * config.epochs
+    return min(most, config.max_steps or most)
+
+
+def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
+    """Of the step-th of `total` steps, from 0."""
+    warm = config.warmup * total
+    if step < warm:
+        return config.learning_rate * (step + 1) / (math.floor(warm) + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    left = 1.0 - (step - warm) / max(1.0, total - warm)
+    return config.learning_rate * (left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def _step(trainer: Trainer, theta: Vector, state: _State, batch: Batch, config: TrainConfig, total: int) -> None:
+    loss, correct, gradient = trainer.gradient(state.current, batch)
+    _add_proximal(gradient, state.current, theta, config.proximal_mu)
+    _clip(gradient, config.max_grad_norm, loss, state.steps)
+    state.optimizer.learning_rate = learning_rate_at(state.steps, total, config)
+    state.optimizer.step(state.current, gradient)
+    if state.steps_in_epoch == 0:
+        state.loss_sum, state.weight, state.right, state.answers = 0.0, 0.0, 0, 0
+    state.loss_sum, state.weight = state.loss_sum + loss * batch.weight, state.weight + batch.weight
+    state.right, state.answers = state.right + correct, state.answers + batch.answers
+    state.steps += 1
+    state.steps_in_epoch += 1
+
+
+def _next_epoch(
+    trainer: Trainer, state: _State, held_out: Examples | None, config: TrainConfig, should_stop: Callable[[], bool]
+) -> bool:
+    """Measure on the holdout. False where training has not become better for too long."""
+    loss = evaluate(trainer, state.current, held_out, should_stop=should_stop)["loss"] if held_out is not None else 0.0
+    state.epoch, state.steps_in_epoch = state.epoch + 1, 0  # not before: a stop goes on with measuring
+    if held_out is None:
+        return True
+    if loss < state.best_loss:
+        state.best_loss, state.bad_epochs = loss, 0
+        state.best = state.current.copy()
+    else:
+        state.bad_epochs += 1
+    return not config.patience or state.bad_epochs < config.patience
 
 
 def _add_proximal(gradient: Vector, current: Vector, start: Vector, mu: float) -> None:
@@ -237,23 +439,25 @@ def evaluate(
     batch_size: int = 64,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Mean loss and accuracy over the examples.
+    """Mean loss and, but for regression, accuracy over the examples.
 
     Raises:
         NoExamples: nothing to evaluate on.
+        ConfigurationError: a label that the head does not have.
         TrainingStopped: should_stop, asked before every batch, said so.
     """
     if not len(examples):
         raise NoExamples("there are no labelled examples to evaluate on; add some first")
+    check_labels(examples, trainer.task, trainer.outputs)
+    trainer.prepare(examples.rows, should_stop)
     order = np.argsort([len(r) for r in examples.rows], kind="stable")
-    loss_sum, right = 0.0, 0
+    loss_sum, total, right, answers = 0.0, 0.0, 0, 0
     for start in range(0, len(order), batch_size):
         if should_stop():
             raise TrainingStopped(f"stopped after {start} of {len(order)} examples")
         batch = make_batch(examples, order[start : start + batch_size])
-        logits = trainer.logits(theta, batch.ids, batch.mask).astype(np.float64)
-        shifted = logits - logits.max(1, keepdims=True)
-        log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-        loss_sum -= float(log_probabilities[np.arange(len(batch.labels)), batch.labels].sum())
-        right += int((logits.argmax(1) == batch.labels).sum())
-    return {"loss": loss_sum / len(examples), "accuracy": right / len(examples)}
+        loss, correct, weight = trainer.evaluate(theta, batch)
+        loss_sum, total = loss_sum + loss * weight, total + weight
+        right, answers = right + correct, answers + batch.answers
+    measured = {"loss": loss_sum / (total or 1.0)}
+    return measured if trainer.task == "regression" else measured | {"accuracy": right / max(1, answers)}

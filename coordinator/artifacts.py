@@ -27,10 +27,10 @@ if TYPE_CHECKING:  # torch is imported only where plans are built
     from pocketfed.model.heads import TextClassifier
     from pocketfed.model.plans import Plans
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 TOKENIZE = "tokenize.onnx"
-MIN_SDK = "0.1.0"
+MIN_SDK = "0.2.0"
 MAX_LABELS = 10_000
 
 
@@ -56,6 +56,8 @@ def build_artifact(
     labels: Sequence[str],
     trainable_sets: Sequence[str],
     quantized: bool,
+    activations: str = "float32",
+    task: str = "classification",
     head_labels: Sequence[str] | None = None,
     max_length: int | None = None,
     preset: str | None = None,
@@ -69,6 +71,8 @@ def build_artifact(
     Args:
         config, state, vocabulary: as in `model.checkpoints.Checkpoint`; empty state: a student that starts untrained.
         quantized: hold what is frozen as int8.
+        activations: "int8" lets frozen products read 8-bit activations: faster, a little less exact (`model.lean`).
+        task: one of `model.heads.TASKS`; labels name the outputs ("spans": start and end; "regression": one).
         head_labels: what the rows of a classifier in `state` stand for, by default `labels`; for others the head starts
             untrained.
         seed: for the head, for LoRA, and for all of a student that starts untrained.
@@ -81,7 +85,7 @@ def build_artifact(
     from pocketfed.model.plans import BACKBONE_FILE, Backbone, build_plans, verify_plans
     from pocketfed.model.tokenization import build_tokenize_plan
 
-    _check_labels(labels)
+    _check_labels(labels, task)
     if len(vocabulary.tokens) != config.vocab_size:
         raise PublishError(
             f"the vocabulary has {len(vocabulary.tokens)} tokens, the model {config.vocab_size}; "
@@ -92,27 +96,30 @@ def build_artifact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        backbone = Backbone(quantized)
+        backbone = Backbone(quantized, activations)
         built = []
         for name in trainable_sets:
             progress(f"plans for {name}")
-            model = select(_classifier(config, state, vocabulary.sep_id, labels, head_labels, seed), name, seed)
+            classifier = _classifier(config, state, vocabulary.sep_id, labels, head_labels, task, seed)
+            model = select(classifier, name, seed)
             plans = build_plans(model, name, backbone)
             built.append((model, plans, _write_set(partial, plans)))
         if backbone.data:
             (partial / BACKBONE_FILE).write_bytes(backbone.data)
         for model, plans, described in built:
             progress(f"checking {plans.trainable_set} against autograd")
-            verify_plans(model, plans, partial, described["train"], described["predict"])
+            verify_plans(model, plans, partial, {name: described[name] for name in plans.files}, backbone)
         (partial / TOKENIZE).write_bytes(build_tokenize_plan(vocabulary))
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "min_sdk": MIN_SDK,
             "chunk_bytes": CHUNK_BYTES,
             **_describe_model(config, preset),
+            "task": task,
             "labels": list(labels),
             "max_length": min(max_length or config.max_position_embeddings, config.max_position_embeddings),
             "quantization": "int8" if quantized else None,
+            "activations": activations,
             "plans": {"tokenize": TOKENIZE},
             "trainable_sets": {plans.trainable_set: described for _, plans, described in built},
             "files": {p.name: describe_file(p.read_bytes()) for p in sorted(partial.iterdir())},
@@ -134,6 +141,7 @@ def _classifier(
     separator: int,
     labels: Sequence[str],
     head_labels: Sequence[str] | None,
+    task: str,
     seed: int,
 ) -> TextClassifier:
     """The student with a head for the labels: the checkpoint's own, its rows put in order, where it is for the same ones."""
@@ -143,7 +151,7 @@ def _classifier(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = TextClassifier(config, len(labels), separator)
+        model = TextClassifier(config, len(labels), separator, task)
     encoder = {k: v for k, v in state.items() if not k.startswith("classifier.")}
     if encoder:
         model.mobilebert.load_state_dict(encoder)
@@ -159,16 +167,21 @@ def _write_set(folder: Path, plans: Plans) -> dict[str, Any]:
     """Write a trainable set's plans and initial values; returns its entry in the manifest."""
     from pocketfed.model.parameters import encode_vector
 
-    stem = plans.trainable_set.replace(":", "-")
+    stem = plans.trainable_set.replace(":", "-").replace("@", "-last-")
     described: dict[str, Any] = {
-        "train": f"train-{stem}.onnx",
-        "predict": f"predict-{stem}.onnx",
         "initial": f"theta-{stem}.safetensors",
         "size": int(plans.theta.size),
         "parameters": [{"name": p.name, "shape": list(p.shape), "offset": p.offset} for p in plans.layout],
+        "needs": {
+            name: {"weights": needs.weights, "activations": list(needs.activations)}
+            for name, needs in plans.footprints.items()
+        },
     }
-    (folder / described["train"]).write_bytes(plans.train)
-    (folder / described["predict"]).write_bytes(plans.predict)
+    if plans.depth:
+        described |= {"depth": plans.depth, "hidden_size": plans.hidden_size, "keeps_tokens": plans.keeps_tokens}
+    for name, plan in plans.files.items():
+        described[name] = f"{name.replace('_', '-')}-{stem}.onnx"
+        (folder / described[name]).write_bytes(plan)
     (folder / described["initial"]).write_bytes(encode_vector("theta", plans.theta))
     return described
 
@@ -186,8 +199,11 @@ def _describe_model(config: Any, preset: str | None) -> dict[str, Any]:
     return {"model": model, "sizes": stored_sizes(config)}
 
 
-def _check_labels(labels: Sequence[str]) -> None:
-    if len(labels) < 2:
+def _check_labels(labels: Sequence[str], task: str) -> None:
+    wanted = {"regression": 1, "spans": 2}.get(task)
+    if wanted is not None and len(labels) != wanted:
+        raise PublishError(f"{task} has {wanted} outputs; {len(labels)} labels were given")
+    if wanted is None and len(labels) < 2:
         raise PublishError(f"a classifier needs at least two labels; got {list(labels)!r}")
     if len(labels) > MAX_LABELS:
         raise PublishError(f"{len(labels)} labels are more than {MAX_LABELS}; is the label column the right one?")

@@ -31,6 +31,11 @@ class LocalTraining:
     proximal_mu: float = 0.0
     max_length: int = 64
     max_steps: int = 0
+    schedule: str = "constant"
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    holdout: float = 0.0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         _check_ranges(
@@ -46,10 +51,18 @@ class LocalTraining:
                 "proximal_mu": (0, 1e6),
                 "max_length": (3, 65536),
                 "max_steps": (0, 10**9),
+                "warmup": (0, 1),
+                "label_smoothing": (0, 0.99),
+                "holdout": (0, 0.9),
+                "patience": (0, 1000),
             },
         )
         if self.optimizer not in ("adamw", "sgd"):
             raise RunConfigError(f"local.optimizer is {self.optimizer!r}; choose adamw or sgd")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise RunConfigError(f"local.schedule is {self.schedule!r}; choose constant, linear or cosine")
+        if self.patience and not self.holdout:
+            raise RunConfigError(f"local.patience is {self.patience} without local.holdout; set one, e.g. 0.1")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ primes that divide no size of the model, so every size in the graph is k * batch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+import pocketfed.model.lean  # noqa: F401 - registers torch.ops.pocketfed.int8_linear
 
 OPSET = 20
 BATCH_PRIME = 100_003
@@ -75,7 +77,10 @@ class Value:
 
 @dataclass
 class Quantized:
-    """A frozen weight held as int8, one scale a row: value = q * scale. Names of initializers."""
+    """A frozen weight (out, in) held as int8, one scale a row: value = q * scale. Names of initializers.
+
+    It lies as (out, in) on purpose: from (in, out) ONNX Runtime, unasked, makes a product of 8-bit activations.
+    """
 
     q: str
     scale: str
@@ -89,6 +94,7 @@ class Lowering:
     length: int
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
+    positive: dict[torch.fx.Node, Value] = field(default_factory=dict)  # of a ReLU: where its input was above zero
     _cache: dict[Any, str] = field(default_factory=dict)
     _count: int = 0
 
@@ -191,6 +197,13 @@ class Lowering:
     def expand(self, value: Value, shape: Shape) -> Value:
         return value if value.shape == shape else Value(shape, value.dtype, source=value, view="expand")
 
+    def flat(self, value: Value) -> Value | None:
+        """The matrix behind a view that only splits its rows: (B * T, D) behind (B, T, D). None if there is no such."""
+        source = value.source
+        if value.name or value.view != "reshape" or source is None or len(source.shape) != 2:
+            return None
+        return source if len(value.shape) > 2 and source.shape[-1] == value.shape[-1] else None
+
     def operand(self, value: Value, partner: Shape, result: Shape) -> str:
         """An elementwise operand's name: an expand need not run where the partner already has the result's shape."""
         if not value.name and value.view == "expand" and partner == result and value.source is not None:
@@ -202,6 +215,7 @@ Arguments = tuple[Any, ...]
 Rule = Callable[[Lowering, torch.fx.Node, Arguments], Any]
 RULES: dict[Any, Rule] = {}
 aten = torch.ops.aten
+INT8_LINEAR = torch.ops.pocketfed.int8_linear.default
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
@@ -232,6 +246,15 @@ def scalar(low: Lowering, number: Any, dtype: torch.dtype) -> str:
 def elementwise(low: Lowering, node: torch.fx.Node, op: str, a: Any, b: Any) -> Value:
     shape = low.shape(node.meta["val"].shape)
     dtype = next(x.dtype for x in (a, b) if isinstance(x, Value))
+    flat = _flat_operands(low, a, b, shape)
+    if flat is not None:  # on the matrices behind the views, so that no reshape has to run
+        a, b, inner = flat
+        out = Value(inner, node.meta["val"].dtype, low.emit(op, *_operand_names(low, a, b, inner, dtype)))
+        return low.reshape(out, shape)
+    return result(low, node, low.emit(op, *_operand_names(low, a, b, shape, dtype)))
+
+
+def _operand_names(low: Lowering, a: Any, b: Any, shape: Shape, dtype: torch.dtype) -> list[str]:
     names = []
     for mine, other in ((a, b), (b, a)):
         if isinstance(mine, Value):
@@ -240,7 +263,25 @@ def elementwise(low: Lowering, node: torch.fx.Node, op: str, a: Any, b: Any) -> 
             names.append(name if mine.dtype == dtype else low.once("Cast", name, to=_DTYPES[dtype]))
         else:
             names.append(scalar(low, mine, dtype))
-    return result(low, node, low.emit(op, *names))
+    return names
+
+
+def _flat_operands(low: Lowering, a: Any, b: Any, shape: Shape) -> tuple[Any, Any, Shape] | None:
+    sources = [low.flat(x) if isinstance(x, Value) and x.shape == shape else None for x in (a, b)]
+    inner = next((x.shape for x in sources if x is not None), None)
+    if inner is None:
+        return None
+    operands = []
+    for value, source in zip((a, b), sources, strict=True):
+        if source is not None and source.shape == inner:
+            operands.append(source)
+        elif not isinstance(value, Value) or value.shape in ((), inner[-1:]):
+            operands.append(value)
+        elif value.shape == shape and value.view != "expand":
+            operands.append(low.reshape(value, inner))
+        else:
+            return None
+    return operands[0], operands[1], inner
 
 
 def _binary(op: str) -> Rule:
@@ -269,12 +310,48 @@ for _op, _targets in {
     RULES.update(dict.fromkeys(_targets, _binary(_op)))
 
 
+def unary(low: Lowering, node: torch.fx.Node, value: Value, op: str, *more: str, **attributes: Any) -> Value:
+    flat = low.flat(value)
+    if flat is None:
+        return result(low, node, low.emit(op, low.name(value), *more, **attributes))
+    inner = Value(flat.shape, node.meta["val"].dtype, low.emit(op, low.name(flat), *more, **attributes))
+    return low.reshape(inner, value.shape)
+
+
 def _unary(op: str, **attributes: Any) -> Rule:
-    return lambda low, node, args: result(low, node, low.emit(op, low.name(args[0]), **attributes))
+    return lambda low, node, args: unary(low, node, args[0], op, **attributes)
+
+
+_SAME = (aten.alias.default, aten.detach.default)  # autograd puts some between a value and what the backward pass reads
+
+
+def _uses(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    for user in node.users:
+        if user.target in _SAME:
+            yield from _uses(user)
+        else:
+            yield user
+
+
+def _origin(node: Any) -> Any:
+    while isinstance(node, torch.fx.Node) and node.target in _SAME:
+        node = node.args[0]
+    return node
+
+
+@rule(aten.relu.default)
+def _relu(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
+    out = unary(low, node, args[0], "Relu")
+    if any(user.target is aten.le.Scalar and user.args[1] == 0 for user in _uses(node)):
+        # The backward pass needs only where x was above zero: asked now, one byte is kept for each four.
+        inner = low.flat(out) or out
+        low.positive[node] = low.reshape(
+            Value(inner.shape, torch.bool, low.emit("Greater", low.name(inner), low.constant(0, np.float32))), out.shape
+        )
+    return out
 
 
 for _op, _target in {
-    "Relu": aten.relu.default,
     "Neg": aten.neg.default,
     "Exp": aten.exp.default,
     "Erf": aten.erf.default,
@@ -364,12 +441,49 @@ def _four_dimensional(value: Value) -> Value | None:
     return source if source.shape[2:] == value.shape[1:] else None
 
 
+@rule(INT8_LINEAR)
+def _int8_linear(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
+    """Rows of x to uint8 around 128, one scale a row; their product with int8 weights is exact, and scaled back."""
+    x, weight = args
+    if not isinstance(weight, Quantized):
+        raise LoweringError("8-bit activations need a weight that is frozen as int8; quantize the backbone")
+    rows = Size(1)
+    for s in x.shape[:-1]:
+        rows = Size(rows.k * s.k, rows.b + s.b, rows.t + s.t)
+    flat = low.name(low.reshape(x, (rows, x.shape[-1])))
+    largest = low.once("ReduceMax", low.once("Abs", flat), low.constant([1], np.int64), keepdims=0)
+    scale = low.once("Div", low.once("Max", largest, low.constant(1e-30, np.float32)), low.constant(127, np.float32))
+    middle = low.constant(128, np.uint8)
+    zero_points = low.once("Expand", middle, low.shape_vector((rows,)))
+    q = low.once("QuantizeLinear", flat, scale, zero_points, axis=0)
+    columns = low.once(
+        "Transpose", weight.q, perm=[1, 0]
+    )  # of a constant: the runtime does it once, when it opens the plan
+    product = low.emit("Cast", low.emit("MatMulInteger", q, columns, middle), to=TensorProto.FLOAT)
+    column = low.once("Unsqueeze", scale, low.constant([1], np.int64))
+    out = low.emit("Mul", low.emit("Mul", product, weight.scale), column)
+    shape = low.shape(node.meta["val"].shape)
+    return low.reshape(Value((rows, shape[-1]), torch.float32, out), shape)
+
+
 @rule(aten.sum.dim_IntList, aten.mean.dim)
 def _reduce(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
     op = "ReduceSum" if node.target is aten.sum.dim_IntList else "ReduceMean"
     keep = int(args[2]) if len(args) > 2 else 0
-    axes = args[1] if args[1] else list(range(len(args[0].shape)))
-    return result(low, node, low.emit(op, low.name(args[0]), low.constant(list(axes), np.int64), keepdims=keep))
+    rank = len(args[0].shape)
+    axes = [a % rank for a in args[1]] if args[1] else list(range(rank))
+    flat = low.flat(args[0])
+    if flat is not None and axes == list(range(rank - 1)):  # over all rows
+        name = low.emit(op, low.name(flat), low.constant([0], np.int64), keepdims=1)
+        return low.reshape(Value((Size(1), flat.shape[1]), flat.dtype, name), low.shape(node.meta["val"].shape))
+    if op == "ReduceSum" and rank == 3 and axes == [1] and args[0].dtype == torch.float32:
+        # Over tokens, as a product with ones: ONNX Runtime's own sum takes another order for a lone example.
+        one = numpy_helper.from_array(np.ones(1, np.float32))
+        ones = low.once("ConstantOfShape", low.shape_vector((Size(1), args[0].shape[1])), value=one)
+        batch, _, width = args[0].shape
+        summed = Value((batch, Size(1), width), torch.float32, low.emit("MatMul", ones, low.name(args[0])))
+        return low.reshape(summed, low.shape(node.meta["val"].shape))
+    return result(low, node, low.emit(op, low.name(args[0]), low.constant(axes, np.int64), keepdims=keep))
 
 
 @rule(aten.sum.default)
@@ -435,7 +549,29 @@ def _full(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
 
 @rule(aten.where.self)
 def _where(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
+    condition = node.args[0]
+    if isinstance(condition, torch.fx.Node) and condition.target is aten.le.Scalar and condition.args[1] == 0:
+        positive = low.positive.get(_origin(condition.args[0]))
+        if positive is not None and _is_zero(node.args[1]):  # a ReLU's gradient
+            # Not a product with the mask as numbers: that would be made at once, and four bytes kept for each of its one.
+            return _where_positive(low, node, positive, args[2])
     return result(low, node, low.emit("Where", *(low.name(x) for x in args)))
+
+
+def _where_positive(low: Lowering, node: torch.fx.Node, positive: Value, gradient: Value) -> Value:
+    flat, zero = low.flat(gradient), low.constant(0, np.float32)
+    if flat is None:
+        return result(low, node, low.emit("Where", low.name(positive), low.name(gradient), zero))
+    mask = low.name(low.reshape(positive, flat.shape))
+    return low.reshape(Value(flat.shape, torch.float32, low.emit("Where", mask, low.name(flat), zero)), gradient.shape)
+
+
+def _is_zero(argument: Any) -> bool:
+    if isinstance(argument, torch.fx.Node):
+        if argument.target not in (aten.scalar_tensor.default, aten.full.default):
+            return False
+        argument = argument.args[-1]
+    return bool(argument == 0)
 
 
 @rule(aten.embedding.default)
@@ -531,8 +667,18 @@ def _argmax(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
     return result(low, node, low.emit("ArgMax", low.name(args[0]), axis=args[1], keepdims=0))
 
 
+@rule(aten.split_with_sizes.default)
+def _split(low: Lowering, node: torch.fx.Node, args: Arguments) -> tuple[Value, ...]:
+    axis = args[2] if len(args) > 2 else 0
+    name = low.emit("Split", low.name(args[0]), low.constant(args[1], np.int64), outputs=len(args[1]), axis=axis)
+    names = [name, *(f"{name}:{i}" for i in range(1, len(args[1])))]
+    return tuple(Value(low.shape(m.shape), m.dtype, n) for m, n in zip(node.meta["val"], names, strict=True))
+
+
 @rule(aten.arange.start_step)
 def _arange(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
+    if len(args) > 1 and not low.size(args[1]).fixed:
+        return result(low, node, low.once("Range", *(scalar(low, x, torch.int64) for x in (args[0], args[1], 1))))
     return result(low, node, low.constant(np.arange(*args[:3]), np.int64))
 
 
@@ -568,11 +714,11 @@ def lower(graph: torch.fx.Graph, inputs: Sequence[Any], low: Lowering) -> list[V
 
 
 def _dequantized(low: Lowering, node: torch.fx.Node, value: Any) -> Any:
-    """Frozen int8 weights are widened where they are used, except in an embedding."""
-    if isinstance(value, Quantized) and node.target is not aten.embedding.default:
-        name = low.once("DequantizeLinear", value.q, value.scale, axis=0)
-        return Value(low.shape(value.shape), torch.float32, name)
-    return value
+    """Frozen int8 weights are widened where they are used, except in an embedding and in a product of integers."""
+    if not isinstance(value, Quantized) or node.target in (aten.embedding.default, INT8_LINEAR):
+        return value
+    name = low.once("DequantizeLinear", value.q, value.scale, axis=0)
+    return Value(low.shape(value.shape), torch.float32, name)
 
 
 def constants_of(low: Lowering) -> list[TensorProto]:

@@ -89,7 +89,8 @@ class SelfAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """mask: (B, 1, 1, T) of 1 and 0. Returns (B, T, I) and the masked scores before the softmax (B, N, T, T)."""
         q, k, v = self.split(self.query(query)), self.split(self.key(key)), self.split(self.value(value))
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, N, T, T)
+        q = q * (1.0 / math.sqrt(q.shape[-1]))  # here, where it is T / H times smaller than the scores
+        scores = q @ k.transpose(-1, -2)  # (B, N, T, T)
         if self.config.mask_style == "soft":
             scores = scores * mask + (1.0 - mask) * SOFT_MASK_SCORE
         else:
@@ -100,15 +101,19 @@ class SelfAttention(nn.Module):
 
 
 class ResidualOutput(nn.Module):
-    """Norm(Dense(x) + residual)."""
+    """Norm(Dropout(Dense(x)) + residual)."""
 
-    def __init__(self, config: MobileBertConfig, inputs: int, outputs: int, eps: float | None = None) -> None:
+    def __init__(
+        self, config: MobileBertConfig, inputs: int, outputs: int, eps: float | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.dense = nn.Linear(inputs, outputs)
         self.LayerNorm = make_norm(config, outputs, eps)
+        self.dropout = dropout
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(x) + residual)  # type: ignore[no-any-return]
+        h = F.dropout(self.dense(x), self.dropout, self.training)
+        return self.LayerNorm(h + residual)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -145,7 +150,9 @@ class BlockOutput(ResidualOutput):
 
     def __init__(self, config: MobileBertConfig) -> None:
         super().__init__(config, config.intermediate_size, config.intra_bottleneck_size, eps=1e-5)
-        self.bottleneck = ResidualOutput(config, config.intra_bottleneck_size, config.hidden_size)
+        self.bottleneck = ResidualOutput(
+            config, config.intra_bottleneck_size, config.hidden_size, dropout=config.hidden_dropout_prob
+        )
 
 
 class BottleneckInput(nn.Module):
@@ -193,9 +200,7 @@ class Block(nn.Module):
         for ffn in self.ffn:
             h = ffn(h)
         h = self.output(self.intermediate(h), h)
-        h = self.output.bottleneck.dense(h)
-        h = F.dropout(h, self.config.hidden_dropout_prob, self.training)
-        return self.output.bottleneck.LayerNorm(h + x), scores
+        return self.output.bottleneck(h, x), scores
 
 
 class Encoder(nn.Module):
@@ -246,11 +251,14 @@ class MobileBert(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, depth: int | None = None
     ) -> Encoded:
-        x = self.embeddings(input_ids, attention_mask, token_type_ids)
+        return self.encode(self.embeddings(input_ids, attention_mask, token_type_ids), attention_mask, 0, depth)
+
+    def encode(self, x: Tensor, attention_mask: Tensor, start: int = 0, stop: int | None = None) -> Encoded:
+        """Blocks start + 1 .. stop on the output (B, T, D) of the ones below (0: of the embeddings)."""
         mask = attention_mask[:, None, None, :].to(x.dtype)  # (B, 1, 1, T)
         hidden: list[Tensor] = []
         scores: list[Tensor] = []
-        for block in self.encoder.layer[:depth]:
+        for block in self.encoder.layer[start:stop]:
             x, score = block(x, mask)
             hidden.append(x)
             scores.append(score)
@@ -258,11 +266,16 @@ class MobileBert(nn.Module):
 
     def pool(self, last: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T, D) -> (B, D): what a sentence-level head reads."""
+        if self.config.pooling == "mean" or self.pooler is None:
+            return self.pool_tokens(last, attention_mask)
+        return torch.tanh(self.pooler.dense(last[:, 0]))
+
+    def pool_tokens(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T, any) -> (B, any): the mean over real tokens, or the first token's."""
         if self.config.pooling == "mean":
-            weights = attention_mask.unsqueeze(-1).to(last.dtype)
-            return (last * weights).sum(1) / weights.sum(1)
-        first = last[:, 0]
-        return first if self.pooler is None else torch.tanh(self.pooler.dense(first))
+            weights = attention_mask.unsqueeze(-1).to(x.dtype)
+            return (x * weights).sum(1) / weights.sum(1)
+        return x[:, 0]
 
 
 def count_flops(config: MobileBertConfig, tokens: int = 128) -> int:

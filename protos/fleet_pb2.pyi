@@ -95,7 +95,7 @@ class Assignment(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[Assignment.Kind, str]] = ..., run: _Optional[int] = ..., round: _Optional[int] = ..., artifact_version: _Optional[str] = ..., trainable_set: _Optional[str] = ..., parameters_digest: _Optional[str] = ..., parameters_bytes: _Optional[int] = ..., config: _Optional[_Union[TrainConfig, _Mapping]] = ..., lease_s: _Optional[float] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class TrainConfig(_message.Message):
-    __slots__ = ("epochs", "batch_size", "learning_rate", "optimizer", "momentum", "weight_decay", "max_grad_norm", "proximal_mu", "seed", "max_length", "max_steps")
+    __slots__ = ("epochs", "batch_size", "learning_rate", "optimizer", "momentum", "weight_decay", "max_grad_norm", "proximal_mu", "seed", "max_length", "max_steps", "schedule", "warmup", "label_smoothing", "holdout", "patience")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,11 @@ class TrainConfig(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_FIELD_NUMBER: _ClassVar[int]
+    LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    HOLDOUT_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
     epochs: int
     batch_size: int
     learning_rate: float
@@ -118,7 +123,12 @@ class TrainConfig(_message.Message):
     seed: int
     max_length: int
     max_steps: int
-    def __init__(self, epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., momentum: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., max_length: _Optional[int] = ..., max_steps: _Optional[int] = ...) -> None: ...
+    schedule: str
+    warmup: float
+    label_smoothing: float
+    holdout: float
+    patience: int
+    def __init__(self, epochs: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., momentum: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., proximal_mu: _Optional[float] = ..., seed: _Optional[int] = ..., max_length: _Optional[int] = ..., max_steps: _Optional[int] = ..., schedule: _Optional[str] = ..., warmup: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., holdout: _Optional[float] = ..., patience: _Optional[int] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
     __slots__ = ("assignment_id", "phase", "progress")

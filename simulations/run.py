@@ -128,11 +128,7 @@ def encode_examples(trainer: PlanTrainer, examples: Sequence[Example], max_lengt
     index = {label: i for i, label in enumerate(trainer.artifact.manifest.labels)}
     usable = [e for e in examples if e.label in index]
     rows = trainer.encode([e.text for e in usable], [e.text_pair for e in usable], max_length)
-    return Examples(rows, np.array([index[e.label or ""] for e in usable], np.int64))
-
-
-def take(examples: Examples, indices: Sequence[int]) -> Examples:
-    return Examples(tuple(examples.rows[i] for i in indices), examples.labels[np.asarray(indices, np.int64)])
+    return Examples(rows, np.array([index[e.label or ""] for e in usable], np.int64), truncated=rows.truncated)
 
 
 def device_names(count: int) -> list[str]:
@@ -202,7 +198,7 @@ def _simulate(
     train_examples = encode_examples(trainer, dataset.train, max_length)
     test_examples = encode_examples(trainer, dataset.test, max_length)
     names = device_names(config.devices)
-    local = {name: take(train_examples, part) for name, part in zip(names, parts, strict=True)}
+    local = {name: train_examples.take(part) for name, part in zip(names, parts, strict=True)}
 
     built = read_artifact(artifact.folder)
     with store.write() as session:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pocketfed.model.adapters import (
+    TrainableSet,
     TrainableSetError,
     get_theta,
     layout_of,
@@ -116,7 +117,9 @@ def test_lora_draws_from_its_own_generator_and_leaves_the_global_one_alone() -> 
     assert torch.equal(torch.rand(4), expected)
 
 
-@pytest.mark.parametrize("name", ["head", "norms", "lora:4", "last:1", "full"])
+@pytest.mark.parametrize(
+    "name", ["head", "norms", "norms@1", "bias", "lora:4", "lora:4:qv@1", "last:1", "last:2", "ladder:6", "full"]
+)
 def test_only_what_is_laid_out_gets_a_gradient_and_the_head_always_does(name: str) -> None:
     model = select(classifier(), name)
     model(IDS, MASK).sum().backward()
@@ -125,7 +128,9 @@ def test_only_what_is_laid_out_gets_a_gradient_and_the_head_always_does(name: st
     assert {"classifier.weight", "classifier.bias"} <= moved
 
 
-@pytest.mark.parametrize("name", ["head", "norms", "lora:4", "last:2", "full"])
+@pytest.mark.parametrize(
+    "name", ["head", "norms", "norms@1", "bias", "lora:4", "lora:4:qv@1", "last:1", "last:2", "ladder:6", "full"]
+)
 def test_what_is_set_is_what_is_read_back_and_the_frozen_rest_stays(name: str) -> None:
     model = select(classifier(), name)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -159,11 +164,111 @@ def test_selecting_again_replaces_the_earlier_set() -> None:
         "last:0",
         "last:two",
         " head",
+        "head@1",
+        "full@2",
+        "last:1@1",
+        "ladder@1",
+        "norms@",
+        "norms@0",
+        "norms@x",
+        "norms:1@1",
+        "bias@1@1",
+        "lora@1",
+        "lora:4:",
+        "lora:4:x",
+        "lora:4:qq",
+        "lora:4:qv:o",
+        "lora:4@",
+        "ladder:",
+        "ladder:0",
+        "ladder:8:2",
     ],
 )
 def test_a_set_that_does_not_exist_is_refused_with_those_that_do(name: str) -> None:
-    with pytest.raises(TrainableSetError, match="choose one of head, norms, lora:RANK, last:BLOCKS, full"):
+    with pytest.raises(
+        TrainableSetError, match=r"there is no trainable set .*; choose one of head, norms\[@BLOCKS\], bias"
+    ):
         parse_set(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parsed"),
+    [
+        ("head", TrainableSet("head")),
+        ("norms@3", TrainableSet("norms", blocks=3)),
+        ("bias", TrainableSet("bias")),
+        ("lora:8", TrainableSet("lora", 8, "qkvo")),
+        ("lora:8:qv@6", TrainableSet("lora", 8, "qv", 6)),
+        ("last:2", TrainableSet("last", 2)),
+        ("ladder", TrainableSet("ladder", 24)),
+        ("ladder:96", TrainableSet("ladder", 96)),
+        ("full", TrainableSet("full")),
+    ],
+)
+def test_a_name_is_taken_apart_into_what_it_says(name: str, parsed: TrainableSet) -> None:
+    assert parse_set(name) == parsed
+
+
+def test_biases_are_every_bias_of_a_block_and_those_of_norms_and_no_matrix() -> None:
+    sizes = released("bias")
+    assert all(n.endswith(".bias") or n == "classifier.weight" for n in sizes)
+    # A block: q, k, v, 2 bottlenecks, attention's output, 4 FFNs twice (512 and 128), the widening: and as many in norms.
+    linear = 3 * 128 + 2 * 128 + 128 + 4 * (512 + 128) + 512
+    norms = 7 * 128 + 512
+    below = 512 + 512  # of the embeddings' transformation and norm
+    assert sum(s for n, s in sizes.items() if not n.startswith("classifier.")) == 24 * (linear + norms) + below
+
+
+@pytest.mark.parametrize("kind", ["norms", "bias", "lora:4"])
+def test_a_scope_keeps_a_set_to_the_last_blocks_and_out_of_the_embeddings(kind: str) -> None:
+    whole, scoped = released(kind), released(f"{kind}@2")
+    assert {n.split(".")[3] for n in scoped if not n.startswith("classifier.")} == {"22", "23"}
+    upper = {n: s for n, s in whole.items() if ".layer.22." in n or ".layer.23." in n or n.startswith("classifier.")}
+    assert scoped == upper
+
+
+def test_lora_on_some_projections_adds_matrices_to_those_only() -> None:
+    names = {p.name for p in layout_of(select(classifier(), "lora:2:qo"))}
+    adapted = {n.rsplit(".", 2)[1] for n in names if "lora_A" in n}
+    assert adapted == {"query", "dense"}
+    assert sum("lora_" in n for n in names) == 2 * 2 * 2  # blocks, projections, matrices
+
+
+def test_a_ladder_is_four_rungs_of_the_asked_width_and_starts_from_the_student_as_it_is() -> None:
+    sizes = released("ladder:96", labels=7)
+    rung = (512 * 96 + 96) + (96 * 192 + 192) + (192 * 96 + 96)
+    assert sum(sizes.values()) == 4 * rung + 7 * 96 + 7 * 512 + 7
+    with torch.device("meta"):
+        model = TextClassifier(STUDENTS["mobilebert"], 7, separator=102)
+    ladder = select(model, "ladder:96").ladder
+    assert ladder is not None
+    assert ladder.blocks == (6, 12, 18, 24)
+    with torch.no_grad():
+        assert torch.equal(classifier()(IDS, MASK), select(classifier(), "ladder:6")(IDS, MASK))
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "keeps_tokens"),
+    [
+        ("head", 2, False),
+        ("ladder:6", 2, True),
+        ("norms@1", 1, True),
+        ("lora:4:qv@1", 1, True),
+        ("last:1", 1, True),
+        ("last:2", 0, True),
+        ("norms", 0, True),
+        ("lora:4", 0, True),
+        ("full", 0, True),
+    ],
+)
+def test_the_prefix_reaches_up_to_the_lowest_trainable_block(name: str, depth: int, keeps_tokens: bool) -> None:
+    model = select(classifier(), name)
+    assert (model.depth, model.keeps_tokens) == (depth, keeps_tokens)
+
+
+def test_a_head_on_tokens_keeps_a_row_a_token() -> None:
+    model = select(TextClassifier(SMALL, 3, separator=3, task="tokens"), "head")
+    assert (model.depth, model.keeps_tokens) == (2, True)
 
 
 def test_more_blocks_or_a_higher_rank_than_the_model_has_are_refused() -> None:
@@ -171,3 +276,6 @@ def test_more_blocks_or_a_higher_rank_than_the_model_has_are_refused() -> None:
         select(classifier(), "last:3")
     with pytest.raises(TrainableSetError, match="rank 9 of 'lora:9' exceeds the width 8"):
         select(classifier(), "lora:9")
+    for name in ("norms@3", "bias@3", "lora:4:qv@3"):
+        with pytest.raises(TrainableSetError, match=f"'{name}' asks for 3 blocks; the model has 2"):
+            select(classifier(), name)

@@ -40,13 +40,26 @@ def describe(data: bytes) -> dict[str, Any]:
 
 
 def manifest(files: dict[str, bytes]) -> dict[str, Any]:
+    plans = {"train": "train.onnx", "evaluate": "train.onnx", "predict": "predict.onnx"}
+    upper = {
+        "prefix": "predict.onnx",
+        "train_suffix": "train.onnx",
+        "evaluate_suffix": "train.onnx",
+        "predict_suffix": "predict.onnx",
+        "hidden_size": 16,
+        "keeps_tokens": False,
+    }
+    needs = {name: {"weights": 1000, "activations": [1000, 10, 2, 1]} for name in ("train", "predict")}
+    head = {**plans, **upper, "initial": "theta.safetensors", "size": 7, "needs": needs}
     return {
-        "schema": 1,
+        "schema": 2,
+        "task": "classification",
         "labels": ["no", "yes"],
         "max_length": 16,
         "plans": {"tokenize": "tokenize.onnx"},
         "trainable_sets": {
-            "head": {"train": "train.onnx", "predict": "predict.onnx", "initial": "theta.safetensors", "size": 7}
+            "head": head,
+            "full": {**plans, "initial": "theta.safetensors", "size": 9, "needs": needs},
         },
         "files": {name: describe(data) for name, data in files.items()},
     }
@@ -108,8 +121,19 @@ def test_a_manifest_is_read_as_written_and_its_version_is_the_digest_of_its_byte
     assert parsed.files["backbone.bin"].bytes == 3 * CHUNK_BYTES + 123
     assert len(parsed.files["backbone.bin"].chunks) == 4
     assert parsed.bytes == sum(len(b) for b in LARGE.values())
-    with pytest.raises(ArtifactError, match="has no trainable set 'full', only head"):
-        parsed.set_named("full")
+    with pytest.raises(ArtifactError, match="has no trainable set 'norms', only full, head"):
+        parsed.set_named("norms")
+
+
+def test_what_a_set_needs_and_where_it_is_cut_in_two_are_read() -> None:
+    parsed = parse_manifest(manifest_bytes(manifest(LARGE)))
+    assert parsed.task == "classification"
+    head, full = parsed.set_named("head"), parsed.set_named("full")
+    assert (head.prefix, head.train_suffix, head.evaluate_suffix) == ("predict.onnx", "train.onnx", "train.onnx")
+    assert (head.hidden_size, head.keeps_tokens) == (16, False)
+    assert (full.prefix, full.train_suffix, full.keeps_tokens) == ("", "", True)
+    assert head.needs["train"].weights == 1000
+    assert head.needs["train"].bytes(batch=3, tokens=4) == 1000 + 3 * (10 + 4 * (2 + 4))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +173,26 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(schema=2), "schema 2; this SDK reads 1: update the app"),
-        (lambda r: r.update(schema="1"), "schema '1'"),
+        (lambda r: r.update(schema=1), "schema 1; this SDK reads 2: update the app"),
+        (lambda r: r.update(schema=3), "schema 3; this SDK reads 2: update the app"),
+        (lambda r: r.update(schema="2"), "schema '2'"),
+        (lambda r: r.pop("task"), "incomplete or malformed"),
+        (
+            lambda r: r.update(task="poetry"),
+            "task is 'poetry'; this SDK knows classification, regression, tokens, spans",
+        ),
+        (lambda r: r.update(task=["tokens"]), "task is"),
+        (lambda r: r["trainable_sets"]["head"].pop("evaluate"), "incomplete or malformed"),
+        (lambda r: r["trainable_sets"]["head"].pop("train_suffix"), "incomplete or malformed"),
+        (lambda r: r["trainable_sets"]["head"].pop("needs"), "incomplete or malformed"),
+        (lambda r: r["trainable_sets"]["head"].update(prefix="../x"), "without listing it"),
+        (lambda r: r["trainable_sets"]["head"].update(hidden_size=0), "0 in the manifest is not a size"),
+        (
+            lambda r: r["trainable_sets"]["head"]["needs"]["train"].update(activations=[1, 2, 3]),
+            "incomplete or malformed",
+        ),
+        (lambda r: r["trainable_sets"]["head"]["needs"]["train"].update(activations=[1, 2, 3, -4]), "-4"),
+        (lambda r: r["trainable_sets"]["head"]["needs"]["train"].update(weights=1.5), r"1\.5"),
         (lambda r: r.pop("schema"), "not readable"),
         (lambda r: r.pop("files"), "incomplete or malformed"),
         (lambda r: r.pop("labels"), "incomplete or malformed"),

@@ -34,7 +34,7 @@ from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.protos import distribution_pb2, distribution_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 from pocketfed.simulations.grids import InProcessGrid
-from pocketfed.simulations.run import encode_examples, take
+from pocketfed.simulations.run import encode_examples
 
 PATIENCE_S = 20.0  # for an event that comes within milliseconds on an idle machine
 LOCAL = LocalTraining(batch_size=4, learning_rate=0.01, max_length=32)
@@ -152,7 +152,7 @@ def in_process(folder: Path, built: BuiltArtifact, artifact: Artifact, dataset: 
     store = Store(str(folder / "simulated.db"))
     trainer = PlanTrainer(artifact, "head")
     everything = encode_examples(trainer, dataset.train, 32)
-    local = {f"device-{i}": take(everything, range(12 * i, 12 * i + 12)) for i in range(2)}
+    local = {f"device-{i}": everything.take(range(12 * i, 12 * i + 12)) for i in range(2)}
     with store.write() as session:
         publish_artifact(session, built, "stable", "head")
         nodes = {device_named(session, name).id: name for name in reversed(local)}  # other ids than in the fleet

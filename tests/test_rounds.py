@@ -41,7 +41,7 @@ from pocketfed.model.parameters import Vector, decode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.central import train_centrally
 from pocketfed.simulations.grids import InProcessGrid
-from pocketfed.simulations.run import SimulationConfig, SimulationResult, device_names, encode_examples, simulate, take
+from pocketfed.simulations.run import SimulationConfig, SimulationResult, device_names, encode_examples, simulate
 
 Tamper = Callable[[Message], Message]
 LOCAL = LocalTraining(batch_size=4, learning_rate=0.01, max_length=32)
@@ -58,7 +58,7 @@ class Fleet:
         self.artifact = artifact
         everything = encode_examples(self.trainer, dataset.train, 32)
         self.test = encode_examples(self.trainer, dataset.test, 32)
-        self.local = {f"device-{i}": take(everything, range(12 * i, 12 * i + 12)) for i in range(count)}
+        self.local = {f"device-{i}": everything.take(range(12 * i, 12 * i + 12)) for i in range(count)}
         self.tamper: dict[str, Tamper] = {}
         self.results: list[RoundResult] = []
         self.settled: list[list[str]] = []

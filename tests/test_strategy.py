@@ -29,7 +29,7 @@ from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.grids import InProcessGrid
-from pocketfed.simulations.run import encode_examples, take
+from pocketfed.simulations.run import encode_examples
 
 # What some strategies cannot do without: QFedAvg our loss's name and a learning rate, the robust ones an assumption.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -188,7 +188,7 @@ class Fleet:
     def __init__(self, store: Store, built: BuiltArtifact, artifact: Artifact, dataset: Dataset) -> None:
         self.trainer = PlanTrainer(artifact, "head")
         everything = encode_examples(self.trainer, dataset.train, 32)
-        self.local = {f"device-{i}": take(everything, range(8 * i, 8 * i + 8)) for i in range(3)}
+        self.local = {f"device-{i}": everything.take(range(8 * i, 8 * i + 8)) for i in range(3)}
         self.configs: list[dict[str, Any]] = []
         with store.write() as session:
             publish_artifact(session, built, "stable", "head")

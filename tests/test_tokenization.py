@@ -112,6 +112,16 @@ def test_hand_checked_pieces_and_layout(tmp_path: Path) -> None:
         assert mask.tolist() == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]
 
 
+def test_texts_that_lose_their_end_are_counted_and_those_that_just_fit_are_not(tmp_path: Path) -> None:
+    device = Both(Vocabulary((*SPECIAL_TOKENS, "a", "!")), tmp_path).device
+    texts, pairs = ["a a", "a a a", "a", "a"], [None, None, "a", "a !"]
+    rows = device.encode_rows(texts, pairs, max_length=4)  # [CLS] a a [SEP]; a pair has room for one piece
+    assert [r.tolist() for r in rows] == [[2, 5, 5, 3], [2, 5, 5, 3], [2, 3, 5, 3], [2, 3, 5, 3]]
+    assert rows.truncated == 3
+    assert device.encode_rows(texts, pairs, max_length=6).truncated == 0
+    assert device.encode_rows([]).truncated == 0
+
+
 def test_a_word_that_fails_halfway_is_one_unknown(tmp_path: Path) -> None:
     """The extensions' op would leave `hello` before [UNK]."""
     pair = Both(Vocabulary((*SPECIAL_TOKENS, "hello", "##s")), tmp_path)

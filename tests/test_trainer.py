@@ -20,9 +20,12 @@ from pocketfed.client_sdk.trainer import (
     Batch,
     Examples,
     TrainConfig,
+    check_labels,
     derive_seed,
     epoch_batches,
     evaluate,
+    learning_rate_at,
+    make_batch,
     pad,
     train,
 )
@@ -35,7 +38,10 @@ class Counting:
     `touched` holds every theta that a gradient was asked at.
     """
 
+    identity = "counting"
     size = 4 * 3
+    task = "classification"
+    outputs = 3
 
     def __init__(self) -> None:
         self.touched: list[Any] = []
@@ -43,20 +49,33 @@ class Counting:
     def encode(self, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int) -> tuple[Any, ...]:
         return tuple(np.array([ord(c) - ord("a") + 1 for c in t[:max_length]], np.int64) for t in texts)
 
+    def prepare(self, rows: Any, should_stop: Any) -> None:
+        pass
+
     def logits(self, theta: Any, ids: Any, mask: Any) -> Any:
         return self._counts(ids, mask) @ theta.reshape(4, 3)
 
+    def evaluate(self, theta: Any, batch: Batch) -> tuple[float, int, float]:
+        loss, right, _ = self._judge(theta, batch)
+        return loss, right, batch.weight
+
     def gradient(self, theta: Any, batch: Batch) -> tuple[float, int, Any]:
         self.touched.append(theta.copy())
+        return self._judge(theta, batch)
+
+    def _judge(self, theta: Any, batch: Batch) -> tuple[float, int, Any]:
         counts = self._counts(batch.ids, batch.mask)
         logits = (counts @ theta.reshape(4, 3)).astype(np.float64)
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-        rows = np.arange(len(batch.labels))
-        loss = float(-np.log(p[rows, batch.labels]).mean())
-        right = int((logits.argmax(1) == batch.labels).sum())
-        p[rows, batch.labels] -= 1
-        return loss, right, (counts.T @ p / len(rows)).reshape(-1).astype(np.float32)
+        shifted = logits - logits.max(1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        share = np.ones(len(batch.ids)) if batch.weights is None else batch.weights.astype(np.float64)
+        share = share / share.sum()
+        target = np.full(logits.shape, batch.label_smoothing / 3)
+        target[np.arange(len(share)), batch.labels] += 1 - batch.label_smoothing
+        loss = -float((share[:, None] * np.where(target > 0, target * log_p, 0)).sum())
+        right = int(((logits.argmax(1) == batch.labels) & (share > 0)).sum())
+        gradient = counts.T @ (share[:, None] * (np.exp(log_p) - target))
+        return loss, right, gradient.reshape(-1).astype(np.float32)
 
     def _counts(self, ids: Any, mask: Any) -> Any:
         return np.stack([((ids == token) & (mask == 1)).sum(1) for token in range(1, 5)], 1).astype(np.float32)
@@ -219,6 +238,189 @@ def test_without_examples_nothing_is_trained_or_evaluated() -> None:
         evaluate(Counting(), ZERO, nobody)
 
 
+# ---- schedules, smoothing, weights, holdout --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "shares"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("linear", 0.0, [1, 3 / 4, 1 / 2, 1 / 4]),
+        ("cosine", 0.0, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)]),
+        ("constant", 0.5, [1 / 3, 2 / 3, 1, 1]),
+        ("linear", 0.5, [1 / 3, 2 / 3, 1, 1 / 2]),
+        ("cosine", 0.5, [1 / 3, 2 / 3, 1, 1 / 2]),
+        ("constant", 0.3, [1 / 2, 1, 1, 1]),
+        ("linear", 1.0, [1 / 5, 2 / 5, 3 / 5, 4 / 5]),
+    ],
+)
+def test_the_rate_of_each_of_four_steps_is_what_its_schedule_says(
+    schedule: str, warmup: float, shares: list[float]
+) -> None:
+    config = dataclasses.replace(PLAIN, schedule=schedule, warmup=warmup, learning_rate=0.2)
+    assert [learning_rate_at(i, 4, config) for i in range(4)] == pytest.approx([0.2 * s for s in shares])
+    trainer = Counting()
+    one = letters("a", labels=[0])
+    delta = train(trainer, ZERO, one, dataclasses.replace(config, epochs=4)).delta
+    places = [*trainer.touched, ZERO + delta]
+    batch = make_batch(one, [0])
+    for i in range(4):
+        gradient = trainer.gradient(places[i], batch)[2]
+        np.testing.assert_allclose(places[i + 1] - places[i], -0.2 * shares[i] * gradient, atol=1e-6)
+
+
+def test_label_smoothing_pulls_less_and_towards_every_label() -> None:
+    """Of 3 labels with 0.3 spread: the target is (0.8, 0.1, 0.1), p = 1/3 each, the rate 1/2."""
+    trained = train(Counting(), ZERO, letters("a", labels=[0]), dataclasses.replace(PLAIN, label_smoothing=0.3))
+    np.testing.assert_allclose(trained.delta.reshape(4, 3)[0], [0.7 / 3, -0.35 / 3, -0.35 / 3], rtol=1e-6)
+
+
+def test_an_examples_weight_is_its_share_of_the_step_and_of_the_loss() -> None:
+    examples = letters("a", "b", "c", labels=[0, 1, 2])
+    weighted = dataclasses.replace(examples, weights=np.array([3, 1, 0], np.float32))
+    trained = train(Counting(), ZERO, weighted, PLAIN)
+    step = trained.delta.reshape(4, 3)
+    np.testing.assert_allclose(step[0], 0.75 * np.array([1 / 3, -1 / 6, -1 / 6]), rtol=1e-5)
+    np.testing.assert_allclose(step[1], 0.25 * np.array([-1 / 6, 1 / 3, -1 / 6]), rtol=1e-5)
+    assert not step[2:].any()
+    assert trained.metrics["loss"] == pytest.approx(math.log(3))
+    assert trained.metrics["accuracy"] == pytest.approx(1 / 2), "ties are label 0; what weighs nothing is not counted"
+
+
+class Watched(Counting):
+    """Tells which examples it has seen, by their first token, in training and in measuring; `losses` are told back."""
+
+    def __init__(self, losses: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.losses = list(losses)
+        self.trained: list[int] = []
+        self.measured: list[list[int]] = []
+
+    def gradient(self, theta: Any, batch: Batch) -> tuple[float, int, Any]:
+        self.trained += batch.ids[:, 0].tolist()
+        return super().gradient(theta, batch)
+
+    def evaluate(self, theta: Any, batch: Batch) -> tuple[float, int, float]:
+        self.measured.append(sorted(batch.ids[:, 0].tolist()))
+        loss, right, weight = super().evaluate(theta, batch)
+        return (self.losses.pop(0) if self.losses else loss), right, weight
+
+
+def numbered(count: int) -> Examples:
+    """Each begins with a token of its own, and goes on with one that the model knows."""
+    rows = tuple(np.array([10 + i, 1 + i % 4]) for i in range(count))
+    return Examples(rows, np.arange(count) % 3)
+
+
+def test_what_is_held_out_is_measured_after_every_epoch_and_never_trained_on() -> None:
+    trainer = Watched()
+    config = TrainConfig(epochs=3, batch_size=2, holdout=0.35, seed=3)
+    trained = train(trainer, ZERO, numbered(10), config)
+    assert len(trainer.measured) == 3
+    held = trainer.measured[0]
+    assert len(held) == 3  # floor(0.35 * 10)
+    assert trainer.measured == [held] * 3
+    assert sorted(trainer.trained) == sorted([10 + i for i in range(10) if 10 + i not in held] * 3)
+    assert trained.metrics["steps"] == 3 * 4
+    assert trained.num_examples == 10
+    assert 0 < trained.metrics["holdout_loss"] < 2
+    other = Watched()
+    train(other, ZERO, numbered(10), dataclasses.replace(config, seed=4))
+    assert other.measured[0] != held
+
+
+def test_training_ends_when_the_holdout_no_longer_improves_and_gives_back_the_best() -> None:
+    config = TrainConfig(epochs=9, batch_size=2, learning_rate=0.1, holdout=0.3, patience=2)
+    trainer = Watched([3.0, 2.0, 2.5, 2.1, 0.1])
+    trained = train(trainer, ZERO, numbered(10), config)
+    assert len(trainer.measured) == 4, "two epochs without a better one"
+    assert trained.metrics["holdout_loss"] == 2.0
+    two = train(Watched(), ZERO, numbered(10), dataclasses.replace(config, epochs=2, patience=0))
+    assert trained.delta.tobytes() == two.delta.tobytes(), "the parameters after the second epoch"
+
+
+def test_with_too_few_examples_to_hold_one_out_all_are_trained_on() -> None:
+    trainer = Watched()
+    trained = train(trainer, ZERO, numbered(3), TrainConfig(holdout=0.3, patience=1, batch_size=1))
+    assert sorted(trainer.trained) == [10, 11, 12]
+    assert trainer.measured == []
+    assert trained.delta.any()
+    assert "holdout_loss" not in trained.metrics
+
+
+def test_how_many_texts_lost_their_end_is_told() -> None:
+    cut = dataclasses.replace(EXAMPLES, truncated=3)
+    assert train(Counting(), ZERO, cut, PLAIN).metrics["truncated"] == 3
+    assert "truncated" not in train(Counting(), ZERO, EXAMPLES, PLAIN).metrics
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+class OfTask(Counting):
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.task = task
+
+
+ROWS = (np.array([1, 2, 3]), np.array([1, 2]))
+BAD: dict[str, tuple[str, Any, str]] = {
+    "a class too high": ("classification", np.array([0, 3]), "label 3 of example 1 is outside 0 to 2"),
+    "a negative class": ("classification", np.array([-1, 0]), "label -1 of example 0 is outside 0 to 2"),
+    "a token's class too high": (
+        "tokens", (np.array([0, 1, 2]), np.array([-1, 7])), "label 7 of example 1 is outside 0 to 2",
+    ),
+    "a span beyond its text": ("spans", np.array([[0, 2], [0, 2]]), "label 2 of example 1 is outside 0 to 1"),
+    "a span before its text": ("spans", np.array([[-1, 2], [0, 1]]), "label -1 of example 0 is outside 0 to 2"),
+    "a value that is no number": (
+        "regression", np.array([1, np.nan], np.float32), "the label of example 1 is not finite; leave it out",
+    ),
+    "an endless value": (
+        "regression", np.array([np.inf, 1], np.float32), "the label of example 0 is not finite; leave it out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_label_that_cannot_be_is_refused_in_one_sentence_before_anything_is_computed(kind: str) -> None:
+    task, labels, message = BAD[kind]
+    trainer = OfTask(task)
+    for call in (lambda x: train(trainer, ZERO, x, PLAIN), lambda x: evaluate(trainer, ZERO, x)):
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            call(Examples(ROWS, labels))
+        assert "\n" not in str(caught.value)
+    assert trainer.touched == []
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        ("tokens", (np.array([-1, 2, -100]), np.array([0, 0]))),
+        ("spans", np.array([[0, 2], [1, 1]])),
+        ("regression", np.array([-1e9, 1e9], np.float32)),
+        ("classification", np.array([0, 2])),
+    ],
+)
+def test_labels_at_the_border_are_taken(task: str, labels: Any) -> None:
+    check_labels(Examples(ROWS, labels), task, 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_parameters_that_are_not_finite_are_refused_before_a_step(value: float) -> None:
+    trainer, theta = Counting(), ZERO.copy()
+    theta[5] = value
+    with pytest.raises(TrainingDiverged, match="the parameters to start from are not finite"):
+        train(trainer, theta, EXAMPLES, PLAIN)
+    assert trainer.touched == []
+
+
+@pytest.mark.parametrize("examples", [letters("ab", labels=[1]), letters("a", "bb", "c", labels=[1, 1, 1])])
+def test_one_example_or_one_class_is_enough_to_train_on(examples: Examples) -> None:
+    trained = train(Counting(), ZERO, examples, TrainConfig(epochs=2, batch_size=2, holdout=0.1))
+    assert np.isfinite(trained.delta).all()
+    assert trained.delta.any()
+
+
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -270,11 +472,22 @@ def test_every_device_and_round_has_a_seed_of_its_own() -> None:
         ("max_grad_norm", -1.0),
         ("proximal_mu", math.nan),
         ("max_steps", -1),
+        ("warmup", 1.5),
+        ("label_smoothing", 1.0),
+        ("holdout", 0.95),
+        ("patience", 1.5),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"{field} is .*; it must be a .*number between"):
         TrainConfig(**{field: value})
+
+
+def test_an_unknown_schedule_and_patience_without_a_holdout_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="there is no schedule 'step'; choose one of constant, linear, cosine"):
+        TrainConfig(schedule="step")
+    with pytest.raises(ConfigurationError, match=r"patience 2 needs a holdout to measure on; set one, e\.g\. 0\.1"):
+        TrainConfig(patience=2)
 
 
 def test_an_unknown_optimizer_is_refused_before_training() -> None:
