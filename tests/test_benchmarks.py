@@ -1,0 +1,163 @@
+"""What the benchmarks measure with: processes in turn, memory of one's own, and peers that train what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pocketfed.model.tasks import Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not here: the extra benchmarks")
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("harness", monkeypatch)
+
+
+def printing(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def run_peer(*words: str) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+# ---- harness -------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_in_the_harness_are_true(harness: ModuleType) -> None:
+    assert doctest.testmod(harness).failed == 0
+
+
+def test_variants_run_in_turn_each_in_a_fresh_process(harness: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = "import json, os; open({!r}, 'a').write({!r}); print('words'); print(json.dumps({{'pid': os.getpid()}}))"
+    commands = {name: printing(code.format(str(log), name)) for name in "ab"}
+    rows = harness.interleaved(commands, repeats=3)
+    assert log.read_text() == "ababab"
+    assert len({row["pid"] for name in "ab" for row in rows[name]}) == 6
+
+
+def test_a_table_has_median_smallest_and_largest_and_leaves_out_what_is_missing(harness: ModuleType) -> None:
+    rows = {"a": [{"s": 1.0}, {"s": 4.0}, {"s": 2.0}], "b": [{"s": 1500, "accuracy": None}]}
+    lines = harness.table(rows, {"s": "seconds", "accuracy": "right"}).splitlines()
+    assert lines[0] == "| | seconds | right |"
+    assert lines[2:] == ["| a | 2 [1, 4] |  |", "| b | 1,500 [1,500, 1,500] |  |"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit('no such peer')", "ended with 1: no such peer"),
+        ("print('done')", "ended its output with 'done'; it has to print one JSON object"),
+        ("print('[1]')", "ended its output with '\\[1\\]'"),
+        ("pass", "ended its output with ''"),
+    ],
+)
+def test_a_command_that_measures_nothing_is_an_error(harness: ModuleType, code: str, message: str) -> None:
+    with pytest.raises(harness.BenchmarkError, match=message):
+        harness.run_once(printing(code))
+
+
+def test_peak_memory_is_the_process_own_and_not_its_parents(harness: ModuleType) -> None:
+    held = np.ones(400_000_000, np.uint8)  # touched, so that it is in memory while the child is started
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness, json, numpy\n"
+    small = harness.run_once(printing(code + "print(json.dumps({'mb': harness.peak_rss_mb()}))"))["mb"]
+    code += "x = numpy.ones(100_000_000, numpy.uint8); print(json.dumps({'mb': harness.peak_rss_mb()}))"
+    large = harness.run_once(printing(code))["mb"]
+    assert harness.peak_rss_mb() > held.nbytes / 1e6 > 300 > small
+    assert 95 < large - small < 105
+
+
+def test_a_device_holds_the_same_examples_whatever_the_variant(harness: ModuleType) -> None:
+    first, again, other = (harness.chosen(1000, 128, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(set(first)) == 128
+    rows, labels = harness.made_up(50, 32, vocabulary=100, seed=0)
+    assert {len(row) for row in rows} == {32}
+    assert min(map(min, rows)) >= 5
+    assert max(map(max, rows)) < 100
+    assert set(labels) <= set(range(harness.LABELS))
+    lengths = [len(row) for row in harness.made_up(500, 32, vocabulary=100, seed=0, mixed=True)[0]]
+    assert (min(lengths), max(lengths)) == (4, 32)
+
+
+# ---- peers ---------------------------------------------------------------------------------------------------------
+
+SMALL = ("--model", "nano", "--length", "16", "--batch", "8", "--examples", "20")
+
+
+@pytest.mark.parametrize(
+    ("padding", "widths"), [("max_length", [9, 9, 9]), ("batch", [8, 4, 7]), ("bucketed", [3, 6, 8])]
+)
+def test_batches_are_padded_as_named_and_hold_each_example_once(
+    monkeypatch: pytest.MonkeyPatch, padding: str, widths: list[int]
+) -> None:
+    peers = load("peers", monkeypatch)
+    lengths = [3, 8, 4, 2, 7, 6]
+    data = peers.Encoded([[10 + i] * n for i, n in enumerate(lengths)], list(range(6)))
+    batches = list(peers._batches(data, 2, 9, padding, None))
+    assert [feed["input_ids"].shape[1] for feed in batches] == widths
+    assert sorted(int(i) for feed in batches for i in feed["labels"]) == list(range(6))
+    for feed in batches:
+        for ids, mask, label in zip(feed["input_ids"], feed["attention_mask"], feed["labels"], strict=True):
+            assert ids[mask == 1].tolist() == data.rows[int(label)]
+            assert not ids[mask == 0].any()
+
+
+def test_full_fine_tuning_trains_and_sends_every_parameter() -> None:
+    row = run_peer("--peer", "hf-full", *SMALL)
+    assert row["steps"] == 9  # 3 epochs of 8 + 8 + 4
+    assert 0 <= row["update_bytes"] - 4 * row["trained_parameters"] < 16_384  # safetensors' header
+    assert row["accuracy"] is None
+    assert 0 < row["cpu_s_step"] < row["cpu_s_round"]
+    assert row["peak_rss_mb"] > 100  # torch alone
+
+
+@PEFT
+def test_lora_trains_the_attention_linears_and_the_head() -> None:
+    row = run_peer("--peer", "peft-best", *SMALL)
+    # 2 blocks: rank 8 on q, k and output, 32 -> 32, and on v, 64 -> 32; head 64 -> 7.
+    assert row["trained_parameters"] == 2 * 8 * (3 * (32 + 32) + (64 + 32)) + 64 * 7 + 7
+    assert row["update_bytes"] < 5 * row["trained_parameters"]
+
+
+def test_flowers_client_learns_and_returns_all_weights(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        lines = [json.dumps({"text": e.text, "label": e.label}) for e in getattr(tiny_dataset, name)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["--peer", "flower", *SMALL, "--data", str(tmp_path), "--examples", "0", "--epochs", "6"]
+    row = run_peer(*words, "--learning-rate", "3e-3")
+    assert (row["examples"], row["test_examples"], row["steps"]) == (96, 24, 72)
+    assert row["update_bytes"] > 4 * row["trained_parameters"]
+    assert row["accuracy"] > 0.5  # of 4 labels, equally many of each
+    assert row["loss"] < 1.0 < np.log(4)
+
+
+def test_an_unknown_peer_is_named_in_one_sentence() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--peer", "nobody"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("peers.py: there is no peer 'nobody'; there are hf-full")
