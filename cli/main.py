@@ -14,7 +14,7 @@ from pocketfed.cli import fleet, model, simulate
 EXTRAS = {
     "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
-    "demo": "simulation",
+    "demo": "simulation", "export": "executorch",
 }  # fmt: skip
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -27,6 +27,7 @@ app.command()(model.distill)
 app.command()(model.quantize)
 app.command()(model.inspect)
 app.command()(model.evaluate)
+app.command()(model.export)
 app.command()(fleet.publish)
 app.command()(fleet.serve)
 app.command()(fleet.device)

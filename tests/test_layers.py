@@ -22,9 +22,10 @@ ONLY_IN = {
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/",), "tokenizers": ("model/",),
+    "executorch": ("model/executorch_export.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
-AT_TOP_ONLY_IN = {"torch": ("model/",), "onnx": ("model/",), "tokenizers": ()}
+AT_TOP_ONLY_IN = {"torch": ("model/",), "onnx": ("model/",), "tokenizers": (), "executorch": ()}
 NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
 
 
