@@ -36,7 +36,7 @@ from pocketfed.model.adapters import get_theta, layout_of
 from pocketfed.model.heads import TextClassifier
 from pocketfed.model.parameters import total_size
 from pocketfed.model.plans import PlanError, _train_step, frozen_as_shipped
-from pocketfed.model.quantization import is_quantized_name, quantize_per_channel
+from pocketfed.model.quantization import LEVELS, is_quantized_name, quantize_per_channel
 
 METHOD = "train"
 INITIAL = "initial"
@@ -216,8 +216,12 @@ def _hold(traced: fx.GraphModule, values: Sequence[Tensor]) -> None:
 def _widen_at_each_use(graph: fx.Graph) -> None:
     """q.float() * scale moves to where it is needed, so that no float weight lives from the forward pass to the backward.
 
-    An embedding gathers its int8 rows first.
+    An embedding gathers its int8 rows first. A weight is converted as if by a scale of 1, which XNNPACK does inside a
+    delegate; the portable cast takes several times as long.
     """
+    import torch.ao.quantization.fx._decomposed  # registers the operator
+
+    in_delegate = torch.ops.quantized_decomposed.dequantize_per_tensor.default
     widenings = [n for n in graph.nodes if n.target is aten.mul.Tensor and _is_widened(n.args[0])]
     for product in widenings:
         wide, scale = product.args
@@ -227,7 +231,9 @@ def _widen_at_each_use(graph: fx.Graph) -> None:
             with graph.inserting_before(user):
                 if user.target is aten.embedding.default and user.args[0] is product:
                     rows = [graph.call_function(user.target, (table, *user.args[1:])) for table in rows]
-                floats = graph.call_function(wide.target, (rows[0],), wide.kwargs)
+                    floats = graph.call_function(wide.target, (rows[0],), wide.kwargs)
+                else:
+                    floats = graph.call_function(in_delegate, (q, 1.0, 0, -LEVELS, LEVELS, torch.int8))
                 weight = graph.call_function(product.target, (floats, rows[1]))
             if user.target is aten.embedding.default:
                 weight.meta = user.meta
