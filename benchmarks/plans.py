@@ -116,12 +116,11 @@ def measure(
         plans = build_plans(model, trainable_set, backbone)
         row["build_cpu_s"] = round(time.process_time() - started, 2)
         (folder / "backbone.bin").write_bytes(backbone.data)
-        (folder / "train.onnx").write_bytes(plans.train)
-        (folder / "predict.onnx").write_bytes(plans.predict)
+        files = {name: f"{name}.onnx" for name in plans.files}
+        for name, plan in plans.files.items():
+            (folder / files[name]).write_bytes(plan)
         row["nodes"] = len(onnx.load(folder / "train.onnx", load_external_data=False).graph.node)
-        row["largest_difference_from_autograd"] = float(
-            f"{verify_plans(model, plans, folder, 'train.onnx', 'predict.onnx'):.2g}"
-        )
+        row["largest_difference_from_autograd"] = float(f"{verify_plans(model, plans, folder, files, backbone):.2g}")
         row["backbone_mb"] = round(len(backbone.data) / 1e6, 2)
         ours = open_session(folder / "train.onnx")
         arrays = {k: v.numpy() for k, v in feed.items()}

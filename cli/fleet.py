@@ -87,21 +87,11 @@ def publish(
 
 
 def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_length: int, seed: int, quiet: bool) -> Any:
-    from pocketfed.coordinator.artifacts import PublishError, build_artifact
+    from pocketfed.coordinator.artifacts import build_artifact, label_names
     from pocketfed.model.checkpoints import load, tokens_of
-    from pocketfed.model.tasks import read_dataset
 
     checkpoint = load(model_dir)
-    if labels and Path(labels).exists():
-        names = list(read_dataset(labels).labels)
-    else:
-        names = [n.strip() for n in labels.split(",") if n.strip()] or list(checkpoint.labels or ())
-    if len(names) == 1 and ("/" in labels or "." in labels):
-        raise PublishError(f"there is no data set {labels} to read labels from; give --labels A,B,C or --labels DATA")
-    if not names:
-        raise PublishError(
-            f"{model_dir} is task-agnostic, so the artifact needs labels; give --labels A,B,C or --labels DATA"
-        )
+    names = label_names(checkpoint, labels, model_dir)
     return build_artifact(
         folder,
         config=checkpoint.config,

@@ -8,13 +8,13 @@ import sys
 import typer
 import typer.core
 
-from pocketfed.cli import fleet, model, simulate
+from pocketfed.cli import advise, fleet, model, simulate
 
 # What each sub-command needs beyond the base install, as extras of the distribution.
 EXTRAS = {
     "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
-    "demo": "simulation",
+    "demo": "simulation", "export": "executorch", "advise": "simulation",
 }  # fmt: skip
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -27,10 +27,12 @@ app.command()(model.distill)
 app.command()(model.quantize)
 app.command()(model.inspect)
 app.command()(model.evaluate)
+app.command()(model.export)
 app.command()(fleet.publish)
 app.command()(fleet.serve)
 app.command()(fleet.device)
 app.command()(simulate.simulate)
+app.command()(advise.advise)
 app.command()(fleet.dashboard)
 app.command()(simulate.demo)
 

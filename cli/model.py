@@ -1,4 +1,4 @@
-"""distill, quantize, inspect, evaluate: what concerns a model on this machine."""
+"""distill, quantize, inspect, evaluate, export: what concerns a model on this machine."""
 
 from __future__ import annotations
 
@@ -120,6 +120,41 @@ def evaluate(
     print(
         f"accuracy {report['accuracy']:.4f}, loss {report['loss']:.4f} on {report['test_examples']} test examples "
         f"({report['test_source']}), {how}; always the commonest label: {report['majority_accuracy']:.4f}"
+    )
+
+
+def export(
+    model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
+    out: Annotated[Path, typer.Option(help="The file to write; written whole and checked, or not at all.")],
+    to: Annotated[str, typer.Option(help="executorch: a .pte for XNNPACK.")] = "executorch",
+    labels: Annotated[
+        str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")
+    ] = "",
+    train: Annotated[str, typer.Option("--train", "--set", help="The trainable set.")] = "lora:8",
+    batch: Annotated[int, typer.Option(min=1, help="Examples a step; fixed in the file.")] = 4,
+    length: Annotated[int, typer.Option(min=3, help="Tokens an example; fixed in the file.")] = 64,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Write a training plan for another runtime: the step of the artifact's plan, with the same inputs and outputs."""
+    import importlib.util
+
+    if to != "executorch":
+        raise CommandError(f"--to {to!r} is not a runtime to export to; choose executorch")
+    if importlib.util.find_spec("executorch") is None:
+        raise ModuleNotFoundError(name="executorch")
+    from pocketfed.coordinator.artifacts import trainable_classifier
+    from pocketfed.model.executorch_export import export_executorch
+
+    model, quantized = trainable_classifier(model_dir, labels, train, seed)
+    made = export_executorch(model, out, batch=batch, length=length, quantized=quantized)
+    if json:
+        report = {"file": str(out), "bytes": made.bytes, "parameters": made.parameters, "error": made.error}
+        print_json({**report, "trainable_set": train, "batch": batch, "length": length, "int8": quantized})
+        return
+    print(
+        f"{out}: {format_bytes(made.bytes)}, trains {train} ({made.parameters:,} parameters) on {batch} x {length} tokens; "
+        f"its gradient is within {made.error:.1e} of autograd's"
     )
 
 

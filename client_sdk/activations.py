@@ -37,12 +37,13 @@ class ActivationCache(Protocol):
 def pack(hidden: Hidden, precision: str) -> bytes:
     """int8 keeps one float32 scale a row of (..., D); what `unpack` gives differs by at most half a step of that."""
     if precision == "float32":
-        return hidden.astype(np.float32, copy=False).tobytes()
+        return np.ascontiguousarray(hidden, np.float32).tobytes()
     if precision == "float16":
         halves: NDArray[np.float16] = np.clip(hidden, -65504, 65504).astype(np.float16)
         return halves.tobytes()
     scale: Hidden = np.maximum(np.abs(hidden).max(-1, keepdims=True), 1e-30).astype(np.float32) / np.float32(127)
-    return scale.tobytes() + np.rint(hidden / scale).astype(np.int8).tobytes()
+    rounded: NDArray[np.int8] = np.rint(hidden / scale).astype(np.int8)
+    return scale.tobytes() + rounded.tobytes()
 
 
 def unpack(data: bytes, width: int, tokens: bool, precision: str) -> Hidden:

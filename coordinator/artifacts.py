@@ -163,6 +163,46 @@ def _classifier(
     return model
 
 
+def label_names(checkpoint: Any, given: str, model_dir: Path) -> list[str]:
+    """What a classifier is to tell apart: `A,B,C`, a data set to read labels from, or what the model folder states.
+
+    Raises:
+        PublishError: none of them.
+    """
+    from pocketfed.model.tasks import read_dataset
+
+    if given and Path(given).exists():
+        names = list(read_dataset(given).labels)
+    else:
+        names = [n.strip() for n in given.split(",") if n.strip()] or list(checkpoint.labels or ())
+    if len(names) == 1 and ("/" in given or "." in given):
+        raise PublishError(f"there is no data set {given} to read labels from; give --labels A,B,C or --labels DATA")
+    if not names:
+        raise PublishError(
+            f"{model_dir} is task-agnostic, so the artifact needs labels; give --labels A,B,C or --labels DATA"
+        )
+    return names
+
+
+def trainable_classifier(model_dir: Path, labels: str, trainable_set: str, seed: int) -> tuple[TextClassifier, bool]:
+    """The very model whose plan `build_artifact` makes for that set and seed, and whether what is frozen is int8.
+
+    Raises:
+        PublishError, CheckpointError, TrainableSetError: no or doubtful labels, no usable model, an unknown set.
+    """
+    from pocketfed.model.adapters import select
+    from pocketfed.model.checkpoints import load, tokens_of
+
+    checkpoint = load(model_dir)
+    names = label_names(checkpoint, labels, model_dir)
+    _check_labels(names, "classification")
+    separator = tokens_of(checkpoint).sep_id
+    model = _classifier(
+        checkpoint.config, checkpoint.state, separator, names, checkpoint.labels, "classification", seed
+    )
+    return select(model, trainable_set, seed), checkpoint.quantization == "int8"
+
+
 def _write_set(folder: Path, plans: Plans) -> dict[str, Any]:
     """Write a trainable set's plans and initial values; returns its entry in the manifest."""
     from pocketfed.model.parameters import encode_vector

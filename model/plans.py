@@ -157,7 +157,7 @@ def _build_three(
 ) -> dict[str, tuple[bytes, Footprint]]:
     """Train, evaluate and predict share one trace; the latter two need less of it."""
     judged = (*inputs, "labels", "weights", "label_smoothing")
-    trace = _trace(model, layout_of(model), _train_step(model, stage), judged)
+    trace = _trace(model, layout_of(model), train_step(model, stage), judged)
     return {
         f"train{suffix}": _write(trace, backbone, judged, {"loss": 0, "correct": 1, "gradient": 2, "weight": 3}),
         f"evaluate{suffix}": _write(trace, backbone, judged, {"loss": 0, "correct": 1, "weight": 3}),
@@ -193,7 +193,8 @@ def _call(model: TextClassifier, stage: str) -> Step:
     return step
 
 
-def _train_step(model: TextClassifier, stage: str) -> Step:
+def train_step(model: TextClassifier, stage: str = "forward") -> Step:
+    """(leaves, frozen, *inputs of a train plan) -> (loss, correct, gradient, weight, logits)"""
     call = _call(model, stage)
 
     def step(leaves: dict[str, Tensor], frozen: dict[str, Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

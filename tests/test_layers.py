@@ -24,10 +24,11 @@ ONLY_IN = {
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
+    "executorch": ("model/executorch_export.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")
-AT_TOP_ONLY_IN = {"torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": ()}
+AT_TOP_ONLY_IN = {"torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": ()}
 NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
 
 

@@ -3,7 +3,7 @@
 
 import { Tokenizer, fields, text } from './tokenizer.js';
 
-const SCHEMA = 1;
+const SCHEMA = 2;
 const FILE_NAME = /^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$/;
 
 // Open the artifact at `base`, a folder's URL. `ort` is onnxruntime-node or onnxruntime-web; `version` what it must be.
