@@ -17,6 +17,8 @@ export async function openArtifact(ort, base, version = null) {
   const manifest = JSON.parse(text(bytes));
   if (manifest.schema !== SCHEMA)
     throw new Error(`the manifest has schema ${manifest.schema}; this page reads ${SCHEMA}: update it`);
+  if (manifest.task !== 'classification')
+    throw new Error(`the artifact is for ${manifest.task}; this page reads classification only`);
   return new Artifact(ort, folder, manifest, found);
 }
 
