@@ -25,7 +25,7 @@ class ArtifactTrainer(ABC):
     Where the set has a prefix, what that makes of a text is computed once and kept, over epochs and rounds.
 
     Args:
-        cache: where to keep it; by default in memory, at most `cache_bytes`.
+        cache: where to keep it; by default in memory, at most `cache_bytes`, as `cache_precision` (see `MemoryCache`).
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class ArtifactTrainer(ABC):
         trainable_set: str,
         cache: ActivationCache | None = None,
         cache_bytes: float = CACHE_BYTES,
+        cache_precision: str = "float32",
     ) -> None:
         self.artifact = artifact
         self.set = artifact.manifest.set_named(trainable_set)
@@ -43,7 +44,7 @@ class ArtifactTrainer(ABC):
         self._tokenizer: PlanTokenizer | None = None
         self._cache = cache
         if self.set.prefix and cache is None:
-            self._cache = MemoryCache(int(cache_bytes), self.set.hidden_size, self.set.keeps_tokens)
+            self._cache = MemoryCache(int(cache_bytes), self.set.hidden_size, self.set.keeps_tokens, cache_precision)
 
     @abstractmethod
     def run_prefix(self, ids: Ids) -> NDArray[np.float32]:

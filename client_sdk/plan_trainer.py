@@ -70,7 +70,9 @@ class PlanTrainer(ArtifactTrainer):
         max_memory_mb: float = 0.0,
     ) -> None:
         self.budget = Budget(artifact.manifest.set_named(trainable_set), trainable_set, max_memory_mb)
-        super().__init__(artifact, trainable_set, cache, self.budget.cache_bytes(CACHE_BYTES))
+        # Where memory is short, what is kept takes half of it, and not being kept would cost far more than rounding.
+        precision = "float16" if self.budget.limit else "float32"
+        super().__init__(artifact, trainable_set, cache, self.budget.cache_bytes(CACHE_BYTES), precision)
         self._threads = threads
         self._sessions: dict[str, Any] = {}
 
