@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -22,10 +22,13 @@ from pocketfed.cli.output import (
 
 if TYPE_CHECKING:
     from pocketfed.coordinator.config import RunConfig
+    from pocketfed.coordinator.grid import FleetGrid
     from pocketfed.coordinator.server import CoordinatorServer
     from pocketfed.coordinator.store import Store
     from pocketfed.model.tasks import Example
 
+T = TypeVar("T")
+OFFER_S = 10.0  # a device that was there takes what it is offered within so long, or counts as gone
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -128,34 +131,87 @@ def serve(
     enrolment_key: Annotated[
         str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY", help="Devices must know it to enrol.")
     ] = "",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with unfinished runs of the database, or give them up.")
+    ] = True,
+    spool: Annotated[
+        Path | None, typer.Option(help="Where uploads wait for their round; by default beside the database.")
+    ] = None,
     exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
 ) -> None:
-    """Serve artifacts and assignments to devices, and drive a run if one is given."""
+    """Serve artifacts and assignments to devices, and drive a run: one that was left unfinished, or the one given."""
     import threading
 
     from pocketfed.coordinator.config import load_run_config
-    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
-    from pocketfed.coordinator.store import Store
+    from pocketfed.coordinator.leadership import lead
+    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig, default_spool
+    from pocketfed.coordinator.store import Store, database_url
 
     config = load_run_config(run, set_ or []) if run is not None or set_ else None
     test = _check_run(config) if config is not None else ()
     check_json(json)
-    host = _check_free(listen)
+    url = database_url(database)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        _check_free(listen)  # before a database is made; where there is one, its coordinator may use the port still
     store = Store(database)
     try:
         stopping = threading.Event()
         _on_termination(stopping.set)
-        lease_s = config.lease_s if config else 30.0
-        with CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key)) as server:
-            print(f"listening on {host}:{server.port}", flush=True)
-            if config is not None:
-                _drive(store, server, config, test, json, stopping.is_set)
-            if not (config is not None and exit_when_done):
-                print("serving until Ctrl-C", flush=True)
-                stopping.wait()
+        place = spool or default_spool(store)
+        with lead(store, place, _tell_waiting, stopping.is_set) as leadership:
+            if leadership is None:
+                return
+            host = _check_free(listen)
+            left = _unfinished(store, resume)
+            configs = [c for _, c in left] + ([config] if config is not None else [])
+            lease_s = configs[0].lease_s if configs else 30.0
+            server = CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key), place)
+            server.assignments.sweep()
+            for run_id, left_config in left:  # before a device can hear that its time was up
+                _grid(store, server, run_id, left_config).reopen(left_config.deadline_s)
+            with server:
+                print(f"listening on {host}:{server.port}", flush=True)
+                for run_id, left_config in left:
+                    print(f"run {run_id}: goes on where it was left", flush=True)
+                    _drive(store, server, run_id, left_config, _check_run(left_config), json, stopping.is_set)
+                if config is not None and config not in [c for _, c in left]:
+                    _drive(store, server, None, config, test, json, stopping.is_set)
+                if not (configs and exit_when_done):
+                    print("serving until Ctrl-C", flush=True)
+                    stopping.wait()
     finally:
         store.close()
+
+
+def _tell_waiting(holder: str) -> None:
+    print(f"another coordinator ({holder}) serves this database; waiting to take over", flush=True)
+
+
+def _unfinished(store: Store, resume: bool) -> list[tuple[int, RunConfig]]:
+    """Runs that a coordinator has left, with their configurations; given up instead if they are not to go on."""
+    from pocketfed.coordinator.config import RunConfig
+    from pocketfed.coordinator.progress import give_up, unfinished_runs
+    from pocketfed.coordinator.store import Run
+
+    left = []
+    for run_id in unfinished_runs(store):
+        if resume:
+            with store.read() as session:
+                left.append((run_id, RunConfig.from_dict(session.get_one(Run, run_id).config)))
+        else:
+            give_up(store, run_id, "given up by the operator")
+            print(f"run {run_id}: given up", flush=True)
+    return left
+
+
+def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfig) -> FleetGrid:
+    from pocketfed.coordinator.grid import FleetGrid
+    from pocketfed.coordinator.progress import starting_theta
+
+    _, size = starting_theta(store, run_id)
+    offer_s = min(config.lease_s, OFFER_S)
+    return FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, offer_s)
 
 
 def _check_run(config: RunConfig) -> Sequence[Example]:
@@ -173,42 +229,62 @@ def _check_run(config: RunConfig) -> Sequence[Example]:
 def _drive(
     store: Store,
     server: CoordinatorServer,
+    run_id: int | None,
     config: RunConfig,
     test: Sequence[Example],
     json: Path | None,
     should_stop: Callable[[], bool],
 ) -> None:
+    """Drive a run, or a new one, to its end. Where the database or the disk fails, the run waits for them."""
     import tempfile
     from hashlib import sha256
 
-    from pocketfed.coordinator.grid import FleetGrid
-    from pocketfed.coordinator.rounds import create_run, drive_run, starting_theta
+    from pocketfed.coordinator.progress import create_run, results_of
+    from pocketfed.coordinator.rounds import drive_run
 
-    run_id = create_run(store, config)
-    _, size = starting_theta(store, run_id)
-    grid = FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, config.lease_s)
-    rounds: list[dict[str, Any]] = []
-
-    def show(result: Any) -> None:
-        rounds.append(result.to_dict())
-        print_round(result)
-
+    if run_id is None:
+        run_id = create_run(store, config)
+    grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None
-        theta = drive_run(store, run_id, grid, config, evaluate, show, server.assignments.forget, should_stop)
+        forget = server.assignments.forget
+        theta = _patiently(
+            lambda: drive_run(store, run_id, grid, config, evaluate, print_round, forget, should_stop), should_stop
+        )
     if json is not None:
         write_json(
             json,
             {
                 "run": run_id,
-                "rounds": rounds,
+                "rounds": [result.to_dict() for result in results_of(store, run_id)],
                 "seed": config.seed,
                 "parameters_sha256": sha256(theta.tobytes()).hexdigest(),
             },
         )
     print(f"run {run_id} finished" + (f"; released on {config.channel!r}" if config.release else ""), flush=True)
+
+
+def _patiently(drive: Callable[[], T], should_stop: Callable[[], bool]) -> T:
+    """Again, after ever longer pauses, while the database cannot be reached or the disk is full."""
+    import time
+
+    from pocketfed.coordinator.store import is_outage
+
+    pause = 1.0
+    while True:
+        try:
+            return drive()
+        except Exception as error:
+            if not is_outage(error) or should_stop():
+                raise
+            why = " ".join(str(getattr(error, "orig", None) or error).split())
+            print(f"cannot go on: {why}; trying again in {pause:.0f} s", flush=True)
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not should_stop():
+            time.sleep(0.1)
+        pause = min(60.0, pause * 2)
 
 
 def _test_set(

@@ -8,13 +8,13 @@ import sys
 import typer
 import typer.core
 
-from pocketfed.cli import fleet, model, simulate
+from pocketfed.cli import database, fleet, model, simulate
 
 # What each sub-command needs beyond the base install, as extras of the distribution.
 EXTRAS = {
     "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
-    "demo": "simulation",
+    "demo": "simulation", "db": "coordinator",
 }  # fmt: skip
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -33,6 +33,7 @@ app.command()(fleet.device)
 app.command()(simulate.simulate)
 app.command()(fleet.dashboard)
 app.command()(simulate.demo)
+app.add_typer(database.app, name="db")
 
 
 def main() -> None:

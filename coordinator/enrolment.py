@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from datetime import timedelta
 
 import sqlalchemy as sa
 
@@ -75,10 +76,22 @@ def authenticate(store: Store, token: str) -> tuple[int, str] | None:
     return None if row is None else (row.id, row.channel)
 
 
-def mark_seen(store: Store, device_id: int, examples: int, sdk_version: str) -> None:
+def mark_seen(store: Store, device_id: int, examples: int, sdk_version: str, stays_s: float) -> None:
+    """A device has come and stays for so long."""
     with store.write() as session:
         session.execute(
             sa.update(Device)
             .where(Device.id == device_id)
-            .values(last_seen_at=now(), examples=min(examples, 2**31 - 1), sdk_version=printable(sdk_version, 50))
+            .values(
+                last_seen_at=now(),
+                present_until=now() + timedelta(seconds=stays_s),
+                examples=min(examples, 2**31 - 1),
+                sdk_version=printable(sdk_version, 50),
+            )
         )
+
+
+def mark_gone(store: Store, device_id: int) -> None:
+    """A device's connection has ended."""
+    with store.write() as session:
+        session.execute(sa.update(Device).where(Device.id == device_id).values(present_until=now()))

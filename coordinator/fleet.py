@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 
 from pocketfed.coordinator import store as tables
-from pocketfed.coordinator.assignments import Header, UploadError
+from pocketfed.coordinator.assignments import AWAY_S, Header, UploadError
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import describe_release
-from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_seen
+from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_gone, mark_seen
 from pocketfed.coordinator.store import latest_release, now
 from pocketfed.model.parameters import vector_bytes
 from pocketfed.protos import fleet_pb2 as pb
@@ -83,8 +83,10 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         await self._require_protocol(request.protocol, context)
         wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
         end = self._loop.time() + wait_s
-        await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version)
+        stays_s = wait_s + AWAY_S
+        await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version, stays_s)
         self.calls.asking[device_id] += 1
+        answered = False
         try:
             await self.calls.run(
                 self.calls.assignments.notify_changed
@@ -93,9 +95,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 news = self._news
                 reply = await self.calls.run(self._answer, device_id, channel, request.release_id)
                 left = end - self._loop.time()
-                if reply.WhichOneof("what") == "assignment" or reply.HasField("release") or left <= 0:
+                answered = reply.WhichOneof("what") == "assignment" or reply.HasField("release") or left <= 0
+                if answered:
                     return reply
                 if self.calls.stopping:
+                    answered = True
                     return pb.CheckInReply(wait=pb.Wait(retry_after_s=1.0, reason="the coordinator is stopping"))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), left)
@@ -103,6 +107,12 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             self.calls.asking[device_id] -= 1
             if not self.calls.asking[device_id]:
                 del self.calls.asking[device_id]
+                if not answered:
+                    self._loop.run_in_executor(self.calls.threads, self._mark_gone, device_id)
+
+    def _mark_gone(self, device_id: int) -> None:
+        with contextlib.suppress(*tables.OUTAGES, tables.StoreError):  # it ends by itself a little later
+            mark_gone(self.calls.store, device_id)
 
     def _answer(self, device_id: int, channel: str, release_id: int) -> pb.CheckInReply:
         reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))

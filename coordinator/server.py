@@ -17,7 +17,6 @@ from pocketfed.coordinator.store import Store
 from pocketfed.protos import distribution_pb2_grpc, fleet_pb2_grpc
 
 MAX_MESSAGE_BYTES = 4 << 20
-ONLINE_S = 5.0  # a device between two long polls counts as there for so long
 STOP_S = 2.0  # what calls under way get to end
 
 
@@ -101,9 +100,7 @@ class CoordinatorServer:
     def online(self, channel: str) -> dict[int, str]:
         """Devices (id -> name) that could take part now."""
         with self.store.read() as session:
-            # Copied in one step: the server's thread adds devices meanwhile.
-            asking = set(self._calls.asking) if self._calls else set()
-            return devices_online(session, channel, asking, ONLINE_S)
+            return devices_online(session, channel)
 
     def stop(self) -> None:
         """End calls, then the loop; returns when both have ended."""

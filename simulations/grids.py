@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
@@ -12,7 +12,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
-from pocketfed.coordinator.grid import FAILED, RecordedGrid
+from pocketfed.coordinator.grid import ENOUGH, FAILED, RecordedGrid
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
 
 
@@ -40,11 +40,22 @@ class InProcessGrid(RecordedGrid):
         return self.available()
 
     def replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
-        for row_id, message in sent.items():
+        enough, answered = self.cohort.enough or len(sent), 0
+        for place, (row_id, message) in enumerate(sent.items()):
+            if answered == enough:
+                self._close(list(sent)[place:])
+                return
             begun = now()
             reply = self._run_device(message)
             self._record(row_id, reply, begun)
+            answered += not reply.has_error()
             yield reply
+
+    def _close(self, row_ids: Sequence[str]) -> None:
+        with self.store.write() as session:
+            for row_id in row_ids:
+                row = session.get_one(Assignment, row_id)
+                row.status, row.error, row.finished_at = "expired", ENOUGH, now()
 
     def _run_device(self, message: Message) -> Message:
         node = message.metadata.dst_node_id

@@ -339,7 +339,7 @@ def test_a_round_below_its_quorum_fails_and_leaves_the_model_as_it_was(fleet: Fl
     """Two devices fail in round 1 only."""
     hopeless = {"device-0": with_theta(one_nan), "device-1": with_theta(one_nan)}
     fleet.tamper = hopeless
-    config = RunConfig(min_devices=1, rounds=2, seed=3, quorum=3, local=LOCAL)
+    config = RunConfig(min_devices=1, rounds=2, seed=3, quorum=3, max_attempts=1, local=LOCAL)
     fleet.run_id = create_run(fleet.store, config)
     grid = InProcessGrid(fleet.store, fleet.run_id, fleet.call, fleet.nodes, 0)
 
@@ -362,7 +362,7 @@ def test_a_run_is_given_up_after_so_many_failed_rounds_in_a_row(fleet: Fleet) ->
     with pytest.raises(
         RunError, match=r"2 rounds failed in a row, the last because 0 of at least 1 updates were usable"
     ):
-        fleet.drive(rounds=9, max_failed_rounds=2, quorum=1)
+        fleet.drive(rounds=9, max_failed_rounds=2, quorum=1, max_attempts=1)
     (run,) = fleet.rows(Run)
     assert run.status == "failed"
     assert run.reason.startswith("2 rounds failed in a row")
@@ -374,13 +374,13 @@ def test_a_run_is_given_up_after_so_many_failed_rounds_in_a_row(fleet: Fleet) ->
 
 def test_a_run_that_breaks_in_the_middle_leaves_nothing_open(fleet: Fleet) -> None:
     def burn(reply: Message) -> Message:
-        raise OSError(28, "No space left on device")
+        raise ZeroDivisionError("a bug")
 
     fleet.tamper = {"device-2": burn}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ZeroDivisionError):
         fleet.drive()
     (run,) = fleet.rows(Run)
-    assert (run.status, run.reason) == ("failed", "OSError: [Errno 28] No space left on device")
+    assert (run.status, run.reason) == ("failed", "ZeroDivisionError: a bug")
     assert [(r.status, r.reason) for r in fleet.rows(Round)][-1] == ("failed", run.reason)
     assert {a.status for a in fleet.rows(Assignment)} == {"uploaded", "expired"}
 
@@ -388,7 +388,8 @@ def test_a_run_that_breaks_in_the_middle_leaves_nothing_open(fleet: Fleet) -> No
 def test_a_run_can_be_stopped_between_rounds(fleet: Fleet) -> None:
     with pytest.raises(RunError, match="stopped before round 2"):
         fleet.drive(rounds=5, should_stop=lambda: len(fleet.results) > 1)
-    assert fleet.rows(Run)[0].reason == "stopped before round 2"
+    (run,) = fleet.rows(Run)
+    assert (run.status, run.reason, run.finished_at) == ("waiting", "stopped before round 2", None)
 
 
 def test_too_few_devices_are_told_in_a_sentence(fleet: Fleet) -> None:

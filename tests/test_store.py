@@ -122,9 +122,7 @@ def test_a_newer_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_reader_does_not_upgrade_and_does_not_create(tmp_path: Path) -> None:
     (tmp_path / "old.db").touch()
-    with pytest.raises(
-        StoreError, match=r"schema revision None; run `pocketfed serve` or `simulate` once to upgrade it"
-    ):
+    with pytest.raises(StoreError, match=r"schema revision None, not \d+; run `pocketfed db upgrade` on it"):
         Store(str(tmp_path / "old.db"), create=False)
     assert (tmp_path / "old.db").stat().st_size in (0, 4096)  # at most the header that switching to WAL writes
     with pytest.raises(StoreError, match=r"there is no database .*missing\.db; start"):
