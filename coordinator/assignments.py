@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -38,7 +39,11 @@ class Foreign(UploadError):  # noqa: N818 - says what it is
     def __init__(self, assignment: Assignment, device_id: int) -> None:
         super().__init__("not_found", f"this device holds no assignment {assignment.id!r}")
         why = f"{REPLAYED}: device {device_id} spoke for another one"
-        self.refusal = {"run_id": assignment.run_id, "round": assignment.round, "attempt": assignment.attempt}
+        self.refusal: dict[str, Any] = {
+            "run_id": assignment.run_id,
+            "round": assignment.round,
+            "attempt": assignment.attempt,
+        }
         self.refusal |= {"assignment_id": assignment.id, "status": "refused", "reason": why}
 
 

@@ -408,12 +408,13 @@ def _remember_moves(session: Session, _context: Any) -> None:
 
 def _move(row: Run | Round | Assignment) -> dict[str, Any] | None:
     """The history's row for what has become of one, None if its status is as before."""
-    state = sa.inspect(row).attrs
+    inspected: Any = sa.inspect(row)
+    state = inspected.attrs
     before, repeated = state.status.history.deleted, isinstance(row, Round) and state.attempt.history.deleted
     if not repeated and not state.status.history.added:
         return None
     if before and not repeated and row.status not in MOVES[row.__tablename__].get(before[0], ()):
-        name = " ".join(str(value) for value in sa.inspect(row).identity or ())
+        name = " ".join(str(value) for value in inspected.identity or ())
         raise StoreError(f"{row.__tablename__[:-1]} {name} is {before[0]} and cannot become {row.status}")
     entry: dict[str, Any] = {"at": now(), "run_id": row.id if isinstance(row, Run) else row.run_id}
     entry |= {"round": None, "attempt": None, "assignment_id": None, "status": row.status}
