@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import OPEN, Assignments
-from pocketfed.coordinator.store import Assignment, Device, Store, Update, now, put_blob
+from pocketfed.coordinator.store import Assignment, Device, Round, Store, Update, now, put_blob
 from pocketfed.coordinator.strategy import THETA
 from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
 
@@ -123,6 +123,15 @@ class RecordedGrid(Grid):  # type: ignore[misc]
                 row.deadline = now() + timedelta(seconds=deadline_s)
                 if self.offer_s is not None:
                     row.lease_until = now() + timedelta(seconds=max(self.offer_s, RETURN_S))
+
+    def expire_older(self, reason: str) -> None:
+        """Close what is open of rounds before the run's open one."""
+        running = sa.select(Round.number).where(Round.run_id == self.run_id, Round.status == "running")
+        mine = sa.select(Assignment).where(Assignment.run_id == self.run_id, Assignment.status.in_(OPEN))
+        with self.store.write() as session:
+            number = session.scalar(running) or 0
+            for row in session.scalars(mine.where(Assignment.round < number)):
+                row.status, row.error, row.finished_at = "expired", reason, now()
 
     def working(self) -> dict[int, str]:
         """Devices (node id -> name) that have an assignment of the run open."""

@@ -13,6 +13,7 @@ from pocketfed.coordinator.assignments import Assignments, devices_online
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import DistributionServicer
 from pocketfed.coordinator.fleet import FleetServicer
+from pocketfed.coordinator.outages import Outages
 from pocketfed.coordinator.store import Store
 from pocketfed.protos import distribution_pb2_grpc, fleet_pb2_grpc
 
@@ -74,11 +75,12 @@ class CoordinatorServer:
     async def _start(self) -> int:
         self._calls = Calls(self.store, self.assignments, self.config.lease_s, self.config.enrolment_key)
         self._server = grpc.aio.server(
+            interceptors=[Outages()],
             options=[
                 ("grpc.so_reuseport", 0),  # two coordinators on one port would share the devices between them
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_metadata_size", 16 << 10),
-            ]
+            ],
         )
         fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self._calls), self._server)
         distribution = DistributionServicer(self._calls)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from hashlib import sha256
+
+import numpy as np
 
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
 # isort: split
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
 from pocketfed.coordinator.grid import ENOUGH, FAILED, RecordedGrid
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
+from pocketfed.coordinator.strategy import THETA
+
+
+def random_duration(device: str, round_number: int) -> float:
+    """Exponential with mean 1, the same whenever it is asked for."""
+    seed = int.from_bytes(sha256(f"{device} {round_number}".encode()).digest()[:8], "little")
+    return float(np.random.default_rng(seed).exponential())
 
 
 class InProcessGrid(RecordedGrid):
@@ -23,12 +33,21 @@ class InProcessGrid(RecordedGrid):
         app: what a device does; it finds its name in `context.node_config["device"]`.
         devices: node id -> name.
         artifact_bytes: what a device downloads before its first assignment, for the accounting.
+        duration: how long (device, round) takes where rounds are buffered, in any unit.
     """
 
     def __init__(
-        self, store: Store, run_id: int, app: ClientApp, devices: Mapping[int, str], artifact_bytes: int
+        self,
+        store: Store,
+        run_id: int,
+        app: ClientApp,
+        devices: Mapping[int, str],
+        artifact_bytes: int,
+        duration: Callable[[str, int], float] = random_duration,
     ) -> None:
         super().__init__(store, run_id)
+        self.duration, self._clock = duration, 0.0
+        self._ends: dict[str, tuple[float, Message, int]] = {}  # buffered: what is under way, and when it ends
         self.app, self.devices, self.artifact_bytes = app, dict(devices), artifact_bytes
         self._contexts: dict[int, Context] = {}
         self._hold_artifact: set[int] = set()
@@ -40,6 +59,9 @@ class InProcessGrid(RecordedGrid):
         return self.available()
 
     def replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
+        if self.cohort.buffered and all(m.metadata.message_type == MessageType.TRAIN for m in sent.values()):
+            yield from self._buffered_replies(sent)
+            return
         enough, answered = self.cohort.enough or len(sent), 0
         for place, (row_id, message) in enumerate(sent.items()):
             if answered == enough:
@@ -50,6 +72,31 @@ class InProcessGrid(RecordedGrid):
             self._record(row_id, reply, begun)
             answered += not reply.has_error()
             yield reply
+
+    def _buffered_replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
+        """The `enough` devices that are done first on a clock of our own, in order of their names (FedBuff)."""
+        theta = self._theta
+        for row_id, message in sent.items():
+            if row_id not in self._ends:
+                name = self.devices[message.metadata.dst_node_id]
+                self._ends[row_id] = (self._clock + self.duration(name, self.cohort.round), message, self.cohort.round)
+        first = sorted(self._ends, key=lambda row_id: (self._ends[row_id][0], row_id))[: self.cohort.enough]
+        for row_id in sorted(first, key=lambda row_id: self.devices[self._ends[row_id][1].metadata.dst_node_id]):
+            end, message, asked_in = self._ends.pop(row_id)
+            self._clock = max(self._clock, end)
+            begun = now()
+            reply = self._run_device(message)
+            self._record(row_id, reply, begun)
+            if not reply.has_error() and asked_in != self.cohort.round:
+                weight = np.float32(self.cohort.staleness_weight(asked_in))
+                delta = reply.content["arrays"][THETA].numpy() - message.content["arrays"][THETA].numpy()
+                reply.content["arrays"] = ArrayRecord({THETA: Array(theta + weight * delta)})
+            yield reply
+
+    def reopen(self, deadline_s: float) -> None:
+        super().reopen(deadline_s)
+        if not self._ends:  # what devices of an earlier process had under way nobody remembers
+            self.expire_older("the simulation was started again")
 
     def _close(self, row_ids: Sequence[str]) -> None:
         with self.store.write() as session:

@@ -33,8 +33,8 @@ FUTURE = timedelta(seconds=600)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(str(tmp_path / "fleet.db"))
+def store(database: str) -> Iterator[Store]:
+    opened = Store(database)
     with opened.write() as session:
         put_artifact(session, {}, "v1", [])
         session.add(

@@ -61,12 +61,12 @@ class Heard:
 class Coordinator:
     """A store with the nano artifact released, and a server on it."""
 
-    def __init__(self, folder: Path, built: BuiltArtifact, dataset: Dataset) -> None:
+    def __init__(self, database: str, folder: Path, built: BuiltArtifact, dataset: Dataset) -> None:
         self.folder, self.dataset = folder, dataset
-        self.store = Store(str(folder / "fleet.db"))
+        self.store = Store(database)
         with self.store.write() as session:
             publish_artifact(session, built, "stable", "head")
-        self.server = CoordinatorServer(self.store, ServerConfig("127.0.0.1:0", lease_s=5.0))
+        self.server = CoordinatorServer(self.store, ServerConfig("127.0.0.1:0", lease_s=5.0), folder / "spool")
         self.address = f"127.0.0.1:{self.server.start()}"
         self.size = int(built.manifest["trainable_sets"]["head"]["size"])
         self.devices: list[Device] = []
@@ -101,7 +101,7 @@ class Coordinator:
 
     def restart(self, lease_s: float = 5.0) -> None:
         self.server.stop()
-        self.server = CoordinatorServer(self.store, ServerConfig(self.address, lease_s))
+        self.server = CoordinatorServer(self.store, ServerConfig(self.address, lease_s), self.folder / "spool")
         self.server.start()
 
     def close(self) -> None:
@@ -115,8 +115,10 @@ TOKEN = "A" * 43  # what `secrets.token_urlsafe(32)` makes looks like
 
 
 @pytest.fixture
-def coordinator(tmp_path: Path, nano_built: BuiltArtifact, tiny_dataset: Dataset) -> Iterator[Coordinator]:
-    made = Coordinator(tmp_path, nano_built, tiny_dataset)
+def coordinator(
+    database: str, tmp_path: Path, nano_built: BuiltArtifact, tiny_dataset: Dataset
+) -> Iterator[Coordinator]:
+    made = Coordinator(database, tmp_path, nano_built, tiny_dataset)
     yield made
     made.close()
 
@@ -498,7 +500,7 @@ def test_hostile_uploads_get_their_status_codes(coordinator: Coordinator, channe
 
 
 def test_a_busy_port_is_told_in_a_sentence(coordinator: Coordinator) -> None:
-    second = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address))
+    second = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address), coordinator.folder)
     with pytest.raises(
         ServeError,
         match=f"cannot listen on {coordinator.address}: the address is taken or .*; choose another port",
@@ -509,7 +511,7 @@ def test_a_busy_port_is_told_in_a_sentence(coordinator: Coordinator) -> None:
 @pytest.mark.parametrize("listen", ["8765", "localhost:", ":8765", "localhost:http", "localhost:70000", ""])
 def test_what_is_not_an_address_is_refused(coordinator: Coordinator, listen: str) -> None:
     with pytest.raises(ServeError, match="is not HOST:PORT"):
-        CoordinatorServer(coordinator.store, ServerConfig(listen)).start()
+        CoordinatorServer(coordinator.store, ServerConfig(listen), coordinator.folder).start()
 
 
 def test_a_coordinator_that_is_not_there_is_told_in_a_sentence(coordinator: Coordinator) -> None:
@@ -550,7 +552,9 @@ def test_a_device_finds_a_coordinator_that_was_started_anew_and_takes_part(coord
     mark = len(heard.said)
     coordinator.server.stop()
     heard.wait("will try again: the coordinator at", mark)
-    coordinator.server = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address, lease_s=5.0))
+    coordinator.server = CoordinatorServer(
+        coordinator.store, ServerConfig(coordinator.address, lease_s=5.0), coordinator.folder
+    )
     coordinator.server.start()
     coordinator.drive(min_devices=1, rounds=1)
     assert [(r.status, r.devices) for r in coordinator.results[1:]] == [("finished", 1)]
@@ -580,7 +584,9 @@ def test_a_download_goes_on_at_another_server_where_it_broke_off(coordinator: Co
     coordinator.server.stop()
     with contextlib.suppress(Unreachable, Refused):  # what was under way may still arrive, even all of it
         received.extend(chunks)
-    coordinator.server = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address))
+    coordinator.server = CoordinatorServer(
+        coordinator.store, ServerConfig(coordinator.address), coordinator.folder / "spool"
+    )
     coordinator.server.start()
     received += link.download(digest, first_chunk=len(received))
     assert b"".join(received) == data

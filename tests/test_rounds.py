@@ -51,9 +51,9 @@ class Fleet:
     """Virtual devices of 12 examples each, training the head of the nano student."""
 
     def __init__(
-        self, folder: Path, built: BuiltArtifact, artifact: Artifact, dataset: Dataset, count: int = 4
+        self, database: str, built: BuiltArtifact, artifact: Artifact, dataset: Dataset, count: int = 4
     ) -> None:
-        self.store = Store(str(folder / "fleet.db"))
+        self.store = Store(database)
         self.trainer = PlanTrainer(artifact, "head")
         self.artifact = artifact
         everything = encode_examples(self.trainer, dataset.train, 32)
@@ -104,8 +104,8 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset) -> Iterator[Fleet]:
-    made = Fleet(tmp_path, nano_built, nano_artifact, tiny_dataset)
+def fleet(database: str, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset) -> Iterator[Fleet]:
+    made = Fleet(database, nano_built, nano_artifact, tiny_dataset)
     yield made
     made.store.close()
 
