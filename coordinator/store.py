@@ -322,7 +322,7 @@ class Store:
                 f"cannot use the database {self.name}: {error.orig}; "
                 "check that it is there, is a database and may be written"
             ) from None
-        except StoreError:
+        except BaseException:
             self.close()
             raise
 
@@ -400,18 +400,18 @@ def _revision(connection: sa.Connection) -> str | None:
 @sa.event.listens_for(Session, "after_flush")
 def _remember_moves(session: Session, _context: Any) -> None:
     """Every new status becomes a row of the history, in the same transaction; one that MOVES lacks is refused."""
-    moved = [_move(row) for row in [*session.new, *session.dirty] if isinstance(row, Run | Round | Assignment)]
-    entries = [entry for entry in moved if entry is not None]
+    told = [row for row in [*session.new, *session.dirty] if isinstance(row, Run | Round | Assignment)]
+    entries = [entry for row in told if (entry := _move(row, row in session.new)) is not None]
     if entries:
         session.connection().execute(sa.insert(History), entries)
 
 
-def _move(row: Run | Round | Assignment) -> dict[str, Any] | None:
+def _move(row: Run | Round | Assignment, is_new: bool) -> dict[str, Any] | None:
     """The history's row for what has become of one, None if its status is as before."""
     inspected: Any = sa.inspect(row)
     state = inspected.attrs
     before, repeated = state.status.history.deleted, isinstance(row, Round) and state.attempt.history.deleted
-    if not repeated and not state.status.history.added:
+    if not is_new and not repeated and not state.status.history.added:
         return None
     if before and not repeated and row.status not in MOVES[row.__tablename__].get(before[0], ()):
         name = " ".join(str(value) for value in inspected.identity or ())

@@ -53,7 +53,7 @@ from pocketfed.simulations.run import encode_examples, take
 
 LOCAL = LocalTraining(batch_size=4, learning_rate=0.01, max_length=32)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "QFedAvg": {"client_learning_rate": 0.01},
+    "QFedAvg": {"client_learning_rate": 0.01, "train_loss_key": "loss"},
     "FedAvgM": {"server_momentum": 0.9, "server_learning_rate": 0.5},
     "FedAdam": {"eta": 0.01, "beta_1": 0.9, "beta_2": 0.99},
     "FedYogi": {"eta": 0.01, "beta_1": 0.9, "beta_2": 0.99},
@@ -99,7 +99,9 @@ class Fleet:
 
     def rows(self, table: Any, run_id: int) -> list[Any]:
         with self.store.read() as session:
-            return list(session.scalars(sa.select(table).where(table.run_id == run_id)))
+            return list(
+                session.scalars(sa.select(table).where(table.run_id == run_id).order_by(*sa.inspect(table).primary_key))
+            )
 
 
 @pytest.fixture
