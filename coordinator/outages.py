@@ -14,7 +14,7 @@ from pocketfed.coordinator.store import is_outage
 log = logging.getLogger("pocketfed.coordinator")
 
 
-class Outages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Outages(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Without it an outage would be UNKNOWN to a device, as a bug is."""
 
     async def intercept_service(

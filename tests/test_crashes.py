@@ -188,3 +188,25 @@ def test_fault_01_a_publish_that_is_killed_has_published_nothing_and_can_be_repe
         assert latest_release(session, "stable").artifact_version == nano_built.version  # type: ignore[union-attr]
     assert list(find_problems(store, Assignments(store, tmp_path / "spool"))) == []
     store.close()
+
+
+def test_fault_24_the_second_coordinator_takes_over_when_the_first_is_killed(
+    database: str, port: int, tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset
+) -> None:
+    """Both are started alike, on one port: the second does not even listen until the first is gone."""
+    result = tmp_path / "result.json"
+    first = subprocess.Popen(serve("mid-aggregation", database, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert first.stdout.readline().startswith(b"listening on")
+    second = subprocess.Popen(serve("never", database, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
+    assert second.stdout is not None
+    lines = [second.stdout.readline().decode()]
+    assert first.wait(PATIENCE_S) == -signal.SIGKILL
+    lines += second.communicate(timeout=PATIENCE_S)[0].decode().splitlines()
+    first.stdout.close()
+    assert second.returncode == 0, lines
+    assert lines[0].endswith("serves this database; waiting to take over\n")
+    assert lines[1].startswith("listening on")
+    assert "goes on where it was left" in lines[2]
+    expected, _ = simulated(tmp_path, nano_built, nano_artifact, tiny_dataset)
+    assert json.loads(result.read_text())["parameters_sha256"] == expected

@@ -629,3 +629,56 @@ def test_an_unexpected_fault_gives_the_assignment_back_without_a_word_of_text(co
     with coordinator.store.read() as session:
         (assignment,) = session.scalars(sa.select(Assignment)).all()
     assert (assignment.status, assignment.error) == ("failed", "ZeroDivisionError")
+
+
+# ---- the database and the disk ---------------------------------------------------------------------------------------
+
+
+def test_fault_23_while_nothing_can_be_stored_devices_are_told_to_try_again_and_lose_nothing(
+    coordinator: Coordinator,
+) -> None:
+    """The disk is full from the first upload on, until the device has been told three times."""
+    device, heard = coordinator.device(0)
+    refused = threading.Semaphore(0)
+    assignments = coordinator.server.assignments
+    finish, left = assignments.finish, iter(range(3))
+
+    def full(*arguments: Any) -> Any:
+        if next(left, None) is not None:
+            refused.release()
+            raise OSError(28, "No space left on device")
+        return finish(*arguments)
+
+    assignments.finish = full  # type: ignore[method-assign]
+    device.start()
+    coordinator.drive(rounds=1, min_devices=1)
+    assert [refused.acquire(blocking=False) for _ in range(4)] == [True, True, True, False]
+    assert [(r.status, r.devices) for r in coordinator.results[1:]] == [("finished", 1)]
+    assert sum(s.startswith("training in") for s in heard.said) == 1  # it trained once, and sent it until it was taken
+
+
+def test_fault_23_a_database_that_is_read_only_is_unavailable_and_not_unknown(
+    coordinator: Coordinator, channel: grpc.Channel
+) -> None:
+    raw = RawDevice(channel)
+
+    def read_only(session: Any) -> None:
+        raise sa.exc.OperationalError("UPDATE", {}, Exception("attempt to write a readonly database"))
+
+    coordinator.store.fence = read_only
+    says = "the coordinator cannot store anything now; try again later"
+    expect(grpc.StatusCode.UNAVAILABLE, says, lambda: raw.check_in(0.0).result())
+    coordinator.store.fence = None
+    assert raw.check_in(0.0).result().HasField("wait")
+
+
+def test_a_device_whose_connection_ends_is_gone_at_once(coordinator: Coordinator) -> None:
+    with grpc.insecure_channel(coordinator.address) as opened:
+        asked = RawDevice(opened).check_in(60.0)
+        grid = FleetGrid(coordinator.server.assignments, 1, lambda: coordinator.server.online("stable"), 1, 5.0)
+        assert list(grid.wait_available(1, PATIENCE_S, lambda: False).values()) == ["raw"]
+        asked.cancel()
+    end = time.monotonic() + PATIENCE_S
+    while coordinator.server.online("stable") and time.monotonic() < end:
+        time.sleep(0.01)
+    assert coordinator.server.online("stable") == {}
