@@ -669,3 +669,56 @@ def test_settings_of_a_run_come_back_from_the_store_as_they_were(fleet: Fleet) -
         assert RunConfig.from_dict(session.get_one(Run, run_id).config) == fleet.config
         assert dataclasses.replace(fleet.config, seed=4) != fleet.config
         assert session.scalar(sa.select(sa.func.count()).select_from(Device)) == 6
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_fault_34_many_rounds_leave_files_open_and_rows_as_they_were(fleet: Fleet) -> None:
+    """`benchmarks/soak.py` does it by the thousand, and looks at memory too."""
+    run_id = fleet.create(rounds=30, retain_rounds=3, strategy="FedAdam", local=dataclasses.replace(LOCAL, max_steps=1))
+    seen: dict[int, tuple[int, ...]] = {}
+
+    def look(result: RoundResult) -> None:
+        with fleet.store.read() as session:
+            counts = [
+                session.scalar(sa.select(sa.func.count()).select_from(t)) for t in (Assignment, Update, Blob, History)
+            ]
+        seen[result.number] = (len(list(Path("/proc/self/fd").iterdir())), *counts)
+
+    fleet.go_on(run_id, look)
+    files, *rows = zip(*(seen[number] for number in (10, 20, 30)), strict=True)
+    assert max(files) - min(files) <= 1
+    assert [len(set(counts)) for counts in rows] == [1, 1, 1, 1]
+
+
+# ---- what `serve` does with them -------------------------------------------------------------------------------------
+
+
+def test_runs_that_were_left_are_gone_on_with_or_given_up(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    from pocketfed.cli.fleet import _unfinished
+
+    first, second = fleet.create(rounds=2), fleet.create(rounds=3)
+    fleet.go_on(first)
+    assert _unfinished(fleet.store, resume=True) == [(second, fleet.config)]
+    assert _unfinished(fleet.store, resume=False) == []
+    assert capsys.readouterr().out == f"run {second}: given up\n"
+    with fleet.store.read() as session:
+        given_up = session.get_one(Run, second)
+        assert (given_up.status, given_up.reason) == ("failed", "given up by the operator")
+    assert unfinished_runs(fleet.store) == []
+
+
+def test_fault_23_serve_waits_for_space_and_for_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    from pocketfed.cli.fleet import _patiently
+
+    troubles = iter([OSError(28, "No space left on device")])
+
+    def drive() -> str:
+        for trouble in troubles:
+            raise trouble
+        return "done"
+
+    assert _patiently(drive, lambda: False) == "done"
+    assert capsys.readouterr().out == "cannot go on: [Errno 28] No space left on device; trying again in 1 s\n"
+    troubles = iter([FileNotFoundError(2, "No such file")])
+    with pytest.raises(FileNotFoundError):
+        _patiently(drive, lambda: False)
