@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, History, Store, Update, is_digest, now, printable
+from pocketfed.coordinator.store import Assignment, Device, History, Run, Store, Update, is_digest, now, printable
 
 OPEN = ("offered", "accepted")
 AWAY_S = 2.0  # a device that has its answer is back, or sends its first heartbeat, within so long
@@ -294,16 +294,20 @@ class Assignments:
         return update.bytes == 0 or (path.exists() and path.stat().st_size == update.bytes)
 
     def sweep(self) -> int:
-        """Delete what is in the spool for assignments that are settled, or unknown. Returns how many files."""
+        """Delete what is in the spool for assignments that are settled, or unknown. Returns of how many.
+
+        Updates of a run that is to retain them stay.
+        """
         files: dict[str, list[Path]] = {}
         for path in self.spool.iterdir():
             if path.suffix in (".update", ".part"):
                 files.setdefault(path.stem, []).append(path)
         with self.store.read() as session:
             for some in _portions(list(files)):
-                wanted = sa.select(Assignment.id).where(Assignment.id.in_(some))
-                for row_id in session.scalars(wanted.where(Assignment.status.in_((*OPEN, "uploaded")))):
-                    del files[row_id]
+                known = sa.select(Assignment.id, Assignment.status, Run.config).join(Run).where(Assignment.id.in_(some))
+                for row_id, status, config in session.execute(known):
+                    if status in (*OPEN, "uploaded") or config.get("retain_updates"):
+                        del files[row_id]
         for path in (path for paths in files.values() for path in paths):
             path.unlink(missing_ok=True)
         return len(files)

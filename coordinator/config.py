@@ -128,6 +128,10 @@ class RunConfig:
                 f"a buffer of {self.buffer} with a quorum of {self.quorum} may never fill with "
                 f"{self.cohort or self.min_devices} devices at work; lower them, or raise min_devices"
             )
+        if self.mode == "fedbuff" and self.evaluate_on_devices:
+            raise RunConfigError(
+                "evaluate_on_devices waits for every device, as fedbuff does not; give test_data instead"
+            )
         if self.mode == "fedbuff" and self.quorum > self.buffer:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")
 

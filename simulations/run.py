@@ -235,7 +235,7 @@ def _simulate(
             should_stop=should_stop,
         )
     except BaseException as error:
-        give_up(store, run_id, str(error))  # nobody comes back to a simulation
+        give_up(store, run_id, str(error) or type(error).__name__)  # nobody comes back to a simulation
         raise
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,

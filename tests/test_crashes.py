@@ -81,8 +81,8 @@ def command(point: str, *arguments: str) -> list[str]:
 
 def serve(point: str, database: str, port: int, result: Path, settings: list[str] = SETTINGS) -> list[str]:
     chosen = [word for setting in settings for word in ("--set", setting)]
-    where = ("--database", database, "--listen", f"127.0.0.1:{port}", "--exit-when-done", "--json", str(result))
-    return command(point, "serve", *where, *chosen)
+    where = ("--database", database, "--spool", str(result.with_name("spool")), "--listen", f"127.0.0.1:{port}")
+    return command(point, "serve", *where, "--exit-when-done", "--json", str(result), *chosen)
 
 
 def run(words: list[str], folder: Path) -> tuple[int, str]:
@@ -98,12 +98,13 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def database(tmp_path: Path, nano_built: BuiltArtifact) -> str:
-    store = Store(str(tmp_path / "fleet.db"))
+def released(database: str, nano_built: BuiltArtifact) -> str:
+    """A database with the nano artifact released."""
+    store = Store(database)
     with store.write() as session:
         publish_artifact(session, nano_built, "stable", "head")
     store.close()
-    return str(tmp_path / "fleet.db")
+    return database
 
 
 @pytest.fixture
@@ -141,18 +142,19 @@ def simulated(folder: Path, built: BuiltArtifact, artifact: Artifact, dataset: D
 
 
 def test_fault_01_a_coordinator_killed_at_every_point_ends_with_the_hash_of_the_uninterrupted_run(
-    database: str, port: int, tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset
+    released: str, port: int, tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset
 ) -> None:
     result = tmp_path / "result.json"
-    for point in POINTS:
-        code, said = run(serve(point, database, port, result), tmp_path)
+    on_postgresql = ("between upload and receipt", "mid-aggregation", "within the commit", "before the release")
+    for point in on_postgresql if "://" in released else POINTS:
+        code, said = run(serve(point, released, port, result), tmp_path)
         assert code == -signal.SIGKILL, (point, said)
         assert not result.exists()
-    code, said = run(serve("never", database, port, result), tmp_path)
+    code, said = run(serve("never", released, port, result), tmp_path)
     assert code == 0, said
 
     expected, rounds = simulated(tmp_path, nano_built, nano_artifact, tiny_dataset)
-    store = Store(database, create=False)
+    store = Store(released, create=False)
     with store.read() as session:
         found = list(session.scalars(sa.select(Round.parameters).order_by(Round.number)))
         assert found == rounds, "the first round that differs tells the point"
@@ -166,19 +168,18 @@ def test_fault_01_a_coordinator_killed_at_every_point_ends_with_the_hash_of_the_
         assert session.scalar(sa.select(sa.func.count()).select_from(Update)) == len(parts)
         assert session.scalars(sa.select(Run.status)).all() == ["finished"]
         assert session.scalar(sa.select(sa.func.count()).select_from(Release)) == 2  # the artifact's and the run's
-    assignments = Assignments(store, tmp_path / "fleet.db.spool")
+    assignments = Assignments(store, tmp_path / "spool")
     assert list(find_problems(store, assignments)) == []
     assert [path.name for path in assignments.spool.iterdir()] == ["lock"]
     store.close()
 
 
 def test_fault_01_a_publish_that_is_killed_has_published_nothing_and_can_be_repeated(
-    tmp_path: Path, nano_built: BuiltArtifact
+    database: str, tmp_path: Path, nano_built: BuiltArtifact
 ) -> None:
-    path = str(tmp_path / "fleet.db")
-    words = ("publish", str(nano_built.folder), "--channel", "stable", "--database", path)
+    words = ("publish", str(nano_built.folder), "--channel", "stable", "--database", database)
     assert run(command("during publish", *words), tmp_path)[0] == -signal.SIGKILL
-    store = Store(path, create=False)
+    store = Store(database, create=False)
     with store.read() as session:
         for table in (ArtifactRow, Blob, Chunk, Release):
             assert session.scalar(sa.select(sa.func.count()).select_from(table)) == 0
@@ -190,15 +191,16 @@ def test_fault_01_a_publish_that_is_killed_has_published_nothing_and_can_be_repe
     store.close()
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_fault_24_the_second_coordinator_takes_over_when_the_first_is_killed(
-    database: str, port: int, tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset
+    released: str, port: int, tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset
 ) -> None:
     """Both are started alike, on one port: the second does not even listen until the first is gone."""
     result = tmp_path / "result.json"
-    first = subprocess.Popen(serve("mid-aggregation", database, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
+    first = subprocess.Popen(serve("mid-aggregation", released, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
     assert first.stdout is not None
     assert first.stdout.readline().startswith(b"listening on")
-    second = subprocess.Popen(serve("never", database, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
+    second = subprocess.Popen(serve("never", released, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
     assert second.stdout is not None
     lines = [second.stdout.readline().decode()]
     assert first.wait(PATIENCE_S) == -signal.SIGKILL

@@ -402,6 +402,7 @@ def test_over_selection_asks_more_and_counts_the_first(fleet: Fleet) -> None:
         ({"over_selection": 0.5}, "over_selection is 0.5, of nothing; set cohort"),
         ({"mode": "async"}, "mode is 'async'; choose sync or fedbuff"),
         ({"mode": "fedbuff", "buffer": 5, "min_devices": 4}, "a buffer of 5 with a quorum of 1 may never fill with 4"),
+        ({"mode": "fedbuff", "buffer": 2, "evaluate_on_devices": True}, "give test_data instead"),
         ({"mode": "fedbuff", "buffer": 2, "min_devices": 4, "quorum": 3}, "quorum 3 can never be met by a buffer of 2"),
     ],
 )
@@ -648,6 +649,18 @@ def test_fault_33_the_order_of_arrival_does_not_matter(fleet: Fleet, tmp_path: P
         results.append(drive_run(fleet.store, run_id, grid, fleet.config, on_settled=assignments.forget))
         threads[0].join()
     assert results[0].tobytes() == results[1].tobytes()
+
+
+def test_retained_updates_survive_the_sweep_and_others_do_not(fleet: Fleet, tmp_path: Path) -> None:
+    for retain in (True, False):
+        inbox = Inbox(fleet, tmp_path / f"spool-{retain}")
+        inbox.run_id = fleet.create(retain_updates=retain)
+        inbox.offer(fleet, number=1, seed=int(retain))
+        assert inbox.hand_in(1, 1, b"delta" + bytes([retain])).accepted
+        with fleet.store.write() as session:
+            session.get_one(Assignment, inbox.name(1, 1)).status = "aggregated"
+        assert inbox.assignments.sweep() == (0 if retain else 1)
+        assert inbox.assignments.upload_path(inbox.name(1, 1)).exists() == retain
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
