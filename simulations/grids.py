@@ -34,7 +34,7 @@ class InProcessGrid(RecordedGrid):
         self._hold_artifact: set[int] = set()
 
     def available(self) -> dict[int, str]:
-        return dict(self.devices)
+        return {node: name for node, name in self.devices.items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
         return self.available()
