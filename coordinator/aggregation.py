@@ -102,7 +102,7 @@ def read_delta(path: Path, size: int) -> Vector:
 
 def _read_all(descriptor: int, into: NDArray[np.uint8], offset: int = 0) -> bool:
     """One call reads at most 2 GiB."""
-    view, done = memoryview(into), 0
+    view, done = memoryview(into.data), 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if not count:
@@ -201,7 +201,7 @@ def trimmed_mean(deltas: Sequence[Delta], beta: float) -> Float64:
     """Each coordinate's mean without its ⌊beta · n⌋ smallest and largest values (Yin et al. 2018, definition 2)."""
     result, cut = np.empty(deltas[0].size), int(beta * len(deltas))
     for place, values in blocks(deltas):
-        ordered = np.sort(values, axis=0)[cut : len(deltas) - cut]
+        ordered: Vector = np.sort(values, axis=0)[cut : len(deltas) - cut]
         result[place] = ordered.mean(axis=0, dtype=np.float64)
     return result
 

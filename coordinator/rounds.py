@@ -21,7 +21,8 @@ from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.grid import Cohort, RecordedGrid, Stopped
 from pocketfed.coordinator.sampling import sample_cohort
-from pocketfed.coordinator.screening import Tally, recall, screen, screen_measured, set_aside, with_common_metrics
+from pocketfed.coordinator.screening import Tally, screen, screen_measured, with_common_metrics
+from pocketfed.coordinator.standing import recall, set_aside
 from pocketfed.coordinator.store import (
     Artifact,
     Assignment,
@@ -162,14 +163,7 @@ def drive_run(
     try:
         strategy = make_strategy(config.strategy, config.strategy_options)
         theta, size = starting_theta(store, run_id)
-        limits = Limits(
-            size,
-            config.max_examples,
-            config.max_update_norm,
-            config.clip_factor,
-            config.refuse_factor,
-            config.examples_factor,
-        )
+        limits = Limits.of(size, config)
         run = Driven(store, run_id, grid, strategy, limits, config, evaluate, on_settled)
         on_round(_measure_start(store, run_id, theta, evaluate))
         failed_in_a_row = 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import sqlalchemy as sa
-from sqlalchemy.orm import Session
 
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
@@ -17,10 +16,8 @@ from flwr.app import ArrayRecord, Message
 
 from pocketfed.coordinator.aggregation import Delta, norm
 from pocketfed.coordinator.grid import UNREADABLE
-from pocketfed.coordinator.store import Assignment, Round, Store, Update
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import (
-    WINDOW,
     History,
     Limits,
     Reference,
@@ -59,26 +56,6 @@ class _Inspected:
     delta: Delta | None = None
     norm: float | None = None
     refusal: Refusal | None = None
-
-
-def recall(store: Store, run_id: int, number: int) -> History:
-    """What the rounds before `number` accepted: taken from the store, so that a coordinator that starts again knows it."""
-    newest = (
-        sa.select(Update.norm, Update.num_examples, Update.digest, Assignment.round)
-        .join(Assignment, Assignment.id == Update.assignment_id)
-        .join(Round, sa.and_(Round.run_id == Assignment.run_id, Round.number == Assignment.round))
-        .where(Assignment.run_id == run_id, Assignment.round < number, Round.status == "finished")
-        .where(Assignment.kind == "train", Assignment.status == "aggregated", Update.norm.is_not(None))
-        .order_by(Assignment.round.desc(), Update.norm, Update.digest)
-        .limit(WINDOW)
-    )
-    with store.read() as session:
-        rows = list(reversed(session.execute(newest).all()))
-    return History(
-        tuple(row.norm for row in rows),
-        tuple(row.num_examples for row in rows),
-        {row.digest: row.round for row in rows if row.digest},
-    )
 
 
 def screen(
@@ -135,12 +112,12 @@ def _inspect_all(
         found = _inspect(reply, start, size)
         digest = str(reply.content["update"]["digest"]) if "update" in reply.content else ""
         if digest and found.refusal is None:
-            copied = None
             if digest in here:
                 copied = Refusal("duplicate", "another device of this round has handed in the very same bytes")
+                found = dataclasses.replace(found, refusal=copied)
             elif digest in digests:
                 copied = Refusal("repeated", f"the very same bytes were handed in in round {digests[digest]}")
-            found = _Inspected(reply, found.delta, found.norm, copied)
+                found = dataclasses.replace(found, refusal=copied)
             here.add(digest)
         yield found
 
@@ -184,15 +161,17 @@ def _judge(found: _Inspected, start: Vector, limits: Limits, known: Reference, t
         return
     tally.statuses[row_id] = ("aggregated", None, found.norm)
     record, delta = reply.content["metrics"], found.delta
-    scale = clip_scale(found.norm, limits, known)
+    scale, told = clip_scale(found.norm, limits, known), record["num-examples"]
+    counted = capped_examples(told, limits, known)
+    if counted < told:
+        record["num-examples"], tally.capped = counted, tally.capped + 1
     if scale < 1.0:
         delta, tally.clipped = delta.scaled(scale), tally.clipped + 1
-    told = record["num-examples"]
-    record["num-examples"] = capped_examples(told, limits, known)
-    tally.capped += record["num-examples"] < told
-    arrays = ArrayRecord()
-    arrays[THETA] = DeltaArray(start, delta)  # not in the constructor: that would make a plain Array of it
-    reply.content["arrays"] = arrays
+    array = reply.content["arrays"][THETA]
+    if not isinstance(array, DeltaArray) or array.delta is not delta:
+        arrays = ArrayRecord()
+        arrays[THETA] = DeltaArray(start, delta)  # not in the constructor: that would make a plain Array of it
+        reply.content["arrays"] = arrays
     yield reply
 
 
@@ -214,35 +193,3 @@ def with_common_metrics(replies: Iterable[Message]) -> list[Message]:
         for name in set(record) - common:
             del record[name]
     return held
-
-
-# ---- devices that do it again ----------------------------------------------------------------------------------------
-
-
-def offences(session: Session, run_id: int) -> dict[int, int]:
-    """Device id -> how many of its updates the run has quarantined."""
-    rows = session.execute(
-        sa.select(Assignment.device_id, sa.func.count())
-        .where(Assignment.run_id == run_id, Assignment.kind == "train", Assignment.status == "quarantined")
-        .group_by(Assignment.device_id)
-    )
-    return {row[0]: row[1] for row in rows}
-
-
-def set_aside(store: Store, run_id: int, most: int) -> set[int]:
-    """The devices that the run samples no more: `most` of their updates were quarantined. 0: nobody is set aside."""
-    with store.read() as session:
-        return {device for device, count in offences(session, run_id).items() if most and count >= most}
-
-
-def last_refusal(session: Session, device_id: int) -> str | None:
-    """Why the device's last update was not used, in a sentence for its log; None if it was, or is still open."""
-    last = session.scalars(
-        sa.select(Assignment)
-        .where(Assignment.device_id == device_id, Assignment.kind == "train")
-        .order_by(Assignment.offered_at.desc())
-        .limit(1)
-    ).first()
-    if last is None or last.status != "quarantined":
-        return None
-    return f"the update for round {last.round} was not used: {last.error}"

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketfed.coordinator.config import RunConfig
+
 WINDOW = 256  # accepted updates that the running quantiles are taken over
 ENOUGH = 3  # of fewer updates a median says nothing
 LARGEST = 1e18  # a norm whose square float32 cannot hold: no model that still works is so far away
+SMALLEST = float(np.finfo(np.float32).tiny)  # what is below is denormal
 TINY = 1e-6  # of the median norm: less is not trained
 
 
@@ -49,6 +52,17 @@ class Limits:
     clip_factor: float = 0.0
     refuse_factor: float = 0.0
     examples_factor: float = 0.0
+
+    @classmethod
+    def of(cls, size: int, config: RunConfig) -> Limits:
+        return cls(
+            size,
+            config.max_examples,
+            config.max_update_norm,
+            config.clip_factor,
+            config.refuse_factor,
+            config.examples_factor,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,7 @@ def check_values(delta: NDArray[np.float32], norm: float) -> Refusal | None:
     if not math.isfinite(norm):
         bad = int((~np.isfinite(delta)).sum())
         return Refusal("not_finite", f"{bad} of the update's {len(delta)} values are not finite")
-    if norm < np.finfo(np.float32).tiny * math.sqrt(len(delta)):  # nothing but zeros and denormals
+    if norm < SMALLEST * math.sqrt(len(delta)):
         return Refusal("zero", "the update changes nothing: all of its values are zero, or as good as that")
     return None
 
