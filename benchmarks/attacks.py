@@ -280,29 +280,36 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
             theta = aggregate(plain, theta, replies(theta, sent, ours=True))
         began = fleet.measure(theta)
         cells = {}
-        for aggregator in aggregators(arguments.devices):
-            for attack in ATTACKS:
+        for aggregator in chosen(arguments.aggregators, aggregators(arguments.devices)):
+            for attack in chosen(arguments.attacks, ATTACKS):
                 cells[f"{aggregator} | {attack}"] = run_cell(
                     fleet, theta, arguments.warm_up + 1, arguments.rounds, attack, aggregator, limits
                 )
     return {"seed": seed, "start": began[0], "start_fooled": began[1], "cells": cells}
 
 
-def table(runs: Sequence[Mapping[str, Any]], devices: int) -> str:
+def chosen(words: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that one of the words, between commas, occurs in; all if there are no words."""
+    return [name for name in names if not words or any(word in name for word in words.split(","))]
+
+
+def table(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> str:
     """Markdown: mean test accuracy; for backdoors also how often the trigger works."""
-    lines = ["| aggregator | " + " | ".join(ATTACKS) + " |", "|---" * (len(ATTACKS) + 1) + "|"]
-    for aggregator in aggregators(devices):
+    attacks = chosen(arguments.attacks, ATTACKS)
+    lines = ["| aggregator | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
+    for aggregator in chosen(arguments.aggregators, aggregators(arguments.devices)):
         row = []
-        for attack in ATTACKS:
+        for attack in attacks:
             found = [run["cells"][f"{aggregator} | {attack}"] for run in runs]
             text = f"{statistics.mean(c['accuracy'] for c in found):.3f}"
             if "backdoor" in attack or attack == "none":
                 text += f" ({statistics.mean(c['fooled'] for c in found):.2f})"
             row.append(text)
         lines.append(f"| {aggregator} | " + " | ".join(row) + " |")
-    for word in ("flagged", "refused"):
+    screened = "ours: StreamingFedAvg" in chosen(arguments.aggregators, aggregators(arguments.devices))
+    for word in ("flagged", "refused") if screened else ():
         row = []
-        for attack in ATTACKS:
+        for attack in attacks:
             found = [run["cells"][f"ours: StreamingFedAvg | {attack}"] for run in runs]
             row.append(
                 f"{sum(c[word] for c in found):g}"
@@ -324,6 +331,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="attacked rounds")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--attacks", default="", help="only those whose names hold one of these words, e.g. none,flip")
+    parser.add_argument("--aggregators", default="", help="likewise, e.g. FedAvg")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -334,7 +343,7 @@ def main() -> None:
         print(f"seed {seed}: {time.process_time() - begun:.0f} s of CPU, {runs[-1]['start']:.3f} before", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(runs, indent=1) + "\n")
-    print(table(runs, arguments.devices))
+    print(table(runs, arguments))
 
 
 if __name__ == "__main__":

@@ -226,7 +226,8 @@ def krum_scores(deltas: Sequence[Delta], malicious: int) -> Float64:
     np.fill_diagonal(distances, math.inf)
     nearest: Float64 = np.sort(distances, axis=1)[:, : max(1, count - malicious - 2)]
     # BLAS may sum in another order with more threads; who is chosen should not hang on the last bits.
-    return nearest.sum(axis=1).astype(np.float32).astype(np.float64)
+    scores: Float64 = nearest.sum(axis=1).astype(np.float32).astype(np.float64)
+    return scores
 
 
 def krum(deltas: Sequence[Delta], weights: Sequence[float], malicious: int, chosen: int) -> Float64:
@@ -257,4 +258,5 @@ def geometric_median(
 
 def apply(start: Vector, difference: NDArray[Any]) -> Vector:
     """start + difference, added in float64."""
-    return (start.astype(np.float64) + difference).astype(np.float32)
+    moved: Vector = (start.astype(np.float64) + difference).astype(np.float32)
+    return moved
