@@ -163,12 +163,12 @@ def test_fault_06_to_10_are_told_from_uploads_in_the_spool_too(tmp_path: Path) -
     assert after.tobytes() == without.tobytes()
 
 
-def test_fault_08_a_boast_counts_as_three_times_the_median_and_no_more() -> None:
+def test_fault_08_a_boast_counts_as_four_times_the_median_and_no_more() -> None:
     deltas = [np.zeros(SIZE, np.float32) + v for v in (1, 1, 1, 2)]
     replies = [trained(f"d{i}", d, n) for i, (d, n) in enumerate(zip(deltas, (10, 10, 10, 10**9), strict=True))]
     after, tally = result(replies)
     assert tally.capped == 1
-    assert after - START == pytest.approx((30 * 1 + 30 * 2) / 60)
+    assert after - START == pytest.approx((30 * 1 + 40 * 2) / 70)
 
 
 def test_fault_08_without_any_weight_nothing_is_aggregated() -> None:
