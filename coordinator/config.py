@@ -81,6 +81,11 @@ class RunConfig:
     lease_s: float = 30.0  # without a heartbeat for this long a device counts as gone
     max_examples: int = 10_000  # the most that one device's weight can be
     max_update_norm: float = 0.0  # larger updates are quarantined; 0 for no limit
+    # The next three count medians of what the run has accepted lately; 0 switches one off.
+    examples_factor: float = 4.0  # larger weights are lowered to that
+    clip_factor: float = 3.0  # longer updates are scaled down to that
+    refuse_factor: float = 30.0  # longer ones are quarantined
+    max_offences: int = 3  # quarantined updates before the run samples a device no more; 0 for never
     evaluate_on_devices: bool = False  # ask the cohort to measure each round's result on its own examples
     test_data: str = ""  # labelled texts on the coordinator, measured after every round
     retain_updates: bool = False  # keep what devices sent in the spool once its round has committed
@@ -109,6 +114,10 @@ class RunConfig:
                 "lease_s": (0.1, 86400),
                 "max_examples": (1, 10**9),
                 "max_update_norm": (0, sys.float_info.max),
+                "examples_factor": (0, MAX_S),
+                "clip_factor": (0, MAX_S),
+                "refuse_factor": (0, MAX_S),
+                "max_offences": (0, 10**9),
             },
         )
         for name in ("name", "channel"):

@@ -15,6 +15,7 @@ from pocketfed.coordinator.assignments import AWAY_S, Header, UploadError
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import describe_release
 from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_gone, mark_seen
+from pocketfed.coordinator.standing import last_refusal
 from pocketfed.coordinator.store import latest_release, now
 from pocketfed.model.parameters import vector_bytes
 from pocketfed.protos import fleet_pb2 as pb
@@ -123,6 +124,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 reply.release.CopyFrom(describe_release(session, newest))
             if found is not None:
                 reply.assignment.CopyFrom(self._describe(session, found))
+            elif why := last_refusal(session, device_id):
+                reply.wait.reason += f"; {why}"
         return reply
 
     def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:

@@ -15,14 +15,15 @@ import sqlalchemy as sa
 from pocketfed.coordinator import flwr_compat
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from sqlalchemy.orm import Session
 
+from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.assignments import OPEN, Assignments
 from pocketfed.coordinator.store import Assignment, Device, Round, Store, Update, now, put_blob
-from pocketfed.coordinator.strategy import THETA
-from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
+from pocketfed.coordinator.strategy import THETA, DeltaArray
+from pocketfed.model.parameters import Vector, encode_vector
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
@@ -74,6 +75,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
     def __init__(self, store: Store, run_id: int) -> None:
         self.store, self.run_id = store, run_id
         self.cohort = Cohort()
+        self.set_aside: set[int] = set()  # nodes that are not asked any more
         self.offer_s: float | None = None  # an assignment that nobody accepts within this long expires
         self.should_stop: Callable[[], bool] = lambda: False  # asked while replies are awaited
         self._sent: dict[str, Message] = {}
@@ -239,7 +241,7 @@ class FleetGrid(RecordedGrid):
         self.assignments, self.size, self._online = assignments, size, online
 
     def available(self) -> dict[int, str]:
-        return dict(self._online())
+        return {node: name for node, name in self._online().items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
         end = time.monotonic() + timeout_s
@@ -365,16 +367,12 @@ class FleetGrid(RecordedGrid):
         )  # last: no metric takes its place
         if row.kind == "evaluate":
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
-        try:
-            delta = decode_vector("delta", self.assignments.upload_path(row_id).read_bytes(), self.size)
-        except (ParametersError, OSError) as error:
-            return Message(Error(UNREADABLE, str(error)), reply_to=message)
         if theta is None:
             theta = message.content["arrays"][THETA].numpy()
-        if weight != 1.0:
-            delta = delta * np.float32(weight)
+        arrays = ArrayRecord()
+        arrays[THETA] = DeltaArray(theta, Delta(self.assignments.upload_path(row_id), self.size, weight))
         content = {
-            "arrays": ArrayRecord({THETA: Array(theta + delta)}),
+            "arrays": arrays,
             "metrics": metrics,
             "update": ConfigRecord({"bytes": update.bytes, "digest": update.digest}),
         }

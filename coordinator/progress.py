@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.retention import delete_blobs
+from pocketfed.coordinator.screening import Tally
 from pocketfed.coordinator.store import (
     Artifact,
     Assignment,
@@ -63,17 +64,6 @@ class RoundResult:
         """As JSON files have it: the number is called `round`."""
         values = dataclasses.asdict(self)
         return {"round": values.pop("number"), **values}
-
-
-@dataclass
-class Tally:
-    """What became of a round's assignments: id -> (status, reason, norm)."""
-
-    statuses: dict[str, tuple[str, str | None, float | None]] = field(default_factory=dict)
-
-    @property
-    def accepted(self) -> int:
-        return sum(status == "aggregated" for status, _, _ in self.statuses.values())
 
 
 @dataclass(frozen=True)

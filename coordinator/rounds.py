@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy as np
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import Strategy
 
 from pocketfed.coordinator.config import RunConfig
-from pocketfed.coordinator.grid import UNREADABLE, Cohort, RecordedGrid, Stopped
+from pocketfed.coordinator.grid import Cohort, RecordedGrid, Stopped
 from pocketfed.coordinator.leadership import Deposed
 from pocketfed.coordinator.progress import (
     Attempt,
@@ -26,7 +26,6 @@ from pocketfed.coordinator.progress import (
     Place,
     RoundResult,
     RunError,
-    Tally,
     begin_attempt,
     begin_run,
     commit_attempt,
@@ -41,13 +40,15 @@ from pocketfed.coordinator.progress import (
 )
 from pocketfed.coordinator.retention import forget_rounds
 from pocketfed.coordinator.sampling import sample_cohort
+from pocketfed.coordinator.screening import Tally, screen, screen_measured, with_common_metrics
+from pocketfed.coordinator.standing import recall, set_aside
 from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage
 from pocketfed.coordinator.strategy import THETA, make_strategy
 from pocketfed.coordinator.strategy_state import capture, decode_state, encode_state, restore
-from pocketfed.coordinator.validation import Limits, check_update
+from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector
 
-__all__ = ["RoundResult", "RunError", "Tally", "create_run", "drive_run", "local_config", "screen", "starting_theta"]
+__all__ = ["RoundResult", "RunError", "create_run", "drive_run", "local_config", "starting_theta"]
 
 Evaluate = Callable[[Vector], Mapping[str, float]]  # theta (P,) -> {"loss", "accuracy", ...}
 
@@ -123,7 +124,7 @@ def _drive(
         place = find_place(store, run_id)
     if place.state is not None:
         restore(strategy, decode_state(place.state)["strategy"])
-    limits = Limits(place.theta.size, config.max_examples, config.max_update_norm)
+    limits = Limits.of(place.theta.size, config)
     run = Driven(store, run_id, grid, strategy, limits, config, evaluate, on_settled)
     reason = "before this coordinator came"
     while True:
@@ -185,6 +186,7 @@ def _sample(run: Driven, number: int, attempt: int) -> Mapping[int, str]:
     """
     config, should_stop = run.config, run.grid.should_stop
     working = run.grid.working() if config.mode == "fedbuff" else {}
+    run.grid.set_aside = set_aside(run.store, run.id, config.max_offences)
     devices = run.grid.wait_available(config.min_devices - len(working), config.wait_s, should_stop)
     if should_stop():
         raise Stopped(f"stopped before round {number}")
@@ -209,13 +211,15 @@ def _train_round(run: Driven, number: int, theta: Vector) -> tuple[Vector, str |
     arrays = ArrayRecord({THETA: Array(theta)})
     messages = run.strategy.configure_train(number, arrays, local_config(run.config), run.grid)
     tally = Tally()
-    replies = screen(run.grid.send_and_receive(messages, timeout=run.config.deadline_s), theta, run.limits, tally)
+    sent = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
+    replies = screen(sent, theta, run.limits, tally, recall(run.store, run.id, number))
     # Flower's strategies look at the replies more than once; ours folds them in as they come.
     given = replies if _streams(run.strategy) else with_common_metrics(replies)
     aggregated, metrics = run.strategy.aggregate_train(number, given)
     for _ in replies:  # whatever the strategy did not ask for is screened and recorded all the same
         pass
     trained = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float))}
+    trained |= {k: float(v) for k, v in (("clipped", tally.clipped), ("capped", tally.capped)) if v}
     if aggregated is None or tally.accepted < run.config.quorum:
         return theta, f"{tally.accepted} of at least {run.config.quorum} updates were usable", tally, trained
     result = np.ascontiguousarray(aggregated[THETA].numpy(), np.float32)
@@ -232,45 +236,6 @@ def _streams(strategy: Strategy) -> bool:
 def local_config(config: RunConfig) -> ConfigRecord:
     """The message's config: TrainConfig's fields, and the run's seed (devices mix in their name and the round)."""
     return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed})
-
-
-def screen(replies: Iterable[Message], theta: Vector, limits: Limits, tally: Tally) -> Iterator[Message]:
-    """Only the replies that may touch the model, their weights capped. What became of each is tallied."""
-    for reply in replies:
-        row_id = reply.metadata.reply_to_message_id
-        if reply.has_error():
-            status = "quarantined" if reply.error.code == UNREADABLE else "failed"
-            tally.statuses[row_id] = (status, str(reply.error.reason)[:500], None)
-            continue
-        record = reply.content["metrics"]
-        arrays = {name: array.numpy() for name, array in reply.content["arrays"].items()}
-        verdict = check_update(theta, arrays, record.get("num-examples"), limits)
-        if verdict.reason is not None:
-            tally.statuses[row_id] = ("quarantined", verdict.reason[:500], verdict.norm)
-            continue
-        tally.statuses[row_id] = ("aggregated", None, verdict.norm)
-        record["num-examples"] = min(record["num-examples"], limits.max_examples)
-        yield reply
-
-
-def screen_measured(replies: Iterable[Message], max_examples: int) -> Iterator[Message]:
-    """Only the evaluations that count examples, their weights capped."""
-    for reply in replies:
-        if not reply.has_error() and reply.content["metrics"]["num-examples"] >= 1:
-            record = reply.content["metrics"]
-            record["num-examples"] = min(record["num-examples"], max_examples)
-            yield reply
-
-
-def with_common_metrics(replies: Iterable[Message]) -> list[Message]:
-    """Replies without the metrics that not all of them have: Flower's strategies refuse the whole round over one."""
-    held = list(replies)
-    records = [reply.content["metrics"] for reply in held if not reply.has_error()]
-    common = set.intersection(*(set(record) for record in records)) if records else set()
-    for record in records:
-        for name in set(record) - common:
-            del record[name]
-    return held
 
 
 def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dict[str, float]:

@@ -11,13 +11,16 @@ import numpy as np
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
 # isort: split
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
+from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.grid import ENOUGH, FAILED, RecordedGrid
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
-from pocketfed.coordinator.strategy import THETA
+from pocketfed.coordinator.strategy import THETA, DeltaArray
+from pocketfed.coordinator.validation import check_form
+from pocketfed.model.parameters import Vector
 
 
 def random_duration(device: str, round_number: int) -> float:
@@ -53,7 +56,7 @@ class InProcessGrid(RecordedGrid):
         self._hold_artifact: set[int] = set()
 
     def available(self) -> dict[int, str]:
-        return dict(self.devices)
+        return {node: name for node, name in self.devices.items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
         return self.available()
@@ -75,7 +78,6 @@ class InProcessGrid(RecordedGrid):
 
     def _buffered_replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
         """The `enough` devices that are done first on a clock of our own, in order of their names (FedBuff)."""
-        theta = self._theta
         for row_id, message in sent.items():
             if row_id not in self._ends:
                 name = self.devices[message.metadata.dst_node_id]
@@ -88,9 +90,8 @@ class InProcessGrid(RecordedGrid):
             reply = self._run_device(message)
             self._record(row_id, reply, begun)
             if not reply.has_error() and asked_in != self.cohort.round:
-                weight = np.float32(self.cohort.staleness_weight(asked_in))
-                delta = reply.content["arrays"][THETA].numpy() - message.content["arrays"][THETA].numpy()
-                reply.content["arrays"] = ArrayRecord({THETA: Array(theta + weight * delta)})
+                weight = self.cohort.staleness_weight(asked_in)
+                reply.content["arrays"] = _laid_on(self._theta, message, reply.content["arrays"], weight)
             yield reply
 
     def reopen(self, deadline_s: float) -> None:
@@ -138,3 +139,14 @@ class InProcessGrid(RecordedGrid):
                     metrics=metrics,
                 )
             )
+
+
+def _laid_on(theta: Vector, asked: Message, trained: ArrayRecord, weight: float) -> ArrayRecord:
+    """The difference of an older round's update, weighted, on the parameters of now; unchanged where it has no such form."""
+    if check_form({name: array.numpy() for name, array in trained.items()}, THETA, theta.size) is not None:
+        return trained  # for the screen to refuse
+    exact = getattr(trained[THETA], "delta", None)
+    delta = trained[THETA].numpy() - asked.content["arrays"][THETA].numpy() if exact is None else exact
+    record = ArrayRecord()
+    record[THETA] = DeltaArray(theta, Delta(delta, theta.size, weight))
+    return record

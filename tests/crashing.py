@@ -42,7 +42,7 @@ def on_call(number: int) -> Callable[..., None]:
 
 
 def arm(point: str) -> None:
-    from pocketfed.coordinator import artifacts, assignments, distribution, grid, progress, rounds
+    from pocketfed.coordinator import artifacts, assignments, distribution, grid, progress, rounds, screening
     from pocketfed.coordinator.migrations.versions import m0002_durable_rounds as migration
 
     match point:
@@ -61,7 +61,7 @@ def arm(point: str) -> None:
         case "between upload and receipt":
             wrap(assignments.Assignments, "finish", after=die)
         case "mid-aggregation":
-            wrap(rounds, "check_update", after=on_call(2))
+            wrap(screening, "capped_examples", after=on_call(2))
         case "before the commit":
             wrap(rounds, "commit_attempt", before=die)
         case "within the commit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import threading
@@ -30,7 +31,7 @@ from pocketfed.coordinator.rounds import RoundResult, RunError, create_run, driv
 from pocketfed.coordinator.server import CoordinatorServer, ServeError, ServerConfig
 from pocketfed.coordinator.store import Assignment, Round, Run, Store, Update, device_named, latest_release, put_blob
 from pocketfed.coordinator.store import Device as DeviceRow
-from pocketfed.model.parameters import Vector
+from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.protos import distribution_pb2, distribution_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 from pocketfed.simulations.grids import InProcessGrid
@@ -447,6 +448,44 @@ def test_a_channel_without_release_and_unknown_bytes_are_not_found(
             raw.distribution.Download(distribution_pb2.DownloadRequest(digest="0" * 64), metadata=raw.metadata)
         ),
     )
+
+
+def test_a_device_hears_at_its_next_check_in_why_its_update_did_not_count(
+    coordinator: Coordinator, channel: grpc.Channel
+) -> None:
+    """It sends NaN twice, is told so politely, and is not asked a third time."""
+    raw = RawDevice(channel)
+    data = encode_vector("delta", np.full(coordinator.size, np.nan, np.float32))
+
+    def send(assignment_id: str) -> fleet_pb2.Receipt:
+        header = fleet_pb2.UploadHeader(
+            assignment_id=assignment_id, total_bytes=len(data), digest=hashlib.sha256(data).hexdigest(), num_examples=5
+        )
+        parts = iter([fleet_pb2.UploadPart(header=header), fleet_pb2.UploadPart(data=data)])
+        return raw.fleet.Upload(parts, metadata=raw.metadata)
+
+    ended: list[Exception] = []
+
+    def drive() -> None:
+        try:
+            coordinator.drive(min_devices=1, rounds=3, max_offences=2, max_failed_rounds=9, wait_s=0.5)
+        except RunError as error:
+            ended.append(error)
+
+    run = threading.Thread(target=drive)
+    asking = raw.check_in()
+    run.start()
+    for _ in range(2):
+        assert send(asking.result().assignment.id).accepted
+        asking = raw.check_in(wait_s=2.0)
+    told = asking.result()
+    run.join(PATIENCE_S)
+    assert told.WhichOneof("what") == "wait"
+    assert told.wait.reason == (
+        f"there is no work for this device now; the update for round 2 was not used: not_finite: {coordinator.size} of "
+        f"the update's {coordinator.size} values are not finite; after 2 such updates this run asks the device no more"
+    )
+    assert str(ended[0]).startswith("0 of at least 1 devices came within 0.5 s")
 
 
 def test_hostile_uploads_get_their_status_codes(coordinator: Coordinator, channel: grpc.Channel) -> None:

@@ -24,6 +24,7 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.rounds import RoundResult, RunError, create_run, drive_run, starting_theta
+from pocketfed.coordinator.standing import last_refusal, recall
 from pocketfed.coordinator.store import (
     Assignment,
     Device,
@@ -37,6 +38,7 @@ from pocketfed.coordinator.store import (
     latest_release,
 )
 from pocketfed.coordinator.strategy import StrategyError
+from pocketfed.coordinator.validation import History
 from pocketfed.model.parameters import Vector, decode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.central import train_centrally
@@ -261,11 +263,11 @@ def one_nan(theta: Vector) -> Vector:
 @pytest.mark.parametrize(
     ("tamper", "why"),
     [
-        (with_theta(one_nan), "1 values that are not finite"),
-        (with_theta(lambda theta: np.zeros(1, np.float32)), "expected float32 of shape"),
+        (with_theta(one_nan), "values are not finite"),
+        (with_theta(lambda theta: np.zeros(1, np.float32)), "expected shape ("),
         (with_theta(lambda theta: theta.astype(np.float64)), "'theta' is float64"),
         (with_theta(lambda theta: theta * np.float32(1e6)), "exceeds the run's limit 1000"),
-        (with_weight(0), "num-examples is 0; expected at least 1"),
+        (with_weight(0), "num-examples is 0; expected a number of at least 1"),
         (with_weight(-9), "num-examples is -9"),
     ],
 )
@@ -324,6 +326,61 @@ def test_a_loss_too_large_to_average_is_not_stored_as_infinity(fleet: Fleet) -> 
     assert fleet.results[1].status == "finished"
     assert fleet.results[1].train_loss is None
     assert fleet.rows(Round)[1].train_loss is None
+
+
+def test_fault_09_a_giant_update_is_refused_by_default_from_the_first_round_on(fleet: Fleet) -> None:
+    everyone = dict(fleet.nodes)
+    fleet.tamper = {"device-0": with_theta(lambda theta: theta * np.float32(1e6))}
+    attacked = fleet.drive(release=False)
+    bad = [a for a in fleet.rows(Assignment) if fleet.nodes[a.device_id] == "device-0"]
+    assert [(a.status, str(a.error).split(":")[0]) for a in bad] == [("quarantined", "norm")] * 2
+    fleet.nodes = {node: name for node, name in everyone.items() if name != "device-0"}
+    fleet.tamper = {}
+    assert fleet.drive(release=False).tobytes() == attacked.tobytes()
+
+
+def test_a_device_that_offends_again_and_again_is_set_aside_and_told_why(fleet: Fleet) -> None:
+    fleet.tamper = {"device-1": with_theta(one_nan)}
+    fleet.drive(rounds=4, max_offences=2)
+    node = next(node for node, name in fleet.nodes.items() if name == "device-1")
+    asked = [a.round for a in fleet.rows(Assignment) if a.device_id == node]
+    assert asked == [1, 2]
+    assert [(r.devices, r.failed) for r in fleet.results[1:]] == [(3, 1), (3, 1), (3, 0), (3, 0)]
+    with fleet.store.read() as session:
+        assert last_refusal(session, node) == (
+            f"the update for round 2 was not used: not_finite: 1 of the update's {fleet.trainer.size} values are not "
+            "finite; after 2 such updates this run asks the device no more"
+        )
+        assert all(last_refusal(session, other) is None for other in fleet.nodes if other != node)
+
+
+def test_nobody_is_set_aside_where_offences_do_not_count(fleet: Fleet) -> None:
+    fleet.tamper = {"device-1": with_theta(one_nan)}
+    fleet.drive(rounds=3, max_offences=0)
+    assert [(r.devices, r.failed) for r in fleet.results[1:]] == [(3, 1)] * 3
+
+
+def test_what_earlier_rounds_accepted_is_recalled_from_the_store(fleet: Fleet) -> None:
+    fleet.tamper = {"device-1": with_theta(one_nan)}
+    fleet.drive(rounds=2)
+    good = [u for u in fleet.rows(Update) if u.reason is None]
+    assert recall(fleet.store, fleet.run_id, 1) == History((), (), {})
+    told = recall(fleet.store, fleet.run_id, 3)
+    assert sorted(told.norms) == sorted(u.norm for u in good)
+    assert told.examples == (12,) * 6
+    assert told.digests == {u.digest: int(u.assignment_id.split("-")[1]) for u in good}
+    assert set((recall(fleet.store, fleet.run_id, 2).digests or {}).values()) == {1}
+
+
+def test_what_was_clipped_and_capped_is_counted_among_the_rounds_metrics(fleet: Fleet) -> None:
+    def boast(reply: Message) -> Message:
+        reply.content["metrics"]["num-examples"] = 10**6
+        return with_theta(lambda theta: theta + np.float32(0.5))(reply)
+
+    fleet.tamper = {"device-1": boast}
+    fleet.drive(rounds=1)
+    counted = {m.name: m.value for m in fleet.rows(Metric) if m.name in ("train_clipped", "train_capped")}
+    assert counted == {"train_clipped": 1.0, "train_capped": 1.0}
 
 
 def test_a_device_without_examples_fails_and_the_run_goes_on(fleet: Fleet) -> None:
