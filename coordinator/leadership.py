@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.store import OUTAGES, Lease, Store, StoreError, now
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there only the lease's time tells
-    fcntl = None  # type: ignore[assignment]
-
+# Windows has no such locks: there only the lease's time tells.
+LOCKS: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 NAME = "coordinator"
 LEASE_S = 10.0  # a leader that is not heard of for so long may be followed by another
 
@@ -78,7 +77,7 @@ class Leadership:
                 held = Lease(name=NAME, holder=self.holder, token=0, held_until=now())
                 session.add(held)
             # Whoever held it with this very spool is dead: we have the lock that a process keeps while it lives.
-            elif held.holder not in ("", self.holder if fcntl else "") and held.held_until > now():
+            elif held.holder not in ("", self.holder if LOCKS else "") and held.held_until > now():
                 return held.holder
             held.token += 1
             held.holder, held.held_until = self.holder, now() + timedelta(seconds=self.lease_s)
@@ -122,10 +121,10 @@ class Leadership:
 def _try_lock(path: Path) -> int | None:
     """A lock that ends with the process, or None where another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    if fcntl is None:
+    if LOCKS is None:
         return descriptor
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS.flock(descriptor, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
     except OSError:
         os.close(descriptor)
         return None
