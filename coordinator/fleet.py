@@ -73,6 +73,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 request.token,
                 request.enrolment_key,
                 self.calls.enrolment_key,
+                self.calls.key_needed,
             )
         except EnrolmentError as error:
             await context.abort(_ENROLMENT_CODES[error.kind], str(error))

@@ -366,3 +366,42 @@ def test_what_a_write_has_read_still_holds_when_it_writes(store: Store) -> None:
         thread.join()
     with store.read() as session:
         assert device_named(session, "phone").examples == 80
+
+
+# ---- migrations of a database in use -----------------------------------------------------------------------------------
+
+
+def test_a_database_in_use_takes_on_who_may_come_in_and_loses_nothing(tmp_path: Path) -> None:
+    """Devices with assignments: what refers to a table forbids making that table anew."""
+    from alembic import command
+    from alembic.config import Config
+
+    from pocketfed.coordinator.store import MIGRATIONS
+
+    path = tmp_path / "old.db"
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for row in (
+            "artifacts VALUES ('v', '{}', 0, '2026-01-01')",
+            "blobs VALUES ('b', 0, '[]')",
+            "devices (id, name, channel, token_hash, sdk_version, examples, enrolled_at) VALUES (1, 'phone', 'stable', 'h', '', 3, '2026-01-01')",
+            "runs (id, name, channel, status, config, artifact_version, trainable_set, seed, rounds_planned, created_at) "
+            "VALUES (1, 'r', 'stable', 'running', '{}', 'v', 'head', 1, 1, '2026-01-01')",
+            "assignments (id, run_id, round, attempt, device_id, kind, status, config, parameters, progress, offered_at, bytes_down) "
+            "VALUES ('a', 1, 1, 1, 1, 'train', 'offered', '{}', 'b', 0, '2026-01-01', 0)",
+        ):
+            connection.exec_driver_sql(f"INSERT INTO {row}")
+    engine.dispose()
+    store = Store(str(path))
+    assert differences(store) == []
+    with store.read() as session:
+        device = session.scalars(sa.select(Device)).one()
+        assert (device.name, device.examples, device.cohort, device.revoked_at) == ("phone", 3, None, None)
+        assert session.scalar(sa.text("SELECT device_id FROM assignments")) == 1
+    store.close()
