@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from pocketfed.model.tasks import Example
 
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
+KeysFolder = Annotated[
+    Path | None, typer.Option("--keys", help="The publisher's private keys; by default beside the database.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -44,12 +47,18 @@ def publish(
     max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
+    keys: KeysFolder = None,
+    supersede: Annotated[
+        bool, typer.Option("--supersede", help="What the channel ran before has a fault: it is not trained on any more.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Build an artifact (plans, int8 backbone, tokenizer, manifest) and release it on a channel."""
+    """Build an artifact (plans, int8 backbone, tokenizer, manifest), sign it and release it on a channel."""
     import tempfile
 
     from pocketfed.coordinator.artifacts import MANIFEST, publish_artifact, read_artifact
+    from pocketfed.coordinator.operators import acting, local_admin
+    from pocketfed.coordinator.signing import ensure_keys, keys_folder, newest_list
     from pocketfed.coordinator.store import Store
 
     if not 0 < len(channel) <= 100:
@@ -66,9 +75,15 @@ def publish(
             )
         store = Store(database)
         try:
-            with store.write() as session:
-                release = publish_artifact(session, built, channel, train[0] if train else None)
-                released = {"release": release.id, "trainable_set": release.trainable_set}
+            with acting(store, local_admin(), "publish", f"{channel} {built.version}") as session:
+                signing = ensure_keys(session, keys or keys_folder(store))
+                release = publish_artifact(session, built, channel, train[0] if train else None, signing, supersede)
+                publisher = newest_list(session)
+                released = {
+                    "release": release.id,
+                    "trainable_set": release.trainable_set,
+                    "publisher": publisher.publisher if publisher else None,
+                }
         finally:
             store.close()
     total = sum(f["bytes"] for f in built.manifest["files"].values())
@@ -128,6 +143,14 @@ def serve(
     enrolment_key: Annotated[
         str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY", help="Devices must know it to enrol.")
     ] = "",
+    certs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of `pocketfed certs`, for TLS; needed where other machines can connect."),
+    ] = None,
+    allow_plaintext_off_loopback: Annotated[
+        bool,
+        typer.Option("--allow-plaintext-off-loopback", help="No TLS: who is in between reads tokens and updates."),
+    ] = False,
     exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
 ) -> None:
@@ -135,22 +158,38 @@ def serve(
     import threading
 
     from pocketfed.coordinator.config import load_run_config
-    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
+    from pocketfed.coordinator.operators import local_admin, record
+    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig, check_listen
     from pocketfed.coordinator.store import Store
+    from pocketfed.coordinator.tls import find_tls
 
+    tls = find_tls(certs) if certs else None
+    if certs and tls is None:
+        raise CommandError(f"there is no certificate in {certs}; make one with `pocketfed certs --out {certs} --host NAME`")
     config = load_run_config(run, set_ or []) if run is not None or set_ else None
     test = _check_run(config) if config is not None else ()
     check_json(json)
     host = _check_free(listen)
+    lease_s = config.lease_s if config else 30.0
+    serving = ServerConfig(
+        listen, lease_s, enrolment_key, tls, allow_plaintext_off_loopback=allow_plaintext_off_loopback
+    )
+    check_listen(serving)
     store = Store(database)
     try:
         stopping = threading.Event()
         _on_termination(stopping.set)
-        lease_s = config.lease_s if config else 30.0
-        with CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key)) as server:
-            print(f"listening on {host}:{server.port}", flush=True)
+        with CoordinatorServer(store, serving) as server:
+            print(f"listening on {host}:{server.port}" + (", with TLS" if tls else ""), flush=True)
             if config is not None:
-                _drive(store, server, config, test, json, stopping.is_set)
+                with store.write() as session:
+                    record(session, local_admin().name, "run.start", config.name, "done", f"on {config.channel}")
+                try:
+                    _drive(store, server, config, test, json, stopping.is_set)
+                finally:
+                    if stopping.is_set():
+                        with store.write() as session:
+                            record(session, local_admin().name, "run.stop", config.name, "done")
             if not (config is not None and exit_when_done):
                 print("serving until Ctrl-C", flush=True)
                 stopping.wait()
@@ -240,7 +279,14 @@ def device(
     name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
     channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
     enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow an unencrypted link to another machine.")] = False,
+    ca: Annotated[Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")] = None,
+    publisher: Annotated[
+        str, typer.Option(help="The publisher's root key to trust; by default the first one that is met.")
+    ] = "",
+    allow_plaintext_off_loopback: Annotated[
+        bool,
+        typer.Option("--allow-plaintext-off-loopback", help="No TLS to another machine: who is in between reads along."),
+    ] = False,
 ) -> None:
     """Be a device: take part in rounds with the texts in --data, until told to stop."""
     import threading
@@ -258,7 +304,9 @@ def device(
         name=name,
         channel=channel,
         enrolment_key=enrolment_key,
-        insecure=insecure,
+        ca=ca,
+        publisher=publisher,
+        allow_plaintext_off_loopback=allow_plaintext_off_loopback,
         on_status=lambda status: print(status, flush=True),
     ) as member:
         member.examples.forget()  # the file is the truth: home's copy is made anew

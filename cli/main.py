@@ -8,13 +8,14 @@ import sys
 import typer
 import typer.core
 
-from pocketfed.cli import fleet, model, simulate
+from pocketfed.cli import access, fleet, model, simulate
 
 # What each sub-command needs beyond the base install, as extras of the distribution.
 EXTRAS = {
     "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
-    "demo": "simulation",
+    "demo": "simulation", "certs": "coordinator", "keys": "coordinator", "enrolment-key": "coordinator",
+    "devices": "coordinator", "release": "coordinator", "operator": "coordinator", "audit": "coordinator",
 }  # fmt: skip
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -33,6 +34,13 @@ app.command()(fleet.device)
 app.command()(simulate.simulate)
 app.command()(fleet.dashboard)
 app.command()(simulate.demo)
+app.command()(access.certs)
+app.add_typer(access.keys, name="keys")
+app.add_typer(access.enrolment_key, name="enrolment-key")
+app.add_typer(access.devices, name="devices")
+app.add_typer(access.release, name="release")
+app.add_typer(access.operator, name="operator")
+app.command()(access.audit)
 
 
 def main() -> None:

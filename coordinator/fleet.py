@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,13 +14,16 @@ import grpc
 from pocketfed.coordinator import store as tables
 from pocketfed.coordinator.assignments import Header, UploadError
 from pocketfed.coordinator.calls import Calls
-from pocketfed.coordinator.distribution import describe_release
-from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_seen
-from pocketfed.coordinator.store import latest_release, now
+from pocketfed.coordinator.distribution import describe_release, describe_signed
+from pocketfed.coordinator.enrolment import EnrolmentError, enrol, is_revoked, mark_seen
+from pocketfed.coordinator.operators import record
+from pocketfed.coordinator.signing import newest_list
+from pocketfed.coordinator.store import latest_release, now, printable
 from pocketfed.model.parameters import vector_bytes
 from pocketfed.protos import fleet_pb2 as pb
 from pocketfed.protos import fleet_pb2_grpc
 
+log = logging.getLogger("pocketfed.coordinator")
 PROTOCOL = 1
 MAX_WAIT_S = 60.0
 _UPLOAD_CODES = {
@@ -43,6 +47,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         self.calls = calls
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+        self._refused: set[int] = set()  # releases that devices did not take
         calls.assignments.on_offer.append(self.offered)
 
     def offered(self) -> None:
@@ -85,6 +90,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
         end = self._loop.time() + wait_s
         await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version)
+        if request.refused_release and request.refused_release not in self._refused:
+            await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
         self.calls.asking[device_id] += 1
         try:
             await self.calls.run(
@@ -92,9 +99,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             )  # whoever waits holds its lock while asking the store
             while True:
                 news = self._news
-                reply = await self.calls.run(self._answer, device_id, channel, request.release_id)
+                reply = await self.calls.run(self._answer, device_id, channel, request)
+                if reply is None:
+                    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this device was revoked; ask the operator")
                 left = end - self._loop.time()
-                if reply.WhichOneof("what") == "assignment" or reply.HasField("release") or left <= 0:
+                if reply.HasField("assignment") or reply.HasField("release") or left <= 0:
                     return reply
                 if self.calls.stopping:
                     return pb.CheckInReply(wait=pb.Wait(retry_after_s=1.0, reason="the coordinator is stopping"))
@@ -105,16 +114,32 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             if not self.calls.asking[device_id]:
                 del self.calls.asking[device_id]
 
-    def _answer(self, device_id: int, channel: str, release_id: int) -> pb.CheckInReply:
+    def _answer(self, device_id: int, channel: str, request: pb.CheckInRequest) -> pb.CheckInReply | None:
+        """None: the device was revoked, be it since it asked."""
         reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))
+        with self.calls.store.read() as session:
+            if is_revoked(session, device_id):
+                return None
         found = self.calls.assignments.next_for(device_id, self.calls.lease_s)
         with self.calls.store.read() as session:
             newest = latest_release(session, channel)
-            if newest is not None and newest.id > release_id:
+            if newest is not None and newest.id > request.release_id:
                 reply.release.CopyFrom(describe_release(session, newest))
+            keys = newest_list(session)
+            if keys is not None and keys.sequence > request.key_list:
+                reply.keys.CopyFrom(describe_signed(keys))
             if found is not None:
                 reply.assignment.CopyFrom(self._describe(session, found))
         return reply
+
+    def _note_refusal(self, device_id: int, release_id: int, why: str) -> None:
+        with self.calls.store.write() as session:
+            device = session.get_one(tables.Device, device_id)
+            release = session.get(tables.Release, release_id) if release_id < 1 << 31 else None
+            if release is not None:
+                self._refused.add(release_id)  # the first device that says so is enough
+                record(session, device.name, "release.refused", f"{release_id} {release.artifact_version}", "noticed", why)
+                log.warning("device %s refused release %d: %s", device.name, release_id, printable(why, 500))
 
     def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:
         run = session.get_one(tables.Run, found.run_id)

@@ -288,13 +288,14 @@ def roll_back(session: Session, keys: Keys, channel: str, version: str) -> Relea
     Raises:
         SigningError: no such version on the channel, or more than one.
     """
-    usable = version.isalnum() and len(version) <= 64
-    rows = sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc())
-    found = {r.artifact_version: r for r in reversed(session.scalars(rows).all()) if r.artifact_version.startswith(version)}
-    if not usable or len(found) != 1:
+    if not (version.isalnum() and len(version) <= 64):
+        raise SigningError(f"{version[:64]!r} is not the beginning of a version; `pocketfed release list` shows them")
+    rows = sa.select(Release).where(Release.channel == channel, Release.artifact_version.startswith(version))
+    found = {r.artifact_version: r for r in session.scalars(rows.order_by(Release.id))}  # the last one of each
+    if len(found) != 1:
         raise SigningError(
-            f"{len(found) if usable else 0} versions on {channel!r} begin with {version[:64]!r}; give enough of one that was "
-            "released there"
+            f"{len(found)} versions on {channel!r} begin with {version!r}; give enough of one that was released there "
+            "(`pocketfed release list`)"
         )
     (last,) = found.values()
     sign_version(session, keys, channel, last.artifact_version, rollback=True, supersede=True)
