@@ -97,7 +97,9 @@ def keys_create(database: Database, folder: KeysFolder = None) -> None:
             create_keys(session, place)
             made = newest_list(session)
             assert made is not None
-            print(f"publisher {made.publisher}; devices that are to run nothing else: --publisher. Keep {place / 'root.key'} safe")
+            print(
+                f"publisher {made.publisher}; devices that are to run nothing else: --publisher. Keep {place / 'root.key'} safe"
+            )
 
 
 @keys.command("list")
@@ -108,7 +110,9 @@ def keys_list(database: Database, json: Json = False) -> None:
     with _open(database) as store, store.read() as session:
         newest = newest_list(session)
         listed = listed_keys(newest)
-        rows = [{"key": i, "state": "revoked" if k["revoked"] else "good", "public": k["public"]} for i, k in listed.items()]
+        rows = [
+            {"key": i, "state": "revoked" if k["revoked"] else "good", "public": k["public"]} for i, k in listed.items()
+        ]
         if json:
             print_json({"publisher": newest.publisher if newest else None, "keys": rows})
         else:
@@ -132,7 +136,10 @@ def keys_revoke(
     database: Database,
     folder: KeysFolder = None,
     again: Annotated[
-        bool, typer.Option("--sign-again", help="Sign what the channels run now anew: it is ours, whatever else that key signed.")
+        bool,
+        typer.Option(
+            "--sign-again", help="Sign what the channels run now anew: it is ours, whatever else that key signed."
+        ),
     ] = False,
 ) -> None:
     """What this key has signed is refused by devices from their next check-in on."""
@@ -191,7 +198,9 @@ def enrolment_key_list(database: Database, json: Json = False) -> None:
 
 
 @enrolment_key.command("revoke")
-def enrolment_key_revoke(number: Annotated[int, typer.Argument(help="As `list` shows it.")], database: Database) -> None:
+def enrolment_key_revoke(
+    number: Annotated[int, typer.Argument(help="As `list` shows it.")], database: Database
+) -> None:
     """No more devices with this key; those that came with it stay."""
     from pocketfed.coordinator.enrolment import revoke_key
     from pocketfed.coordinator.operators import acting, local_admin
@@ -241,7 +250,9 @@ def release_list(database: Database, channel: Annotated[str, typer.Option()] = "
 
     with _open(database) as store, store.read() as session:
         rows = []
-        for r in session.scalars(sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(100)):
+        for r in session.scalars(
+            sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(100)
+        ):
             signed = newest_signature(session, channel, r.artifact_version)
             rows.append({"id": r.id, "version": r.artifact_version[:16], "trains": r.trainable_set, "run": r.run_id,
                          "signed_by": signed.key if signed else None, "created_at": _moment(r.created_at)})  # fmt: skip
@@ -314,7 +325,14 @@ def audit(database: Database, most: Annotated[int, typer.Option(min=1)] = 50, js
 
     with _open(database) as store, store.read() as session:
         rows = [
-            {"at": f"{a.at:%Y-%m-%d %H:%M:%S}", "who": a.who, "act": a.act, "target": a.target, "outcome": a.outcome, "detail": a.detail}
+            {
+                "at": f"{a.at:%Y-%m-%d %H:%M:%S}",
+                "who": a.who,
+                "act": a.act,
+                "target": a.target,
+                "outcome": a.outcome,
+                "detail": a.detail,
+            }
             for a in audit_lines(session, most)
         ]
     _rows("audit", rows, json)

@@ -49,7 +49,8 @@ def publish(
     out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
     keys: KeysFolder = None,
     supersede: Annotated[
-        bool, typer.Option("--supersede", help="What the channel ran before has a fault: it is not trained on any more.")
+        bool,
+        typer.Option("--supersede", help="What the channel ran before has a fault: it is not trained on any more."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -165,7 +166,9 @@ def serve(
 
     tls = find_tls(certs) if certs else None
     if certs and tls is None:
-        raise CommandError(f"there is no certificate in {certs}; make one with `pocketfed certs --out {certs} --host NAME`")
+        raise CommandError(
+            f"there is no certificate in {certs}; make one with `pocketfed certs --out {certs} --host NAME`"
+        )
     config = load_run_config(run, set_ or []) if run is not None or set_ else None
     test = _check_run(config) if config is not None else ()
     check_json(json)
@@ -279,13 +282,17 @@ def device(
     name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
     channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
     enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
-    ca: Annotated[Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
+    ] = None,
     publisher: Annotated[
         str, typer.Option(help="The publisher's root key to trust; by default the first one that is met.")
     ] = "",
     allow_plaintext_off_loopback: Annotated[
         bool,
-        typer.Option("--allow-plaintext-off-loopback", help="No TLS to another machine: who is in between reads along."),
+        typer.Option(
+            "--allow-plaintext-off-loopback", help="No TLS to another machine: who is in between reads along."
+        ),
     ] = False,
 ) -> None:
     """Be a device: take part in rounds with the texts in --data, until told to stop."""

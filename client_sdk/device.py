@@ -26,7 +26,13 @@ from typing import Any
 import numpy as np
 
 from pocketfed.client_sdk.artifacts import Artifact, Source, fetch, open_artifact
-from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, PocketfedError, TrainingStopped, UntrustedError
+from pocketfed.client_sdk.errors import (
+    ArtifactError,
+    ConfigurationError,
+    PocketfedError,
+    TrainingStopped,
+    UntrustedError,
+)
 from pocketfed.client_sdk.examples import Added, ExampleStore
 from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, is_loopback, log
 from pocketfed.client_sdk.perform import Task, perform

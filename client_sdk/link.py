@@ -49,7 +49,9 @@ def _read_ca(ca: str | os.PathLike[str] | None) -> bytes | None:
     try:
         data = Path(ca).expanduser().read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"cannot read ca {os.fspath(ca)}: {error.strerror}; give the PEM file of the CA") from None
+        raise ConfigurationError(
+            f"cannot read ca {os.fspath(ca)}: {error.strerror}; give the PEM file of the CA"
+        ) from None
     if b"-----BEGIN CERTIFICATE-----" not in data:
         raise ConfigurationError(f"ca {os.fspath(ca)} holds no certificate in PEM; give `ca.pem` of `pocketfed certs`")
     return data

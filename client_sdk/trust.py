@@ -67,7 +67,9 @@ class Trust:
         self._held = _read(path)
         publisher = publisher.lower()
         if publisher and (len(publisher) != 64 or not set(publisher) <= _HEX):
-            raise ConfigurationError(f"the publisher {publisher[:80]!r} is not a key of 64 hexadecimal digits; see `pocketfed keys list`")
+            raise ConfigurationError(
+                f"the publisher {publisher[:80]!r} is not a key of 64 hexadecimal digits; see `pocketfed keys list`"
+            )
         if publisher and self._held.publisher not in ("", publisher):
             raise ConfigurationError(
                 f"this device has pinned the publisher {self._held.publisher[:16]}, not {publisher[:16]}; to trust another, "
@@ -130,7 +132,9 @@ class Trust:
             sequence, oldest = _sequence(statement["sequence"]), _sequence(statement["oldest"])
             about = (statement["version"], statement["channel"])
         except (KeyError, ValueError) as error:
-            raise UntrustedError(f"what the publisher says of {version[:12]} is malformed ({error!r}); it is not used") from None
+            raise UntrustedError(
+                f"what the publisher says of {version[:12]} is malformed ({error!r}); it is not used"
+            ) from None
         if about != (version, channel):
             raise UntrustedError(
                 f"the signature is for version {str(about[0])[:12]!r} on {str(about[1])[:100]!r}, not for {version[:12]} on "
@@ -166,9 +170,13 @@ class Trust:
     def _word(self, version: str, channel: str) -> Word:
         found = self._held.words.get(version)
         if found is None or found["channel"] != channel:
-            raise UntrustedError(f"the publisher {self.publisher[:16]} has not signed artifact {version[:12]}; it is not used")
+            raise UntrustedError(
+                f"the publisher {self.publisher[:16]} has not signed artifact {version[:12]}; it is not used"
+            )
         if found["key"] not in self._held.keys:
-            raise UntrustedError(f"the key {found['key']} that signed artifact {version[:12]} was revoked; it is not used")
+            raise UntrustedError(
+                f"the key {found['key']} that signed artifact {version[:12]} was revoked; it is not used"
+            )
         return Word(**found)
 
     def adopt(self, version: str, channel: str) -> None:
@@ -227,7 +235,9 @@ def _statement(signed: Signed, kind: str) -> dict[str, Any]:
         if not isinstance(statement, dict) or statement["type"] != kind:
             raise ValueError(f"expected {kind!r}")
     except (ValueError, KeyError, RecursionError) as error:
-        raise UntrustedError(f"what should be the publisher's statement is not ({str(error)[:100]}); it is not used") from None
+        raise UntrustedError(
+            f"what should be the publisher's statement is not ({str(error)[:100]}); it is not used"
+        ) from None
     return statement
 
 

@@ -35,8 +35,8 @@ def describe_release(session: Any, release: Release) -> pb.Release:
     )
 
 
-def describe_signed(row: KeyList | Signature | None) -> pb.Signed | None:
-    return None if row is None else pb.Signed(statement=row.statement, signature=row.signature)
+def describe_signed(row: KeyList | Signature) -> pb.Signed:
+    return pb.Signed(statement=row.statement, signature=row.signature)
 
 
 class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
@@ -66,12 +66,14 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
             if artifact is None:
                 return None
             described = describe_release(session, release) if release else None
+            signature = newest_signature(session, request.channel or channel, artifact.version)
+            keys = newest_list(session)
             return pb.GetManifestReply(
                 manifest=manifest_bytes(artifact.manifest),
                 version=artifact.version,
                 release=described,
-                signed=describe_signed(newest_signature(session, request.channel or channel, artifact.version)),
-                keys=describe_signed(newest_list(session)),
+                signed=describe_signed(signature) if signature else None,
+                keys=describe_signed(keys) if keys else None,
             )
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadChunk]:  # noqa: N802

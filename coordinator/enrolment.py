@@ -53,11 +53,11 @@ def create_key(
             "invalid", f"the cohort {cohort[:MAX_NAME]!r} must have at most {MAX_NAME} printable characters"
         )
     if expires_at is not None and expires_at <= now():
-        raise EnrolmentError("invalid", f"the key would have expired at {expires_at:%Y-%m-%d %H:%M} UTC; give a later time")
+        raise EnrolmentError(
+            "invalid", f"the key would have expired at {expires_at:%Y-%m-%d %H:%M} UTC; give a later time"
+        )
     key = secrets.token_urlsafe(24)
-    row = EnrolmentKey(
-        key_hash=hash_token(key), quota=quota, cohort=cohort, round_cap=round_cap, expires_at=expires_at
-    )
+    row = EnrolmentKey(key_hash=hash_token(key), quota=quota, cohort=cohort, round_cap=round_cap, expires_at=expires_at)
     session.add(row)
     session.flush()
     return row.id, key
@@ -71,7 +71,9 @@ def revoke_key(session: Session, key_id: int) -> None:
     """
     found = session.get(EnrolmentKey, key_id)
     if found is None:
-        raise EnrolmentError("invalid", f"there is no enrolment key {key_id}; `pocketfed enrolment-key list` names them")
+        raise EnrolmentError(
+            "invalid", f"there is no enrolment key {key_id}; `pocketfed enrolment-key list` names them"
+        )
     found.revoked_at = found.revoked_at or now()
 
 
@@ -87,7 +89,9 @@ def _use_key(session: Session, key: str) -> EnrolmentKey:
     if row is None or row.revoked_at is not None:
         raise EnrolmentError("denied", "the enrolment key is wrong; ask the operator for the current one")
     if row.expires_at is not None and row.expires_at <= now():
-        raise EnrolmentError("denied", f"the enrolment key expired at {row.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one")
+        raise EnrolmentError(
+            "denied", f"the enrolment key expired at {row.expires_at:%Y-%m-%d %H:%M} UTC; ask for a new one"
+        )
     if row.used >= row.quota:
         raise EnrolmentError("denied", f"the enrolment key has let in its {row.quota} devices; ask for a new one")
     row.used += 1
@@ -127,7 +131,9 @@ def enrol(
     digest = hash_token(token)
     try:
         with store.write() as session:
-            other = session.execute(sa.select(Device.name, Device.revoked_at).where(Device.token_hash == digest)).first()
+            other = session.execute(
+                sa.select(Device.name, Device.revoked_at).where(Device.token_hash == digest)
+            ).first()
             if other is not None and other.name != name:
                 raise EnrolmentError("invalid", "the token is another device's; every device makes a random one")
             if other is not None:

@@ -16,6 +16,7 @@ from pocketfed.coordinator.assignments import Header, UploadError
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import describe_release, describe_signed
 from pocketfed.coordinator.enrolment import EnrolmentError, enrol, is_revoked, mark_seen
+from pocketfed.coordinator.gate import Refusal
 from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.signing import newest_list
 from pocketfed.coordinator.store import latest_release, now, printable
@@ -100,8 +101,6 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             while True:
                 news = self._news
                 reply = await self.calls.run(self._answer, device_id, channel, request)
-                if reply is None:
-                    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this device was revoked; ask the operator")
                 left = end - self._loop.time()
                 if reply.HasField("assignment") or reply.HasField("release") or left <= 0:
                     return reply
@@ -114,12 +113,15 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             if not self.calls.asking[device_id]:
                 del self.calls.asking[device_id]
 
-    def _answer(self, device_id: int, channel: str, request: pb.CheckInRequest) -> pb.CheckInReply | None:
-        """None: the device was revoked, be it since it asked."""
+    def _answer(self, device_id: int, channel: str, request: pb.CheckInRequest) -> pb.CheckInReply:
+        """
+        Raises:
+            Refusal: the device was revoked, be it while it waited.
+        """
         reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))
         with self.calls.store.read() as session:
             if is_revoked(session, device_id):
-                return None
+                raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this device was revoked; ask the operator")
         found = self.calls.assignments.next_for(device_id, self.calls.lease_s)
         with self.calls.store.read() as session:
             newest = latest_release(session, channel)
@@ -127,7 +129,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 reply.release.CopyFrom(describe_release(session, newest))
             keys = newest_list(session)
             if keys is not None and keys.sequence > request.key_list:
-                reply.keys.CopyFrom(describe_signed(keys))
+                reply.keys.MergeFrom(describe_signed(keys))
             if found is not None:
                 reply.assignment.CopyFrom(self._describe(session, found))
         return reply
@@ -138,7 +140,9 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             release = session.get(tables.Release, release_id) if release_id < 1 << 31 else None
             if release is not None:
                 self._refused.add(release_id)  # the first device that says so is enough
-                record(session, device.name, "release.refused", f"{release_id} {release.artifact_version}", "noticed", why)
+                record(
+                    session, device.name, "release.refused", f"{release_id} {release.artifact_version}", "noticed", why
+                )
                 log.warning("device %s refused release %d: %s", device.name, release_id, printable(why, 500))
 
     def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:

@@ -69,7 +69,11 @@ class Gate:
                 if method.client_streaming:
                     parts = self._parts(raw, method)
                     return bytes((await _within(self.limits.transfer_s, target(parts, context))).SerializeToString())
-                return bytes((await target(await self._one(raw, method), context)).SerializeToString())
+                request = await self._one(raw, method)
+                reply = await target(request, context)
+                if method.name == OPEN_TO_ALL:
+                    self._remember(hash_token(request.token))
+                return bytes(reply.SerializeToString())
 
         async def handle(raw: AsyncIterator[bytes], context: Any) -> bytes:  # gRPC asks for a function with `async`
             return await _told(answer(raw, context), context)
@@ -110,13 +114,17 @@ class Gate:
             raise Refusal(
                 StatusCode.UNAUTHENTICATED, "this device is not known here; enrol it (again), with a new home folder"
             )
-        self._right[digest] = None
-        if len(self._right) > self.limits.peers:
-            self._right.popitem(last=False)
+        self._remember(digest)
         caller.set(Caller(*found))
         if self.calls.places.shared(found[0], str(metadata.get(INSTANCE, ""))[:64]):
             await self.calls.run(_note_shared, self.calls.store, found[0])
         return found[0]
+
+    def _remember(self, digest: str) -> None:
+        self._right[digest] = None
+        self._right.move_to_end(digest)
+        if len(self._right) > self.limits.peers:
+            self._right.popitem(last=False)
 
     @contextmanager
     def _counted(self, device_id: int | None, transfer: bool) -> Iterator[None]:
@@ -203,12 +211,13 @@ async def _told(work: Awaitable[T], context: Any) -> T:
         await context.abort(refusal.code, str(refusal), trailing)
     except grpc.aio.AbortError:
         raise
+    except grpc.aio.BaseError:  # gRPC's own: the peer has gone
+        raise asyncio.CancelledError from None
     except sa.exc.OperationalError as error:
         log.warning("the database does not answer: %s", error.orig)
         await context.abort(StatusCode.UNAVAILABLE, "the coordinator's database does not answer now; try again later")
     except Exception:
-        if not context.done():  # else the peer has gone, and what it had under way fails in its own ways
-            log.exception("a call failed")
+        log.exception("a call failed")
         await context.abort(StatusCode.INTERNAL, "the coordinator failed; its log says more")
     raise AssertionError("abort() does not return")
 
@@ -218,6 +227,8 @@ def _note_shared(store: Store, device_id: int) -> None:
         device = session.get_one(Device, device_id)
         if device.shared_at is None or now() - device.shared_at > SHARED_AGAIN:
             device.shared_at = now()
-            told = "two processes use it in turns: copied home folder, or stolen token; `pocketfed devices revoke` ends it"
+            told = (
+                "two processes use it in turns: copied home folder, or stolen token; `pocketfed devices revoke` ends it"
+            )
             record(session, device.name, "credential.shared", device.name, "noticed", told)
             log.warning("the credential of %s is in use at two places", device.name)

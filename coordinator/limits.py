@@ -81,7 +81,7 @@ def address_of(peer: str) -> str:
     >>> address_of("ipv4:192.0.2.7:50123"), address_of("ipv6:%5B2001:db8::1:2:3:4%5D:443"), address_of("unix:")
     ('192.0.2.7', '2001:db8::/64', 'unix:')
     """
-    kind, _, place = peer.partition(":")
+    _, _, place = peer.partition(":")
     host = place.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
     try:
         address = ipaddress.ip_address(host.partition("%")[0])

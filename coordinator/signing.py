@@ -68,7 +68,9 @@ def open_keys(folder: Path) -> Keys:
     files = sorted(folder.glob("signing-*.key"), key=lambda p: (p.stat().st_mtime_ns, p.name))
     root = folder / ROOT_FILE
     if not files and not root.is_file():
-        raise SigningError(f"there are no publisher's keys in {folder}; make them with `pocketfed keys create`, or give --keys")
+        raise SigningError(
+            f"there are no publisher's keys in {folder}; make them with `pocketfed keys create`, or give --keys"
+        )
     loaded = [_load(p) for p in files]
     return Keys(folder, _load(root) if root.is_file() else None, {key_id(public_hex(k)): k for k in loaded})
 
@@ -159,7 +161,9 @@ def current_key(session: Session, keys: Keys) -> tuple[str, Ed25519PrivateKey]:
         if not entry["revoked"] and name in keys.signing:
             return name, keys.signing[name]
     publisher = held.publisher[:16] if held else "?"
-    raise SigningError(f"no signing key of the publisher {publisher} is in {keys.folder}; give --keys FOLDER that has one")
+    raise SigningError(
+        f"no signing key of the publisher {publisher} is in {keys.folder}; give --keys FOLDER that has one"
+    )
 
 
 def rotate_keys(session: Session, keys: Keys) -> Keys:
@@ -180,7 +184,9 @@ def revoke_signing_key(session: Session, keys: Keys, name: str) -> Keys:
     """
     listed = listed_keys(newest_list(session))
     if name not in listed:
-        raise SigningError(f"there is no key {name[:80]!r}, only {', '.join(listed) or 'none at all'}; see `pocketfed keys list`")
+        raise SigningError(
+            f"there is no key {name[:80]!r}, only {', '.join(listed) or 'none at all'}; see `pocketfed keys list`"
+        )
     _require_root(session, keys)
     listed[name] = {**listed[name], "revoked": True}
     _announce(session, keys, listed)
@@ -193,7 +199,9 @@ def _require_root(session: Session, keys: Keys) -> Ed25519PrivateKey:
     held = newest_list(session)
     if keys.root is None or (held is not None and public_hex(keys.root) != held.publisher):
         whose = held.publisher[:16] if held else "?"
-        raise SigningError(f"the root key of the publisher {whose} is not in {keys.folder}; it alone signs lists of keys")
+        raise SigningError(
+            f"the root key of the publisher {whose} is not in {keys.folder}; it alone signs lists of keys"
+        )
     return keys.root
 
 

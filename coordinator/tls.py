@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -180,14 +180,16 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
             pass  # half replaced: the old one holds until both files fit
         return None
 
-    return grpc.dynamic_ssl_server_credentials(configuration, fetch, require_client_authentication=False)
+    return grpc.dynamic_ssl_server_credentials(configuration, cast(Any, fetch), require_client_authentication=False)
 
 
 def _stamp(tls: Tls) -> tuple[int, int]:
     try:
         return tls.certificate.stat().st_mtime_ns, tls.key.stat().st_mtime_ns
     except OSError as error:
-        raise TlsError(f"cannot read {error.filename}: {error.strerror}; make certificates with `pocketfed certs`") from None
+        raise TlsError(
+            f"cannot read {error.filename}: {error.strerror}; make certificates with `pocketfed certs`"
+        ) from None
 
 
 def _configuration(tls: Tls) -> grpc.ServerCertificateConfiguration:

@@ -390,7 +390,8 @@ def test_a_database_in_use_takes_on_who_may_come_in_and_loses_nothing(tmp_path: 
         for row in (
             "artifacts VALUES ('v', '{}', 0, '2026-01-01')",
             "blobs VALUES ('b', 0, '[]')",
-            "devices (id, name, channel, token_hash, sdk_version, examples, enrolled_at) VALUES (1, 'phone', 'stable', 'h', '', 3, '2026-01-01')",
+            "devices (id, name, channel, token_hash, sdk_version, examples, enrolled_at) "
+            "VALUES (1, 'phone', 'stable', 'h', '', 3, '2026-01-01')",
             "runs (id, name, channel, status, config, artifact_version, trainable_set, seed, rounds_planned, created_at) "
             "VALUES (1, 'r', 'stable', 'running', '{}', 'v', 'head', 1, 1, '2026-01-01')",
             "assignments (id, run_id, round, attempt, device_id, kind, status, config, parameters, progress, offered_at, bytes_down) "
