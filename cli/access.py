@@ -184,15 +184,13 @@ def enrolment_key_create(
 @enrolment_key.command("list")
 def enrolment_key_list(database: Database, json: Json = False) -> None:
     """Show what each key has let in, and until when."""
-    import sqlalchemy as sa
-
-    from pocketfed.coordinator.store import EnrolmentKey
+    from pocketfed.coordinator.enrolment import enrolment_keys
 
     with _open(database) as store, store.read() as session:
         rows = [
             {"id": k.id, "cohort": k.cohort, "used": k.used, "quota": k.quota, "round_cap": k.round_cap,
              "expires_at": _moment(k.expires_at), "revoked_at": _moment(k.revoked_at)}
-            for k in session.scalars(sa.select(EnrolmentKey).order_by(EnrolmentKey.id))
+            for k in enrolment_keys(session)
         ]  # fmt: skip
     _rows("enrolment keys", rows, json)
 
@@ -214,15 +212,13 @@ def devices_list(
     database: Database, most: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100, json: Json = False
 ) -> None:
     """Show devices, and which were revoked or use one credential at two places."""
-    import sqlalchemy as sa
-
-    from pocketfed.coordinator.store import Device
+    from pocketfed.coordinator.enrolment import newest_devices
 
     with _open(database) as store, store.read() as session:
         rows = [
             {"name": d.name, "channel": d.channel, "cohort": d.cohort, "examples": d.examples,
              "last_seen_at": _moment(d.last_seen_at), "shared_at": _moment(d.shared_at), "revoked_at": _moment(d.revoked_at)}
-            for d in session.scalars(sa.select(Device).order_by(Device.id.desc()).limit(most))
+            for d in newest_devices(session, most)
         ]  # fmt: skip
     _rows("devices", rows, json)
 
@@ -243,19 +239,14 @@ def devices_revoke(name: Annotated[str, typer.Argument()], database: Database) -
 @release.command("list")
 def release_list(database: Database, channel: Annotated[str, typer.Option()] = "stable", json: Json = False) -> None:
     """Show a channel's releases, the newest first."""
-    import sqlalchemy as sa
-
-    from pocketfed.coordinator.signing import newest_signature
-    from pocketfed.coordinator.store import Release
+    from pocketfed.coordinator.signing import newest_releases
 
     with _open(database) as store, store.read() as session:
-        rows = []
-        for r in session.scalars(
-            sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(100)
-        ):
-            signed = newest_signature(session, channel, r.artifact_version)
-            rows.append({"id": r.id, "version": r.artifact_version[:16], "trains": r.trainable_set, "run": r.run_id,
-                         "signed_by": signed.key if signed else None, "created_at": _moment(r.created_at)})  # fmt: skip
+        rows = [
+            {"id": r.id, "version": r.artifact_version[:16], "trains": r.trainable_set, "run": r.run_id,
+             "signed_by": signed.key if signed else None, "created_at": _moment(r.created_at)}
+            for r, signed in newest_releases(session, channel)
+        ]  # fmt: skip
     _rows(f"releases on {channel}", rows, json)
 
 
@@ -307,14 +298,12 @@ def operator_disable(name: Annotated[str, typer.Argument()], database: Database)
 @operator.command("list")
 def operator_list(database: Database, json: Json = False) -> None:
     """Show who may do what."""
-    import sqlalchemy as sa
-
-    from pocketfed.coordinator.store import Operator
+    from pocketfed.coordinator.operators import all_operators
 
     with _open(database) as store, store.read() as session:
         rows = [
             {"name": o.name, "role": o.role, "created_at": _moment(o.created_at), "disabled_at": _moment(o.disabled_at)}
-            for o in session.scalars(sa.select(Operator).order_by(Operator.name))
+            for o in all_operators(session)
         ]
     _rows("operators", rows, json)
 

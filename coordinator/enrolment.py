@@ -77,6 +77,14 @@ def revoke_key(session: Session, key_id: int) -> None:
     found.revoked_at = found.revoked_at or now()
 
 
+def enrolment_keys(session: Session) -> list[EnrolmentKey]:
+    return list(session.scalars(sa.select(EnrolmentKey).order_by(EnrolmentKey.id)))
+
+
+def newest_devices(session: Session, most: int) -> list[Device]:
+    return list(session.scalars(sa.select(Device).order_by(Device.id.desc()).limit(most)))
+
+
 def _use_key(session: Session, key: str) -> EnrolmentKey:
     """The key's row, counted once more; locked until the transaction ends, so that a quota of one lets one in.
 

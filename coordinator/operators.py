@@ -163,6 +163,10 @@ def disable_operator(session: Session, name: str) -> None:
     found.disabled_at = found.disabled_at or now()
 
 
+def all_operators(session: Session) -> list[Operator]:
+    return list(session.scalars(sa.select(Operator).order_by(Operator.name)))
+
+
 def audit_lines(session: Session, most: int = 100) -> list[Audit]:
     """The newest first."""
     return list(session.scalars(sa.select(Audit).order_by(Audit.id.desc()).limit(most)))

@@ -238,6 +238,12 @@ def newest_signature(session: Session, channel: str, version: str | None = None)
     return session.scalars(rows.order_by(Signature.sequence.desc()).limit(1)).first()
 
 
+def newest_releases(session: Session, channel: str, most: int = 100) -> list[tuple[Release, Signature | None]]:
+    """A channel's releases with the publisher's word on their version, the newest first."""
+    rows = session.scalars(sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(most))
+    return [(row, newest_signature(session, channel, row.artifact_version)) for row in rows]
+
+
 def sign_version(
     session: Session, keys: Keys, channel: str, version: str, *, rollback: bool = False, supersede: bool = False
 ) -> Signature:

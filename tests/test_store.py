@@ -345,6 +345,31 @@ def test_postgresql_holds_the_same_tables_blobs_times_and_largest_seed(postgres:
         store.close()
 
 
+@pytest.mark.slow
+def test_postgresql_keeps_quotas_signatures_and_an_audit_that_only_grows(postgres: str, tmp_path: Path) -> None:
+    from pocketfed.coordinator import signing
+    from pocketfed.coordinator.enrolment import EnrolmentError, create_key, enrol
+    from pocketfed.coordinator.operators import acting, audit_lines, local_admin
+
+    store = Store(postgres)
+    try:
+        with acting(store, local_admin(), "publish", "signed") as session:
+            put_artifact(session, {}, "signed", [])
+            signing.sign_version(session, signing.ensure_keys(session, tmp_path / "keys"), "stable", "signed")
+            _, key = create_key(session, quota=1)
+        for _ in range(2):
+            enrol(store, "first", "stable", "", "A" * 43, key)
+        with pytest.raises(EnrolmentError, match="has let in its 1 devices"):
+            enrol(store, "second", "stable", "", "B" * 43, key)
+        for sql in ("UPDATE audit SET who = 'x'", "DELETE FROM audit", "TRUNCATE audit"):
+            with pytest.raises(sa.exc.DatabaseError, match="the audit only grows"), store.write() as session:
+                session.execute(sa.text(sql))
+        with store.read() as session:
+            assert [a.act for a in audit_lines(session)] == ["publish"]
+    finally:
+        store.close()
+
+
 def test_a_missing_driver_is_told_in_a_sentence() -> None:
     with pytest.raises(StoreError, match="needs a driver that is not installed"):
         Store("mysql://localhost/x")  # MySQLdb is no dependency of ours
