@@ -21,6 +21,8 @@ from pocketfed.cli.output import (
 )
 
 if TYPE_CHECKING:
+    import threading
+
     from pocketfed.coordinator.config import RunConfig
     from pocketfed.coordinator.server import CoordinatorServer
     from pocketfed.coordinator.store import Store
@@ -195,7 +197,7 @@ def serve(
                             record(session, local_admin().name, "run.stop", config.name, "done")
             if not (config is not None and exit_when_done):
                 print("serving until Ctrl-C", flush=True)
-                stopping.wait()
+                _wait(stopping)
     finally:
         store.close()
 
@@ -322,7 +324,7 @@ def device(
         note = f", {format_skipped(skipped)}" if skipped else ""
         print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{note}", flush=True)
         member.start()
-        stopping.wait()
+        _wait(stopping)
 
 
 def dashboard(
@@ -371,6 +373,12 @@ def _check_free(listen: str) -> str:
         why = (error.strerror or str(error)).lower()
         raise CommandError(f"cannot listen on {listen}: {why}; choose another port or address") from None
     return host
+
+
+def _wait(stopping: threading.Event) -> None:
+    """Until it is set. In short waits: a signal that comes just before a long one would be heard only when that ends."""
+    while not stopping.wait(0.5):
+        pass
 
 
 def _on_termination(stop: Callable[[], object]) -> None:

@@ -46,6 +46,7 @@ app.command()(access.audit)
 def main() -> None:
     """Run a sub-command. A mistake ends with one sentence on stderr and exit code 1; 2 where an option is wrong."""
     arguments = sys.argv[1:] or ["--help"]
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each stranger's failed handshake is a line in the log
     try:
         code = app(arguments, prog_name="pocketfed", standalone_mode=False)
     except KeyboardInterrupt:
