@@ -152,7 +152,7 @@ class Link:
                     f"{self.coordinator} does not prove that it is the coordinator ({_tls_reason(details)}); is this the address "
                     "that its certificate names, and `ca` the file that came with it?"
                 )
-            if code == grpc.StatusCode.UNAVAILABLE and details.startswith("the coordinator's database"):
+            if code == grpc.StatusCode.UNAVAILABLE and details.startswith("the coordinator"):
                 return Unreachable(f"{self.coordinator}: {details[:200]}")
             return Unreachable(
                 f"the coordinator at {self.coordinator} cannot be reached; is it running, and is the address right?"

@@ -33,7 +33,16 @@ from pocketfed.coordinator.assignments import Assignments, Header, UploadError
 from pocketfed.coordinator.operators import audit_lines
 from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
 from pocketfed.coordinator.signing import SigningError
-from pocketfed.coordinator.store import Release, Signature, Store, latest_release, put_artifact
+from pocketfed.coordinator.store import (
+    Assignment,
+    Release,
+    Run,
+    Signature,
+    Store,
+    latest_release,
+    put_artifact,
+    put_blob,
+)
 from pocketfed.model.parameters import ParametersError, decode_vector, encode_vector
 from pocketfed.protos import distribution_pb2, fleet_pb2
 
@@ -596,6 +605,16 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("wire")
     store = Store(str(folder / "fleet.db"))
     enrol(store, "phone", "stable", "", "A" * 43)
+    with store.write() as session:  # something to upload to, until some example declines it
+        put_artifact(session, {"trainable_sets": {"head": {"size": 10}}}, V1, [])
+        run = {"channel": "stable", "config": {}, "artifact_version": V1, "trainable_set": "head", "seed": 1}
+        session.add(Run(id=1, name="r", rounds_planned=1, **run))
+        session.flush()
+        theta = put_blob(session, VALID)
+        session.add_all(
+            Assignment(id=f"1-{n}-1-1-train", run_id=1, round=n, device_id=1, kind="train", config={}, parameters=theta)
+            for n in range(1, 4)
+        )
     limits = Limits(calls_per_s=1e6, calls_burst=1e6, doubtful_per_s=1e6, doubtful_burst=1e6)
     with (
         CoordinatorServer(store, ServerConfig("127.0.0.1:0", limits=limits)) as server,
@@ -626,6 +645,79 @@ def test_fuzz_no_bytes_on_the_wire_make_the_coordinator_fail(
     except grpc.RpcError as error:
         code = error.code().name  # type: ignore[attr-defined]
     assert code not in ("INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+
+
+TEXTS = st.text(max_size=30) | st.sampled_from(
+    [
+        "",
+        "stable",
+        "phone",
+        "A" * 43,
+        "0" * 64,
+        "1-1-1-1-train",
+        "1-2-1-1-train",
+        "1-3-1-1-train",
+        "x'; --",
+        "\0",
+        "../x",
+    ]
+)
+WHOLE = st.integers(0, 10) | st.sampled_from([2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1])
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "string": TEXTS,
+    "bytes": st.binary(max_size=60),
+    "double": st.floats(),
+    "uint32": WHOLE.filter(lambda n: n < 2**32),
+    "uint64": WHOLE,
+    "enum": st.sampled_from([0, 1, 2, 3, 77, -1]),
+}
+KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 14: "enum"}
+
+
+def messages(descriptor: Any) -> st.SearchStrategy[Any]:
+    """Well-formed messages with whatever in them."""
+    from google.protobuf.message_factory import GetMessageClass
+
+    def field(f: Any) -> st.SearchStrategy[Any]:
+        if f.message_type is not None and f.message_type.GetOptions().map_entry:
+            return st.dictionaries(TEXTS, st.floats(), max_size=40)
+        return messages(f.message_type) if f.message_type is not None else VALUES[KINDS[f.type]]
+
+    fields = {f.name: field(f) for f in descriptor.fields}
+    return st.fixed_dictionaries({}, optional=fields).map(lambda values: GetMessageClass(descriptor)(**values))
+
+
+CALLS = [(s, m) for f, s in ((fleet_pb2, "Fleet"), (distribution_pb2, "Distribution"))
+         for m in f.DESCRIPTOR.services_by_name[s].methods]  # fmt: skip
+WELL_FORMED = st.one_of(
+    [
+        st.tuples(
+            st.just((s, m.name)),
+            st.lists(messages(m.input_type).map(lambda v: v.SerializeToString()), min_size=1, max_size=3),
+        )
+        for s, m in CALLS
+    ]
+)
+
+
+@FUZZ
+@given(call=WELL_FORMED)
+def test_fuzz_no_values_in_messages_make_the_coordinator_fail(
+    wire: Any, call: tuple[tuple[str, str], list[bytes]]
+) -> None:
+    import grpc
+
+    (service, method), parts = call
+    code = None
+    try:
+        replies = wire.stream_stream(f"/pocketfed.v1.{service}/{method}")
+        metadata = (("authorization", f"Bearer {'A' * 43}"),)
+        # A check-in may ask to wait for as long as it likes: it is ended from here.
+        list(replies(iter(parts), metadata=metadata, timeout=0.2 if method == "CheckIn" else 20))
+    except grpc.RpcError as error:
+        code = error.code().name  # type: ignore[attr-defined]
+    assert code not in ("INTERNAL", "UNKNOWN", "UNAVAILABLE")
+    assert code != "DEADLINE_EXCEEDED" or method == "CheckIn"
 
 
 def test_every_error_of_the_sdk_can_be_caught_as_one() -> None:
