@@ -21,6 +21,8 @@ from pocketfed.cli.output import (
 )
 
 if TYPE_CHECKING:
+    import threading
+
     from pocketfed.coordinator.config import RunConfig
     from pocketfed.coordinator.grid import FleetGrid
     from pocketfed.coordinator.server import CoordinatorServer
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OFFER_S = 10.0  # a device that was there takes what it is offered within so long, or counts as gone
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
+KeysFolder = Annotated[
+    Path | None, typer.Option("--keys", help="The publisher's private keys; by default beside the database.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -47,12 +52,19 @@ def publish(
     max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
+    keys: KeysFolder = None,
+    supersede: Annotated[
+        bool,
+        typer.Option("--supersede", help="What the channel ran before has a fault: it is not trained on any more."),
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Build an artifact (plans, int8 backbone, tokenizer, manifest) and release it on a channel."""
+    """Build an artifact (plans, int8 backbone, tokenizer, manifest), sign it and release it on a channel."""
     import tempfile
 
     from pocketfed.coordinator.artifacts import MANIFEST, publish_artifact, read_artifact
+    from pocketfed.coordinator.operators import acting, local_admin
+    from pocketfed.coordinator.signing import ensure_keys, keys_folder, newest_list
     from pocketfed.coordinator.store import Store
 
     if not 0 < len(channel) <= 100:
@@ -69,9 +81,15 @@ def publish(
             )
         store = Store(database)
         try:
-            with store.write() as session:
-                release = publish_artifact(session, built, channel, train[0] if train else None)
-                released = {"release": release.id, "trainable_set": release.trainable_set}
+            with acting(store, local_admin(), "publish", f"{channel} {built.version}") as session:
+                signing = ensure_keys(session, keys or keys_folder(store))
+                release = publish_artifact(session, built, channel, train[0] if train else None, signing, supersede)
+                publisher = newest_list(session)
+                released = {
+                    "release": release.id,
+                    "trainable_set": release.trainable_set,
+                    "publisher": publisher.publisher if publisher else None,
+                }
         finally:
             store.close()
     total = sum(f["bytes"] for f in built.manifest["files"].values())
@@ -137,20 +155,42 @@ def serve(
     spool: Annotated[
         Path | None, typer.Option(help="Where uploads wait for their round; by default beside the database.")
     ] = None,
+    certs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of `pocketfed certs`, for TLS; needed where other machines can connect."),
+    ] = None,
+    allow_plaintext_off_loopback: Annotated[
+        bool,
+        typer.Option("--allow-plaintext-off-loopback", help="No TLS: who is in between reads tokens and updates."),
+    ] = False,
     exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
 ) -> None:
     """Serve artifacts and assignments to devices, and drive a run: one that was left unfinished, or the one given."""
+    import dataclasses
     import threading
 
     from pocketfed.coordinator.config import load_run_config
     from pocketfed.coordinator.leadership import lead
-    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig, default_spool
+    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig, check_listen, default_spool
     from pocketfed.coordinator.store import Store, database_url
+    from pocketfed.coordinator.tls import find_tls
 
+    tls = find_tls(certs) if certs else None
+    if certs and tls is None:
+        raise CommandError(
+            f"there is no certificate in {certs}; make one with `pocketfed certs --out {certs} --host NAME`"
+        )
     config = load_run_config(run, set_ or []) if run is not None or set_ else None
     test = _check_run(config) if config is not None else ()
     check_json(json)
+    serving = ServerConfig(
+        listen,
+        enrolment_key=enrolment_key,
+        tls=tls,
+        allow_plaintext_off_loopback=allow_plaintext_off_loopback,
+    )
+    check_listen(serving)
     url = database_url(database)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         _check_free(listen)  # before a database is made; where there is one, its coordinator may use the port still
@@ -165,13 +205,14 @@ def serve(
             host = _check_free(listen)
             left = _unfinished(store, resume)
             configs = [c for _, c in left] + ([config] if config is not None else [])
-            lease_s = configs[0].lease_s if configs else 30.0
-            server = CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key), place)
+            if configs:
+                serving = dataclasses.replace(serving, lease_s=configs[0].lease_s)
+            server = CoordinatorServer(store, serving, place)
             server.assignments.sweep()
             for run_id, left_config in left:  # before a device can hear that its time was up
                 _grid(store, server, run_id, left_config).reopen(left_config.deadline_s)
             with server:
-                print(f"listening on {host}:{server.port}", flush=True)
+                print(f"listening on {host}:{server.port}" + (", with TLS" if tls else ""), flush=True)
                 for run_id, left_config in left:
                     print(f"run {run_id}: goes on where it was left", flush=True)
                     _drive(store, server, run_id, left_config, _check_run(left_config), json, stopping.is_set)
@@ -179,7 +220,7 @@ def serve(
                     _drive(store, server, None, config, test, json, stopping.is_set)
                 if not (configs and exit_when_done):
                     print("serving until Ctrl-C", flush=True)
-                    stopping.wait()
+                    _wait(stopping)
     finally:
         store.close()
 
@@ -201,8 +242,19 @@ def _unfinished(store: Store, resume: bool) -> list[tuple[int, RunConfig]]:
                 left.append((run_id, RunConfig.from_dict(session.get_one(Run, run_id).config)))
         else:
             give_up(store, run_id, "given up by the operator")
+            with store.read() as session:
+                name = session.get_one(Run, run_id).name
+            _note(store, "run.stop", name, f"run {run_id} given up")
             print(f"run {run_id}: given up", flush=True)
     return left
+
+
+def _note(store: Store, act: str, target: str, detail: str = "") -> None:
+    """A line in the audit: whoever may run this command has done that."""
+    from pocketfed.coordinator.operators import local_admin, record
+
+    with store.write() as session:
+        record(session, local_admin().name, act, target, "done", detail)
 
 
 def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfig) -> FleetGrid:
@@ -236,23 +288,31 @@ def _drive(
     should_stop: Callable[[], bool],
 ) -> None:
     """Drive a run, or a new one, to its end. Where the database or the disk fails, the run waits for them."""
+    import contextlib
     import tempfile
     from hashlib import sha256
 
     from pocketfed.coordinator.progress import create_run, results_of
     from pocketfed.coordinator.rounds import drive_run
+    from pocketfed.coordinator.store import OUTAGES, Run, StoreError
 
-    if run_id is None:
-        run_id = create_run(store, config)
+    known = run_id is not None
+    run_id = create_run(store, config) if run_id is None else run_id
+    _note(store, "run.start", config.name, f"on {config.channel}" + (", where it was left" if known else ""))
     grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None
         forget = server.assignments.forget
-        theta = _patiently(
-            lambda: drive_run(store, run_id, grid, config, evaluate, print_round, forget, should_stop), should_stop
-        )
+        try:
+            theta = _patiently(
+                lambda: drive_run(store, run_id, grid, config, evaluate, print_round, forget, should_stop), should_stop
+            )
+        finally:
+            if should_stop():
+                with contextlib.suppress(StoreError, *OUTAGES):
+                    _note(store, "run.stop", config.name)
     if json is not None:
         write_json(
             json,
@@ -263,7 +323,10 @@ def _drive(
                 "parameters_sha256": sha256(theta.tobytes()).hexdigest(),
             },
         )
-    print(f"run {run_id} finished" + (f"; released on {config.channel!r}" if config.release else ""), flush=True)
+    with store.read() as session:
+        kept_back = session.get_one(Run, run_id).reason
+    released = f"; released on {config.channel!r}" if config.release else ""
+    print(f"run {run_id} finished{f'; {kept_back}' if kept_back else released}", flush=True)
 
 
 def _patiently(drive: Callable[[], T], should_stop: Callable[[], bool]) -> T:
@@ -316,7 +379,18 @@ def device(
     name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
     channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
     enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow an unencrypted link to another machine.")] = False,
+    ca: Annotated[
+        Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
+    ] = None,
+    publisher: Annotated[
+        str, typer.Option(help="The publisher's root key to trust; by default the first one that is met.")
+    ] = "",
+    allow_plaintext_off_loopback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-plaintext-off-loopback", help="No TLS to another machine: who is in between reads along."
+        ),
+    ] = False,
 ) -> None:
     """Be a device: take part in rounds with the texts in --data, until told to stop."""
     import threading
@@ -334,7 +408,9 @@ def device(
         name=name,
         channel=channel,
         enrolment_key=enrolment_key,
-        insecure=insecure,
+        ca=ca,
+        publisher=publisher,
+        allow_plaintext_off_loopback=allow_plaintext_off_loopback,
         on_status=lambda status: print(status, flush=True),
     ) as member:
         member.examples.forget()  # the file is the truth: home's copy is made anew
@@ -343,7 +419,7 @@ def device(
         note = f", {format_skipped(skipped)}" if skipped else ""
         print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{note}", flush=True)
         member.start()
-        stopping.wait()
+        _wait(stopping)
 
 
 def dashboard(
@@ -392,6 +468,12 @@ def _check_free(listen: str) -> str:
         why = (error.strerror or str(error)).lower()
         raise CommandError(f"cannot listen on {listen}: {why}; choose another port or address") from None
     return host
+
+
+def _wait(stopping: threading.Event) -> None:
+    """Until it is set. In short waits: a signal that comes just before a long one would be heard only when that ends."""
+    while not stopping.wait(0.5):
+        pass
 
 
 def _on_termination(stop: Callable[[], object]) -> None:

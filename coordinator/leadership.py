@@ -8,14 +8,14 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import OUTAGES, Lease, Store, StoreError, now
+from pocketfed.coordinator.store import OUTAGES, Lease, Store, StoreError
 
 # Windows has no such locks: there only the lease's time tells.
 LOCKS: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -72,15 +72,15 @@ class Leadership:
         if self._lock is None:
             return self.holder
         with self.store.write() as session:
-            held = session.get(Lease, NAME, with_for_update=True)
+            held, moment = session.get(Lease, NAME, with_for_update=True), _time(session)
             if held is None:
-                held = Lease(name=NAME, holder=self.holder, token=0, held_until=now())
+                held = Lease(name=NAME, holder=self.holder, token=0, held_until=moment)
                 session.add(held)
             # Whoever held it with this very spool is dead: we have the lock that a process keeps while it lives.
-            elif held.holder not in ("", self.holder if LOCKS else "") and held.held_until > now():
+            elif held.holder not in ("", self.holder if LOCKS else "") and held.held_until > moment:
                 return held.holder
             held.token += 1
-            held.holder, held.held_until = self.holder, now() + timedelta(seconds=self.lease_s)
+            held.holder, held.held_until = self.holder, moment + timedelta(seconds=self.lease_s)
             session.flush()
             self.token = held.token
         return None
@@ -102,7 +102,7 @@ class Leadership:
         while not self._done.wait(self.lease_s / 3):
             with contextlib.suppress(*OUTAGES), Session(self.store.engine) as session, session.begin():
                 mine = sa.update(Lease).where(Lease.name == NAME, Lease.token == self.token)
-                session.execute(mine.values(held_until=now() + timedelta(seconds=self.lease_s)))
+                session.execute(mine.values(held_until=_time(session) + timedelta(seconds=self.lease_s)))
 
     def release(self) -> None:
         """Let another coordinator follow at once."""
@@ -112,10 +112,17 @@ class Leadership:
             self.store.fence = None
             with contextlib.suppress(*OUTAGES), Session(self.store.engine) as session, session.begin():
                 mine = sa.update(Lease).where(Lease.name == NAME, Lease.token == self.token)
-                session.execute(mine.values(holder="", held_until=now()))
+                session.execute(mine.values(holder="", held_until=_time(session)))
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _time(session: Session) -> datetime:
+    """What the database's clock says: coordinators need not agree on the time. SQLite has the machine's."""
+    if session.get_bind().dialect.name == "postgresql":
+        return session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    return datetime.now(UTC)
 
 
 def _try_lock(path: Path) -> int | None:

@@ -313,12 +313,18 @@ def settled_in(store: Store, run_id: int, number: int) -> list[str]:
 
 
 def finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> None:
-    """The run has ended well; its result is released, where that is asked for."""
+    """The run has ended well; its result is released, where that is asked for.
+
+    Not if something else was published on the channel meanwhile: that would take the devices back.
+    """
     with store.write() as session:
         run = session.get_one(Run, run_id)
         run.status, run.reason, run.finished_at = "finished", None, now()
         _close_open(session, run_id)
-        if config.release:
+        newest = latest_release(session, run.channel)
+        if config.release and newest is not None and newest.artifact_version != run.artifact_version:
+            run.reason = f"not released: {run.channel!r} has gone on to the artifact {newest.artifact_version[:12]}"
+        elif config.release:
             session.add(
                 Release(
                     channel=run.channel,

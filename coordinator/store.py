@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,30 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, OUTAGES) and (not isinstance(error, OSError) or error.errno in _DISK)
 
 
+class Clock:
+    """The time of day when this was made, and from then on what has really passed: a clock that is set ends no lease.
+
+    Args:
+        wall: the time of day; passed: seconds from any point on, never set back (and, where the system can, counting sleep).
+    """
+
+    def __init__(self, wall: Callable[[], datetime], passed: Callable[[], float]) -> None:
+        self._passed = passed
+        self._begin, self._origin = wall(), passed()
+
+    def now(self) -> datetime:
+        return self._begin + timedelta(seconds=self._passed() - self._origin)
+
+
+def _passed_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+_clock = Clock(lambda: datetime.now(UTC), _passed_s)
+
+
 def now() -> datetime:
-    return datetime.now(UTC)
+    return _clock.now()
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
@@ -122,6 +145,10 @@ class Device(Base):
     enrolled_at: Mapped[datetime] = mapped_column(default=now)
     last_seen_at: Mapped[datetime | None] = mapped_column(index=True)
     present_until: Mapped[datetime | None]  # it asks for work until then, or will again by then
+    enrolment_key_id: Mapped[int | None] = mapped_column(ForeignKey("enrolment_keys.id"), index=True)
+    cohort: Mapped[str | None] = mapped_column(String(100))  # of the enrolment key, where it has one
+    revoked_at: Mapped[datetime | None]
+    shared_at: Mapped[datetime | None]  # when its credential was last seen in use at two places at once
 
 
 class Run(Base):
@@ -519,3 +546,69 @@ def device_named(session: Session, name: str, **values: Any) -> Device:
         session.add(device)
         session.flush()
     return device
+
+
+# ---- who may come in -------------------------------------------------------------------------------------------------
+
+
+class EnrolmentKey(Base):
+    """What lets so many devices enrol until some day."""
+
+    __tablename__ = "enrolment_keys"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key_hash: Mapped[str] = mapped_column(String(64), unique=True)  # sha256 of the key; the key itself is not kept
+    cohort: Mapped[str] = mapped_column(String(100), default="")
+    quota: Mapped[int]  # devices that may enrol with it
+    used: Mapped[int] = mapped_column(default=0)
+    round_cap: Mapped[int] = mapped_column(default=0)  # at most so many of its devices in one round; 0: no limit
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class KeyList(Base):
+    """Which keys may sign artifacts, signed by the publisher's root key. The newest holds."""
+
+    __tablename__ = "key_lists"
+    sequence: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    publisher: Mapped[str] = mapped_column(String(64))  # the root's public key, hex
+    statement: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    signature: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Signature(Base):
+    """The publisher's word that a channel runs a version, from `sequence` on."""
+
+    __tablename__ = "signatures"
+    channel: Mapped[str] = mapped_column(String(100), primary_key=True)
+    sequence: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    artifact_version: Mapped[str] = mapped_column(ForeignKey("artifacts.version"), index=True)
+    key: Mapped[str] = mapped_column(String(16))  # id of the key that signed
+    statement: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    signature: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Operator(Base):
+    """A person who may look, act or administer. role: viewer, operator, admin."""
+
+    __tablename__ = "operators"
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    role: Mapped[str] = mapped_column(String(20))
+    password: Mapped[str] = mapped_column(String(200))  # scrypt, with its salt and cost
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    disabled_at: Mapped[datetime | None]
+
+
+class Audit(Base):
+    """Who did what, when, and how it ended. Triggers refuse to change or delete a row."""
+
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now, index=True)
+    who: Mapped[str] = mapped_column(String(120))
+    act: Mapped[str] = mapped_column(String(50))
+    target: Mapped[str] = mapped_column(String(200), default="")
+    outcome: Mapped[str] = mapped_column(String(20))  # done, refused, failed, noticed
+    detail: Mapped[str] = mapped_column(String(500), default="")

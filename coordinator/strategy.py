@@ -26,6 +26,7 @@ from pocketfed.model.parameters import Vector
 T = TypeVar("T", int, float)
 DEFAULT = "StreamingFedAvg"
 THETA = "theta"
+MAX_NAMES = 64  # of metrics in a round
 NEEDS_OTHER_REPLIES = ("FedXgbBagging", "FedXgbCyclic")  # trees, not parameter vectors
 
 
@@ -219,7 +220,7 @@ def _messages(kind: str, server_round: int, arrays: ArrayRecord, config: ConfigR
 
 
 class WeightedMean:
-    """Means of metrics over devices, weighted by their examples."""
+    """Means of metrics over devices, weighted by their examples; of the first MAX_NAMES names, whatever devices make up."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -227,7 +228,8 @@ class WeightedMean:
 
     def add(self, record: Mapping[str, Any], weight: float) -> None:
         for name, value in record.items():
-            if name != "num-examples" and isinstance(value, (int, float)):
+            room = name in self._sums or len(self._sums) < MAX_NAMES
+            if room and name != "num-examples" and isinstance(value, (int, float)):
                 self._sums[name] = self._sums.get(name, 0.0) + weight * value
                 self._weights[name] = self._weights.get(name, 0.0) + weight
 

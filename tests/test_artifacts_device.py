@@ -133,7 +133,7 @@ def test_a_manifest_is_read_as_written_and_its_version_is_the_digest_of_its_byte
         "a\n",
     ],
 )
-def test_a_file_name_that_could_leave_its_folder_is_refused(name: str) -> None:
+def test_fault_17_a_file_name_that_could_leave_its_folder_is_refused(name: str) -> None:
     raw = manifest(ONE)
     raw["files"][name] = describe(b"x")
     with pytest.raises(ArtifactError, match="only plain names without folders"):
@@ -229,7 +229,9 @@ def test_no_manifest_with_one_part_replaced_raises_anything_but_an_artifact_erro
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_flipped_bit_in_any_file_is_refused_and_the_file_is_named(nano_artifact: Artifact, tmp_path: Path) -> None:
+def test_fault_14_one_flipped_bit_in_any_file_is_refused_and_the_file_is_named(
+    nano_artifact: Artifact, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(nano_artifact.folder, folder)
     version = nano_artifact.manifest.version
@@ -324,7 +326,7 @@ def test_a_chunk_damaged_on_disk_between_two_attempts_is_fetched_again(tmp_path:
     [lambda p: p[:-1] + bytes([p[-1] ^ 1]), lambda p: p[:-1], lambda p: p + b"!", lambda p: b""],
     ids=["a bit", "too short", "too long", "empty"],
 )
-def test_a_wrong_chunk_is_refused_and_never_written(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_fault_14_a_wrong_chunk_is_refused_and_never_written(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     shelf = Shelf(LARGE)
     (version,) = shelf.versions
     shelf.tampered, shelf.change = {(digest_of(BIG), 2)}, change
@@ -346,7 +348,7 @@ class Chatty(Shelf):
         yield from [*pieces, b"more"] if self.extra > 0 else pieces[:-1]
 
 
-def test_a_source_that_sends_too_much_or_too_little_is_refused(tmp_path: Path) -> None:
+def test_fault_14_a_source_that_sends_too_much_or_too_little_is_refused(tmp_path: Path) -> None:
     shelf = Chatty(LARGE)
     with pytest.raises(ArtifactError, match=r"chunk 4 of backbone\.bin"):
         fetch(shelf, shelf.versions[0], tmp_path / "a")

@@ -22,9 +22,10 @@ ONLY_IN = {
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/",), "tokenizers": ("model/",),
+    "cryptography": ("client_sdk/trust.py", "coordinator/signing.py", "coordinator/tls.py"),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
-AT_TOP_ONLY_IN = {"torch": ("model/",), "onnx": ("model/",), "tokenizers": ()}
+AT_TOP_ONLY_IN = {"torch": ("model/",), "onnx": ("model/",), "tokenizers": (), "cryptography": ()}
 NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
 
 

@@ -277,6 +277,31 @@ def test_the_largest_seed_is_kept(store: Store) -> None:
         assert session.get_one(Run, run_id).seed == 2**63 - 1
 
 
+@pytest.mark.slow
+def test_postgresql_keeps_quotas_signatures_and_an_audit_that_only_grows(postgres: str, tmp_path: Path) -> None:
+    from pocketfed.coordinator import signing
+    from pocketfed.coordinator.enrolment import EnrolmentError, create_key, enrol
+    from pocketfed.coordinator.operators import acting, audit_lines, local_admin
+
+    store = Store(postgres)
+    try:
+        with acting(store, local_admin(), "publish", "signed") as session:
+            put_artifact(session, {}, "signed", [])
+            signing.sign_version(session, signing.ensure_keys(session, tmp_path / "keys"), "stable", "signed")
+            _, key = create_key(session, quota=1)
+        for _ in range(2):
+            enrol(store, "first", "stable", "", "A" * 43, key)
+        with pytest.raises(EnrolmentError, match="has let in its 1 devices"):
+            enrol(store, "second", "stable", "", "B" * 43, key)
+        for sql in ("UPDATE audit SET who = 'x'", "DELETE FROM audit", "TRUNCATE audit"):
+            with pytest.raises(sa.exc.DatabaseError, match="the audit only grows"), store.write() as session:
+                session.execute(sa.text(sql))
+        with store.read() as session:
+            assert [a.act for a in audit_lines(session)] == ["publish"]
+    finally:
+        store.close()
+
+
 def test_a_missing_driver_is_told_in_a_sentence() -> None:
     with pytest.raises(StoreError, match="needs a driver that is not installed"):
         Store("mysql://localhost/x")  # MySQLdb is no dependency of ours
@@ -298,3 +323,43 @@ def test_what_a_write_has_read_still_holds_when_it_writes(store: Store) -> None:
         thread.join()
     with store.read() as session:
         assert device_named(session, "phone").examples == 80
+
+
+# ---- migrations of a database in use -----------------------------------------------------------------------------------
+
+
+def test_a_database_in_use_takes_on_who_may_come_in_and_loses_nothing(tmp_path: Path) -> None:
+    """Devices with assignments: what refers to a table forbids making that table anew."""
+    from alembic import command
+    from alembic.config import Config
+
+    from pocketfed.coordinator.store import MIGRATIONS
+
+    path = tmp_path / "old.db"
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for row in (
+            "artifacts VALUES ('v', '{}', 0, '2026-01-01')",
+            "blobs VALUES ('b', 0, '[]')",
+            "devices (id, name, channel, token_hash, sdk_version, examples, enrolled_at) "
+            "VALUES (1, 'phone', 'stable', 'h', '', 3, '2026-01-01')",
+            "runs (id, name, channel, status, config, artifact_version, trainable_set, seed, rounds_planned, created_at) "
+            "VALUES (1, 'r', 'stable', 'running', '{}', 'v', 'head', 1, 1, '2026-01-01')",
+            "assignments (id, run_id, round, attempt, device_id, kind, status, config, parameters, progress, offered_at, bytes_down) "
+            "VALUES ('a', 1, 1, 1, 1, 'train', 'offered', '{}', 'b', 0, '2026-01-01', 0)",
+        ):
+            connection.exec_driver_sql(f"INSERT INTO {row}")
+    engine.dispose()
+    store = Store(str(path))
+    assert differences(store) == []
+    with store.read() as session:
+        device = session.scalars(sa.select(Device)).one()
+        assert (device.name, device.examples, device.cohort, device.revoked_at) == ("phone", 3, None, None)
+        assert session.scalar(sa.text("SELECT device_id FROM assignments")) == 1
+    store.close()
