@@ -190,10 +190,10 @@ def serve(
         tls=tls,
         allow_plaintext_off_loopback=allow_plaintext_off_loopback,
     )
-    check_listen(serving)
     url = database_url(database)
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         _check_free(listen)  # before a database is made; where there is one, its coordinator may use the port still
+    check_listen(serving)
     store = Store(database)
     try:
         stopping = threading.Event()

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Device, EnrolmentKey, Round, Store, now, printable
+from pocketfed.coordinator.store import Assignment, Device, EnrolmentKey, Round, Store, now, printable
 
 MAX_NAME = 100
 MIN_TOKEN, MAX_TOKEN = 32, 200
@@ -203,7 +203,8 @@ def revoke_device(session: Session, name: str) -> None:
 def capped(session: Session, online: Mapping[int, str]) -> dict[int, str]:
     """`online` (device id -> name) with at most `round_cap` devices of each enrolment key, the next ones each round.
 
-    Ten thousand devices that one leaked key let in are no more of a round than its cap.
+    Ten thousand devices that one leaked key let in are no more of a round than its cap. Those that work still, as they do
+    from buffer to buffer, count.
     """
     limited = session.execute(sa.select(EnrolmentKey.id, EnrolmentKey.round_cap).where(EnrolmentKey.round_cap > 0))
     caps = {row.id: row.round_cap for row in limited}
@@ -212,15 +213,19 @@ def capped(session: Session, online: Mapping[int, str]) -> dict[int, str]:
     came = session.execute(sa.select(Device.id, Device.enrolment_key_id).where(Device.enrolment_key_id.in_(caps)))
     came_with = {row.id: row.enrolment_key_id for row in came}
     start = session.scalar(sa.select(sa.func.count()).select_from(Round)) or 0
-    groups: dict[int, list[int]] = {}
-    for device_id in sorted(online, key=lambda d: online[d]):
+    at_work = set(
+        session.scalars(sa.select(Assignment.device_id).where(Assignment.status.in_(("offered", "accepted"))))
+    )
+    kept, groups = at_work & came_with.keys(), dict[int, list[int]]()
+    places = {key_id: caps[key_id] - sum(came_with[d] == key_id for d in kept) for key_id in caps}
+    for device_id in sorted(online.keys() - at_work, key=lambda d: online[d]):
         key_id = came_with.get(device_id)
         if key_id is not None:
             groups.setdefault(key_id, []).append(device_id)
-    kept = {
+    kept |= {
         group[(start * caps[key_id] + i) % len(group)]
         for key_id, group in groups.items()
-        for i in range(min(caps[key_id], len(group)))
+        for i in range(min(places[key_id], len(group)))
     }
     return {d: name for d, name in online.items() if came_with.get(d) is None or d in kept}
 

@@ -121,7 +121,8 @@ class Leadership:
 def _time(session: Session) -> datetime:
     """What the database's clock says: coordinators need not agree on the time. SQLite has the machine's."""
     if session.get_bind().dialect.name == "postgresql":
-        return session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        moment: datetime = session.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+        return moment
     return datetime.now(UTC)
 
 

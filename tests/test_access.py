@@ -611,6 +611,12 @@ def test_fault_21_ten_thousand_sybils_are_no_more_of_a_round_than_their_keys_cap
             "s00003",
             "s00004",
         }  # the next ones' turn
+        busy = Assignment(id="a", run_id=run.id, round=0, device_id=9_999, kind="train", status="accepted", config={})
+        busy.parameters = put_blob(session, b"")
+        session.add(busy)
+        session.flush()
+        of_key = [name for name in capped(session, online).values() if name.startswith("s")]
+        assert of_key == ["s00003", "s09999"]  # one that works still has one of the two places
 
 
 # ---- 22: hostile text ------------------------------------------------------------------------------------------------

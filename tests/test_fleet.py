@@ -468,7 +468,7 @@ def test_a_device_hears_at_its_next_check_in_why_its_update_did_not_count(
 
     def drive() -> None:
         try:
-            coordinator.drive(min_devices=1, rounds=3, max_offences=2, max_failed_rounds=9, wait_s=0.5)
+            coordinator.drive(min_devices=1, rounds=3, max_attempts=1, max_offences=2, max_failed_rounds=9, wait_s=0.5)
         except RunError as error:
             ended.append(error)
 

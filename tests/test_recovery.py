@@ -27,10 +27,19 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
 from pocketfed.coordinator.assignments import Assignments, Header, Receipt, UploadError
 from pocketfed.coordinator.config import LocalTraining, RunConfig, RunConfigError
-from pocketfed.coordinator.grid import FleetGrid
+from pocketfed.coordinator.grid import Cohort, FleetGrid
 from pocketfed.coordinator.leadership import Deposed, Leadership
-from pocketfed.coordinator.progress import RoundResult, RunError, create_run, results_of, unfinished_runs
-from pocketfed.coordinator.rounds import drive_run
+from pocketfed.coordinator.progress import (
+    RoundResult,
+    RunError,
+    begin_attempt,
+    create_run,
+    results_of,
+    unfinished_runs,
+)
+from pocketfed.coordinator.rounds import drive_run, local_config
+from pocketfed.coordinator.screening import Tally, screen
+from pocketfed.coordinator.standing import recall
 from pocketfed.coordinator.store import (
     Assignment,
     Blob,
@@ -45,7 +54,8 @@ from pocketfed.coordinator.store import (
     device_named,
     now,
 )
-from pocketfed.coordinator.strategy import strategy_names
+from pocketfed.coordinator.strategy import make_strategy, strategy_names
+from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.grids import InProcessGrid
@@ -450,6 +460,35 @@ def test_fault_05_in_buffered_rounds_a_late_update_counts_less(fleet: Fleet) -> 
     assert np.allclose(second - first, (late + fresh) / 2, atol=1e-7)
     folded = {(a.round, a.counted_in) for a in fleet.rows(Assignment, run_id) if a.status == "aggregated"}
     assert folded == {(1, 1), (1, 2), (2, 2)}
+    assert [len(recall(fleet.store, run_id, n).norms) for n in (1, 2, 3)] == [0, 2, 4]  # each once it has counted
+
+
+def test_fault_05_a_late_update_in_the_spool_is_judged_as_sent_and_lowered_by_its_age(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    """Asked for in round 1, counted in round 2: theta + (1 + 1) ** -0.5 of what was sent; its norm is that of what was sent."""
+    assignments, (node, *_) = Assignments(fleet.store, tmp_path / "spool"), fleet.nodes
+    size = fleet.trainer.size
+    grid = FleetGrid(assignments, fleet.create(mode="fedbuff", buffer=1), lambda: fleet.nodes, size, lease_s=60.0)
+    delta = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    strategy, theta = make_strategy("StreamingFedAvg", {}), np.zeros(size, np.float32)
+    for number in (1, 2):
+        begin_attempt(fleet.store, grid.run_id, number, [node])
+        grid.enter(Cohort(number, 1, {node: fleet.nodes[node]}, 60.0, enough=1, staleness_exponent=0.5))
+        theta = np.full(size, number, np.float32)
+        asked = strategy.configure_train(number, ArrayRecord({"theta": Array(theta)}), local_config(fleet.config), grid)
+        grid.push_messages(asked)  # in round 2 the device is busy still
+        found = assignments.next_for(node, 60.0)
+    assert found is not None
+    data = encode_vector("delta", delta)
+    header = Header(found.id, len(data), hashlib.sha256(data).hexdigest(), 0, 5, {})
+    assignments.append(header, data)
+    assert assignments.finish(node, header).accepted
+    tally = Tally()
+    (reply,) = screen(grid.replies({}), theta, Limits.of(size, fleet.config), tally)
+    assert np.allclose(reply.content["arrays"]["theta"].numpy(), 2 + delta * 2**-0.5, atol=1e-6)
+    ((status, _, norm),) = tally.statuses.values()
+    assert (status, norm) == ("aggregated", pytest.approx(np.linalg.norm(delta)))
 
 
 def test_buffered_rounds_learn_though_devices_are_late(fleet: Fleet) -> None:

@@ -29,6 +29,7 @@ from pocketfed.coordinator.store import (
     Assignment,
     Device,
     Metric,
+    Release,
     Round,
     Run,
     Store,
@@ -36,6 +37,8 @@ from pocketfed.coordinator.store import (
     device_named,
     get_blob,
     latest_release,
+    put_artifact,
+    put_blob,
 )
 from pocketfed.coordinator.strategy import StrategyError
 from pocketfed.coordinator.validation import History
@@ -210,6 +213,26 @@ def test_a_run_told_not_to_release_leaves_the_channel_alone(fleet: Fleet) -> Non
         release = latest_release(session, "stable")
         assert release is not None
         assert release.run_id is None
+
+
+def test_a_result_is_not_released_over_what_was_published_meanwhile(fleet: Fleet) -> None:
+    def publish(reply: Message) -> Message:
+        with fleet.store.write() as session:
+            put_artifact(session, {}, "f" * 64, [])
+            other = Release(channel="stable", artifact_version="f" * 64, trainable_set="head")
+            other.parameters = put_blob(session, b"")
+            session.add(other)
+        return reply
+
+    fleet.tamper = {"device-0": publish}
+    fleet.drive(rounds=1)
+    (run,) = fleet.rows(Run)
+    why = "not released: 'stable' has gone on to the artifact ffffffffffff"
+    assert (run.status, run.reason) == ("finished", why)
+    with fleet.store.read() as session:
+        release = latest_release(session, "stable")
+        assert release is not None
+        assert (release.artifact_version, release.run_id) == ("f" * 64, None)
 
 
 def test_a_cohort_is_that_many_devices_a_round_and_not_always_the_same(fleet: Fleet) -> None:
