@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -21,12 +21,20 @@ from pocketfed.cli.output import (
 )
 
 if TYPE_CHECKING:
+    import threading
+
     from pocketfed.coordinator.config import RunConfig
+    from pocketfed.coordinator.grid import FleetGrid
     from pocketfed.coordinator.server import CoordinatorServer
     from pocketfed.coordinator.store import Store
     from pocketfed.model.tasks import Example
 
+T = TypeVar("T")
+OFFER_S = 10.0  # a device that was there takes what it is offered within so long, or counts as gone
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
+KeysFolder = Annotated[
+    Path | None, typer.Option("--keys", help="The publisher's private keys; by default beside the database.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -44,12 +52,19 @@ def publish(
     max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
+    keys: KeysFolder = None,
+    supersede: Annotated[
+        bool,
+        typer.Option("--supersede", help="What the channel ran before has a fault: it is not trained on any more."),
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Build an artifact (plans, int8 backbone, tokenizer, manifest) and release it on a channel."""
+    """Build an artifact (plans, int8 backbone, tokenizer, manifest), sign it and release it on a channel."""
     import tempfile
 
     from pocketfed.coordinator.artifacts import MANIFEST, publish_artifact, read_artifact
+    from pocketfed.coordinator.operators import acting, local_admin
+    from pocketfed.coordinator.signing import ensure_keys, keys_folder, newest_list
     from pocketfed.coordinator.store import Store
 
     if not 0 < len(channel) <= 100:
@@ -66,9 +81,15 @@ def publish(
             )
         store = Store(database)
         try:
-            with store.write() as session:
-                release = publish_artifact(session, built, channel, train[0] if train else None)
-                released = {"release": release.id, "trainable_set": release.trainable_set}
+            with acting(store, local_admin(), "publish", f"{channel} {built.version}") as session:
+                signing = ensure_keys(session, keys or keys_folder(store))
+                release = publish_artifact(session, built, channel, train[0] if train else None, signing, supersede)
+                publisher = newest_list(session)
+                released = {
+                    "release": release.id,
+                    "trainable_set": release.trainable_set,
+                    "publisher": publisher.publisher if publisher else None,
+                }
         finally:
             store.close()
     total = sum(f["bytes"] for f in built.manifest["files"].values())
@@ -118,34 +139,121 @@ def serve(
     enrolment_key: Annotated[
         str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY", help="Devices must know it to enrol.")
     ] = "",
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with unfinished runs of the database, or give them up.")
+    ] = True,
+    spool: Annotated[
+        Path | None, typer.Option(help="Where uploads wait for their round; by default beside the database.")
+    ] = None,
+    certs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of `pocketfed certs`, for TLS; needed where other machines can connect."),
+    ] = None,
+    allow_plaintext_off_loopback: Annotated[
+        bool,
+        typer.Option("--allow-plaintext-off-loopback", help="No TLS: who is in between reads tokens and updates."),
+    ] = False,
     exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
 ) -> None:
-    """Serve artifacts and assignments to devices, and drive a run if one is given."""
+    """Serve artifacts and assignments to devices, and drive a run: one that was left unfinished, or the one given."""
+    import dataclasses
     import threading
 
     from pocketfed.coordinator.config import load_run_config
-    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
-    from pocketfed.coordinator.store import Store
+    from pocketfed.coordinator.leadership import lead
+    from pocketfed.coordinator.server import CoordinatorServer, ServerConfig, check_listen, default_spool
+    from pocketfed.coordinator.store import Store, database_url
+    from pocketfed.coordinator.tls import find_tls
 
+    tls = find_tls(certs) if certs else None
+    if certs and tls is None:
+        raise CommandError(
+            f"there is no certificate in {certs}; make one with `pocketfed certs --out {certs} --host NAME`"
+        )
     config = load_run_config(run, set_ or []) if run is not None or set_ else None
     test = _check_run(config) if config is not None else ()
     check_json(json)
-    host = _check_free(listen)
+    serving = ServerConfig(
+        listen,
+        enrolment_key=enrolment_key,
+        tls=tls,
+        allow_plaintext_off_loopback=allow_plaintext_off_loopback,
+    )
+    url = database_url(database)
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
+        _check_free(listen)  # before a database is made; where there is one, its coordinator may use the port still
+    check_listen(serving)
     store = Store(database)
     try:
         stopping = threading.Event()
         _on_termination(stopping.set)
-        lease_s = config.lease_s if config else 30.0
-        with CoordinatorServer(store, ServerConfig(listen, lease_s, enrolment_key)) as server:
-            print(f"listening on {host}:{server.port}", flush=True)
-            if config is not None:
-                _drive(store, server, config, test, json, stopping.is_set)
-            if not (config is not None and exit_when_done):
-                print("serving until Ctrl-C", flush=True)
-                stopping.wait()
+        place = spool or default_spool(store)
+        with lead(store, place, _tell_waiting, stopping.is_set) as leadership:
+            if leadership is None:
+                return
+            host = _check_free(listen)
+            left = _unfinished(store, resume)
+            configs = [c for _, c in left] + ([config] if config is not None else [])
+            if configs:
+                serving = dataclasses.replace(serving, lease_s=configs[0].lease_s)
+            server = CoordinatorServer(store, serving, place)
+            server.assignments.sweep()
+            for run_id, left_config in left:  # before a device can hear that its time was up
+                _grid(store, server, run_id, left_config).reopen(left_config.deadline_s)
+            with server:
+                print(f"listening on {host}:{server.port}" + (", with TLS" if tls else ""), flush=True)
+                for run_id, left_config in left:
+                    print(f"run {run_id}: goes on where it was left", flush=True)
+                    _drive(store, server, run_id, left_config, _check_run(left_config), json, stopping.is_set)
+                if config is not None and config not in [c for _, c in left]:
+                    _drive(store, server, None, config, test, json, stopping.is_set)
+                if not (configs and exit_when_done):
+                    print("serving until Ctrl-C", flush=True)
+                    _wait(stopping)
     finally:
         store.close()
+
+
+def _tell_waiting(holder: str) -> None:
+    print(f"another coordinator ({holder}) serves this database; waiting to take over", flush=True)
+
+
+def _unfinished(store: Store, resume: bool) -> list[tuple[int, RunConfig]]:
+    """Runs that a coordinator has left, with their configurations; given up instead if they are not to go on."""
+    from pocketfed.coordinator.config import RunConfig
+    from pocketfed.coordinator.progress import give_up, unfinished_runs
+    from pocketfed.coordinator.store import Run
+
+    left = []
+    for run_id in unfinished_runs(store):
+        if resume:
+            with store.read() as session:
+                left.append((run_id, RunConfig.from_dict(session.get_one(Run, run_id).config)))
+        else:
+            give_up(store, run_id, "given up by the operator")
+            with store.read() as session:
+                name = session.get_one(Run, run_id).name
+            _note(store, "run.stop", name, f"run {run_id} given up")
+            print(f"run {run_id}: given up", flush=True)
+    return left
+
+
+def _note(store: Store, act: str, target: str, detail: str = "") -> None:
+    """A line in the audit: whoever may run this command has done that."""
+    from pocketfed.coordinator.operators import local_admin, record
+
+    with store.write() as session:
+        record(session, local_admin().name, act, target, "done", detail)
+
+
+def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfig) -> FleetGrid:
+    from pocketfed.coordinator.grid import FleetGrid
+    from pocketfed.coordinator.progress import starting_theta
+
+    _, size = starting_theta(store, run_id)
+    offer_s = min(config.lease_s, OFFER_S)
+    return FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, offer_s)
 
 
 def _check_run(config: RunConfig) -> Sequence[Example]:
@@ -163,42 +271,73 @@ def _check_run(config: RunConfig) -> Sequence[Example]:
 def _drive(
     store: Store,
     server: CoordinatorServer,
+    run_id: int | None,
     config: RunConfig,
     test: Sequence[Example],
     json: Path | None,
     should_stop: Callable[[], bool],
 ) -> None:
+    """Drive a run, or a new one, to its end. Where the database or the disk fails, the run waits for them."""
+    import contextlib
     import tempfile
     from hashlib import sha256
 
-    from pocketfed.coordinator.grid import FleetGrid
-    from pocketfed.coordinator.rounds import create_run, drive_run, starting_theta
+    from pocketfed.coordinator.progress import create_run, results_of
+    from pocketfed.coordinator.rounds import drive_run
+    from pocketfed.coordinator.store import OUTAGES, Run, StoreError
 
-    run_id = create_run(store, config)
-    _, size = starting_theta(store, run_id)
-    grid = FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, config.lease_s)
-    rounds: list[dict[str, Any]] = []
-
-    def show(result: Any) -> None:
-        rounds.append(result.to_dict())
-        print_round(result)
-
+    known = run_id is not None
+    run_id = create_run(store, config) if run_id is None else run_id
+    _note(store, "run.start", config.name, f"on {config.channel}" + (", where it was left" if known else ""))
+    grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None
-        theta = drive_run(store, run_id, grid, config, evaluate, show, server.assignments.forget, should_stop)
+        forget = server.assignments.forget
+        try:
+            theta = _patiently(
+                lambda: drive_run(store, run_id, grid, config, evaluate, print_round, forget, should_stop), should_stop
+            )
+        finally:
+            if should_stop():
+                with contextlib.suppress(StoreError, *OUTAGES):
+                    _note(store, "run.stop", config.name)
     if json is not None:
         write_json(
             json,
             {
                 "run": run_id,
-                "rounds": rounds,
+                "rounds": [result.to_dict() for result in results_of(store, run_id)],
                 "seed": config.seed,
                 "parameters_sha256": sha256(theta.tobytes()).hexdigest(),
             },
         )
-    print(f"run {run_id} finished" + (f"; released on {config.channel!r}" if config.release else ""), flush=True)
+    with store.read() as session:
+        kept_back = session.get_one(Run, run_id).reason
+    released = f"; released on {config.channel!r}" if config.release else ""
+    print(f"run {run_id} finished{f'; {kept_back}' if kept_back else released}", flush=True)
+
+
+def _patiently(drive: Callable[[], T], should_stop: Callable[[], bool]) -> T:
+    """Again, after ever longer pauses, while the database cannot be reached or the disk is full."""
+    import time
+
+    from pocketfed.coordinator.store import is_outage
+
+    pause = 1.0
+    while True:
+        try:
+            return drive()
+        except Exception as error:
+            if not is_outage(error) or should_stop():
+                raise
+            why = " ".join(str(getattr(error, "orig", None) or error).split())
+            print(f"cannot go on: {why}; trying again in {pause:.0f} s", flush=True)
+        end = time.monotonic() + pause
+        while time.monotonic() < end and not should_stop():
+            time.sleep(0.1)
+        pause = min(60.0, pause * 2)
 
 
 def _test_set(
@@ -230,7 +369,18 @@ def device(
     name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
     channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
     enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow an unencrypted link to another machine.")] = False,
+    ca: Annotated[
+        Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
+    ] = None,
+    publisher: Annotated[
+        str, typer.Option(help="The publisher's root key to trust; by default the first one that is met.")
+    ] = "",
+    allow_plaintext_off_loopback: Annotated[
+        bool,
+        typer.Option(
+            "--allow-plaintext-off-loopback", help="No TLS to another machine: who is in between reads along."
+        ),
+    ] = False,
 ) -> None:
     """Be a device: take part in rounds with the texts in --data, until told to stop."""
     import threading
@@ -248,7 +398,9 @@ def device(
         name=name,
         channel=channel,
         enrolment_key=enrolment_key,
-        insecure=insecure,
+        ca=ca,
+        publisher=publisher,
+        allow_plaintext_off_loopback=allow_plaintext_off_loopback,
         on_status=lambda status: print(status, flush=True),
     ) as member:
         member.examples.forget()  # the file is the truth: home's copy is made anew
@@ -257,7 +409,7 @@ def device(
         note = f", {format_skipped(skipped)}" if skipped else ""
         print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{note}", flush=True)
         member.start()
-        stopping.wait()
+        _wait(stopping)
 
 
 def dashboard(
@@ -306,6 +458,12 @@ def _check_free(listen: str) -> str:
         why = (error.strerror or str(error)).lower()
         raise CommandError(f"cannot listen on {listen}: {why}; choose another port or address") from None
     return host
+
+
+def _wait(stopping: threading.Event) -> None:
+    """Until it is set. In short waits: a signal that comes just before a long one would be heard only when that ends."""
+    while not stopping.wait(0.5):
+        pass
 
 
 def _on_termination(stop: Callable[[], object]) -> None:

@@ -8,13 +8,16 @@ import sys
 import typer
 import typer.core
 
-from pocketfed.cli import advise, fleet, model, simulate
+from pocketfed.cli import access, advise, database, fleet, model, simulate
 
 # What each sub-command needs beyond the base install, as extras of the distribution.
 EXTRAS = {
     "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
     "demo": "simulation", "export": "executorch", "advise": "simulation",
+    "db": "coordinator", "certs": "coordinator", "keys": "coordinator",
+    "enrolment-key": "coordinator", "devices": "coordinator", "release": "coordinator", "operator": "coordinator",
+    "audit": "coordinator",
 }  # fmt: skip
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -35,11 +38,20 @@ app.command()(simulate.simulate)
 app.command()(advise.advise)
 app.command()(fleet.dashboard)
 app.command()(simulate.demo)
+app.add_typer(database.app, name="db")
+app.command()(access.certs)
+app.add_typer(access.keys, name="keys")
+app.add_typer(access.enrolment_key, name="enrolment-key")
+app.add_typer(access.devices, name="devices")
+app.add_typer(access.release, name="release")
+app.add_typer(access.operator, name="operator")
+app.command()(access.audit)
 
 
 def main() -> None:
     """Run a sub-command. A mistake ends with one sentence on stderr and exit code 1; 2 where an option is wrong."""
     arguments = sys.argv[1:] or ["--help"]
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each stranger's failed handshake is a line in the log
     try:
         code = app(arguments, prog_name="pocketfed", standalone_mode=False)
     except KeyboardInterrupt:

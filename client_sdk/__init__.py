@@ -14,6 +14,7 @@ from pocketfed.client_sdk.errors import (
     TrainingDiverged,
     TrainingError,
     TrainingStopped,
+    UntrustedError,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingDiverged",
     "TrainingError",
     "TrainingStopped",
+    "UntrustedError",
 ]
 
 

@@ -18,21 +18,28 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pocketfed.client_sdk.artifacts import Artifact, fetch, open_artifact
+from pocketfed.client_sdk.artifacts import Artifact, Source, fetch, open_artifact
 from pocketfed.client_sdk.checkpoint import Checkpoint
-from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, PocketfedError, TrainingStopped
+from pocketfed.client_sdk.errors import (
+    ArtifactError,
+    ConfigurationError,
+    PocketfedError,
+    TrainingStopped,
+    UntrustedError,
+)
 from pocketfed.client_sdk.examples import Added, ExampleStore
-from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, log
+from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, is_loopback, log
 from pocketfed.client_sdk.perform import Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained, pad
+from pocketfed.client_sdk.trust import Trust
 from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector, vector_bytes
 from pocketfed.protos import fleet_pb2 as fleet
 
@@ -70,7 +77,9 @@ class Device:
         name: unique in the fleet, kept in home; by default a random one.
         channel: whose releases to follow.
         enrolment_key: where the coordinator asks for one.
-        insecure: allow plaintext to another machine.
+        ca: a PEM file with the authority that signed the coordinator's certificate; by default the system's are asked.
+        publisher: the root key (64 hex digits) whose artifacts to run; by default the first that is met is pinned.
+        allow_plaintext_off_loopback: no TLS to another machine.
         threads: for ONNX Runtime; with 1 an update is bit-reproducible.
         max_memory_mb: the process stays below it while it computes, or says what it would need; 0: no limit.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
@@ -87,7 +96,9 @@ class Device:
         name: str | None = None,
         channel: str = "stable",
         enrolment_key: str = "",
-        insecure: bool = False,
+        ca: str | os.PathLike[str] | None = None,
+        publisher: str = "",
+        allow_plaintext_off_loopback: bool = False,
         threads: int = 1,
         max_memory_mb: float = 0.0,
         on_status: Callable[[str], None] | None = None,
@@ -104,7 +115,11 @@ class Device:
             self.channel = channel
             self._enrolment_key, self._on_status = enrolment_key, on_status
             self._threads, self._max_memory_mb = threads, max_memory_mb
-            self._link = Link(coordinator, identity.get("token", "") if identity.get("enrolled") else "", insecure)
+            token = identity.get("token", "") if identity.get("enrolled") else ""
+            self._link = Link(coordinator, token, ca, allow_plaintext_off_loopback)
+            # What lies on this machine's own disk may be unsigned: a simulation's, or a first try.
+            own_machine = is_loopback(coordinator.rpartition(":")[0])
+            self._trust = Trust(self.home / "trust.json", publisher, unsigned=own_machine)
             self.examples = ExampleStore(self.home / "examples.db")
         except BaseException:
             _release(self._lock_file)
@@ -118,6 +133,7 @@ class Device:
         self._model_lock = threading.Lock()
         self._setup_lock = threading.RLock()  # predict() and the background thread enrol and fetch one after the other
         self._lifecycle = threading.Lock()
+        self._refused: tuple[int, str] = (0, "")  # a release that is not taken, and why
         self._failing = False  # the last attempt to talk to the coordinator failed
         self._closed = False
 
@@ -271,11 +287,24 @@ class Device:
         if not self._failing:
             self._say("waiting for work")
         held = self._held_release_id()
-        call = self._link.begin_check_in(self.examples.count(labelled=True), held, 0.0 if self._failing else CHECK_IN_S)
+        refused, why = self._refused
+        call = self._link.begin_check_in(
+            self.examples.count(labelled=True),
+            max(held, refused),
+            0.0 if self._failing else CHECK_IN_S,
+            key_list=self._trust.list_sequence,
+            refused_release=refused,
+            refusal=why[:500],
+        )
         reply = self._link.end_check_in(call)
-        if reply.HasField("release") and reply.release.id > held:
+        if reply.HasField("keys"):
+            with self._setup_lock:
+                self._trust.learn_keys(reply.keys)
+        if reply.HasField("release") and reply.release.id > max(held, refused):
             try:
                 self._adopt(reply.release)
+            except UntrustedError as error:
+                self._refuse(reply.release.id, error)
             except ArtifactError as error:
                 if not reply.HasField("assignment"):
                     raise
@@ -284,6 +313,12 @@ class Device:
             self._work(reply.assignment)
             return 0.0
         return float(reply.wait.retry_after_s)
+
+    def _refuse(self, release_id: int, error: UntrustedError) -> None:
+        """Keep the model in use. The coordinator hears of it with the next check-in, and does not offer the release again."""
+        self._refused = (release_id, str(error))
+        log.warning("%s: release %d is refused: %s", self.name, release_id, error)
+        self._say(f"keeps its model: {error}")
 
     def _work(self, assignment: fleet.Assignment) -> None:
         with _Alive(self._link, assignment, self._stopping) as alive:
@@ -351,18 +386,45 @@ class Device:
     # ---- models ----------------------------------------------------------------------------------------------------------
 
     def _trainer(
-        self, version: str, trainable_set: str, progress: Callable[[float], None] = lambda fraction: None
+        self,
+        version: str,
+        trainable_set: str,
+        progress: Callable[[float], None] = lambda fraction: None,
+        release: bool = False,
     ) -> PlanTrainer:
         key = (version, trainable_set)
         with self._setup_lock:
+            source: Source = self._link
+            if self._trust.publisher or key not in self._trainers:
+                source = self._vouched(version, release)
             if key not in self._trainers:
-                artifact, _ = fetch(self._link, version, self.home / "artifacts", progress)
+                artifact, _ = fetch(source, version, self.home / "artifacts", progress)
                 # Sessions of older versions go.
                 self._trainers = {k: v for k, v in self._trainers.items() if k[0] == version}
                 self._trainers[key] = PlanTrainer(
                     artifact, trainable_set, self._threads, max_memory_mb=self._max_memory_mb
                 )
             return self._trainers[key]
+
+    def _vouched(self, version: str, release: bool) -> Source:
+        """Where to fetch a version from, once its publisher stands for it: not a byte of its files comes before.
+
+        Raises:
+            UntrustedError: nobody does whom this device trusts.
+        """
+        try:
+            if self._trust.publisher:
+                self._trust.check(version, self.channel, release)
+                return self._link
+        except UntrustedError as error:
+            log.debug("%s: asks again, the publisher may have more to say: %s", self.name, error)
+        reply = self._link.describe(version)
+        if reply.HasField("keys"):
+            self._trust.learn_keys(reply.keys)
+        if reply.HasField("signed") and self._trust.publisher:
+            self._trust.learn_version(version, self.channel, reply.signed)
+        self._trust.check(version, self.channel, release)
+        return _Described(self._link, bytes(reply.manifest))
 
     def _parameters(self, digest: str, size: int) -> Vector:
         return _checked_vector(self._download(digest, size), digest, size)
@@ -399,7 +461,7 @@ class Device:
         """Make a release the model in use: everything is on disk and checked before it is."""
         with self._setup_lock:
             self._say("fetching a new model")
-            trainer = self._trainer(release.artifact_version, release.trainable_set, self._go_on)
+            trainer = self._trainer(release.artifact_version, release.trainable_set, self._go_on, release=True)
             data = self._download(release.parameters_digest, trainer.size)
             theta = _checked_vector(data, release.parameters_digest, trainer.size)
             _write_bytes(self._theta_file(release.parameters_digest), data)
@@ -409,6 +471,7 @@ class Device:
                 "set": release.trainable_set,
                 "digest": release.parameters_digest,
             }
+            self._trust.adopt(release.artifact_version, self.channel)
             _write_json(self.home / "release.json", held)  # from here on it is the model in use
             with self._model_lock:
                 self._model = Model(trainer, theta, release.id)
@@ -420,6 +483,7 @@ class Device:
     def _forget_others(self, version: str, theta_file: Path) -> None:
         """Delete artifacts and parameters that nothing on the device uses any more."""
         used = {version, *(held for held, _ in self._trainers)}
+        self._trust.forget(used)
         for folder in (self.home / "artifacts").iterdir():
             if folder.name.removesuffix(".partial") not in used:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -449,6 +513,20 @@ class Device:
         except (KeyError, OSError, ArtifactError):
             return None
         return Model(trainer, theta, int(held["id"]))
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A Source whose manifest has come already."""
+
+    link: Link
+    data: bytes
+
+    def manifest(self, version: str) -> bytes:
+        return self.data
+
+    def download(self, digest: str, first_chunk: int) -> Iterator[bytes]:
+        return self.link.download(digest, first_chunk)
 
 
 class _Alive:

@@ -13,6 +13,10 @@ class ArtifactError(PocketfedError):
     """An artifact that is incomplete, damaged or not for this SDK; it is never loaded."""
 
 
+class UntrustedError(ArtifactError):
+    """An artifact that the pinned publisher has not signed, or no longer stands for; the model in use is kept."""
+
+
 class LinkError(PocketfedError):
     """The coordinator cannot be reached, or refused."""
 

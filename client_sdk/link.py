@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +23,8 @@ SDK_VERSION = "0.1.0"
 UPLOAD_BYTES = 1 << 19  # of data in one message
 CALL_TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 600.0
+INSTANCE, RETRY_AFTER = "pocketfed-instance", "retry-after-s"  # metadata keys
+HANDSHAKE_FAILED = ("CERTIFICATE_VERIFY_FAILED", "ostname", "WRONG_VERSION_NUMBER", "SSL_ERROR")
 DECLINE_TIMEOUT_S = 2.0  # a courtesy: the lease ends the assignment anyway
 
 log = logging.getLogger("pocketfed")
@@ -37,39 +42,72 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _read_ca(ca: str | os.PathLike[str] | None) -> bytes | None:
+    """None: the authorities that gRPC brings."""
+    if ca is None:
+        return None
+    try:
+        data = Path(ca).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read ca {os.fspath(ca)}: {error.strerror}; give the PEM file of the CA"
+        ) from None
+    if b"-----BEGIN CERTIFICATE-----" not in data:
+        raise ConfigurationError(f"ca {os.fspath(ca)} holds no certificate in PEM; give `ca.pem` of `pocketfed certs`")
+    return data
+
+
+def _tls_reason(details: str) -> str:
+    """
+    >>> _tls_reason("last error: UNAVAILABLE: ipv4:127.0.0.1:1: SSL_ERROR_SSL: error:1:SSL:x:CERTIFICATE_VERIFY_FAILED: self signed")
+    'certificate verify failed'
+    """
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "certificate verify failed"
+    return "its certificate names another host" if "ostname" in details else "no TLS there"
+
+
 class Link:
     """A connection, made when it is first used and made again when it broke.
+
+    TLS to another machine, by the system's authorities or those in `ca`; plaintext on loopback where no `ca` is given.
 
     Args:
         coordinator: HOST:PORT.
         token: from `enrol`, for all other calls.
-        insecure: plaintext to a coordinator that is not on this machine; without it that is refused.
+        ca: a PEM file with the authorities that may have signed the coordinator's certificate.
+        allow_plaintext_off_loopback: no TLS to another machine: who is in between reads the token and the updates.
 
     Raises:
-        ConfigurationError: no port, or plaintext to another machine.
+        ConfigurationError: no port, or a `ca` that cannot be read.
     """
 
-    def __init__(self, coordinator: str, token: str = "", insecure: bool = False) -> None:
+    def __init__(
+        self,
+        coordinator: str,
+        token: str = "",
+        ca: str | os.PathLike[str] | None = None,
+        allow_plaintext_off_loopback: bool = False,
+    ) -> None:
         host, colon, port = coordinator.rpartition(":")
         if not (colon and host and port.isdigit()):
             raise ConfigurationError(f"{coordinator!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
-        if not is_loopback(host):
-            if not insecure:
-                raise ConfigurationError(
-                    f"{host} is another machine and the link is not encrypted; put TLS in front of it, or allow it with "
-                    "insecure=True (--insecure) if the network is yours"
-                )
-            log.warning("the link to %s is not encrypted", coordinator)
+        self.encrypted = ca is not None or not (is_loopback(host) or allow_plaintext_off_loopback)
+        if not self.encrypted and not is_loopback(host):
+            log.warning("the link to %s is not encrypted: tokens and updates can be read on the way", coordinator)
         self.coordinator, self.token = coordinator, token
-        self._channel = grpc.insecure_channel(
-            coordinator,
-            options=[
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.max_receive_message_length", 4 << 20),
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 5000),
-            ],
-        )
+        # Names this process: a token that two processes use in turns is noticed. Random, and never on disk.
+        self._instance = secrets.token_hex(8)
+        options: list[tuple[str, int]] = [
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.max_receive_message_length", 4 << 20),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5000),
+        ]
+        if self.encrypted:
+            self._channel = grpc.secure_channel(coordinator, grpc.ssl_channel_credentials(_read_ca(ca)), options)
+        else:
+            self._channel = grpc.insecure_channel(coordinator, options)
         self._under_way: set[Any] = set()
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
         self._distribution = distribution_pb2_grpc.DistributionStub(self._channel)
@@ -78,7 +116,7 @@ class Link:
         self._channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.token}"),)
+        return (("authorization", f"Bearer {self.token}"), (INSTANCE, self._instance))
 
     def _call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         call = method.future(request, timeout=timeout_s, metadata=self._metadata())
@@ -109,9 +147,19 @@ class Link:
             return Cancelled(f"the call was ended ({details[:200]})")
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             log.debug("%s: %s", self.coordinator, details)
+            if any(sign in details for sign in HANDSHAKE_FAILED):
+                return Unreachable(
+                    f"{self.coordinator} does not prove that it is the coordinator ({_tls_reason(details)}); is this the address "
+                    "that its certificate names, and `ca` the file that came with it?"
+                )
+            if code == grpc.StatusCode.UNAVAILABLE and details.startswith("the coordinator"):
+                return Unreachable(f"{self.coordinator}: {details[:200]}")
             return Unreachable(
                 f"the coordinator at {self.coordinator} cannot be reached; is it running, and is the address right?"
             )
+        again = dict(error.trailing_metadata() or ()).get(RETRY_AFTER)
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED and again is not None:
+            return Busy(f"the coordinator at {self.coordinator} is busy: {details[:200]}")
         return Refused(code.name, f"the coordinator at {self.coordinator} refused: {details[:500] or code.name}")
 
     # ---- the fleet -------------------------------------------------------------------------------------------------------
@@ -129,10 +177,10 @@ class Link:
         self._call(self._fleet.Enrol, request)
         self.token = token
 
-    def begin_check_in(self, examples: int, release_id: int, wait_s: float) -> Any:
-        """A long poll under way: to be ended with `end_check_in`."""
+    def begin_check_in(self, examples: int, release_id: int, wait_s: float, **told: Any) -> Any:
+        """A long poll under way: to be ended with `end_check_in`. told: other fields of the request."""
         request = fleet.CheckInRequest(
-            protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id
+            protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id, **told
         )
         return self._fleet.CheckIn.future(request, timeout=wait_s + CALL_TIMEOUT_S, metadata=self._metadata())
 
@@ -183,10 +231,12 @@ class Link:
 
     # ---- artifacts: this is an `artifacts.Source` ----------------------------------------------------------------------------
 
+    def describe(self, version: str) -> distribution.GetManifestReply:
+        """The manifest and what its publisher says of it."""
+        return self._call(self._distribution.GetManifest, distribution.GetManifestRequest(version=version))  # type: ignore[no-any-return]
+
     def manifest(self, version: str) -> bytes:
-        return bytes(
-            self._call(self._distribution.GetManifest, distribution.GetManifestRequest(version=version)).manifest
-        )
+        return bytes(self.describe(version).manifest)
 
     def latest(self, channel: str) -> distribution.GetManifestReply:
         return self._call(self._distribution.GetManifest, distribution.GetManifestRequest(channel=channel))  # type: ignore[no-any-return]
@@ -204,6 +254,10 @@ class Link:
 
 class Unreachable(LinkError):  # noqa: N818 - says what it is
     """Nobody answers; trying again later may help."""
+
+
+class Busy(Unreachable):
+    """Too many calls at once; trying again later helps."""
 
 
 class Cancelled(LinkError):  # noqa: N818

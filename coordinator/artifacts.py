@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
+from pocketfed.coordinator.signing import Keys, sign_version
 from pocketfed.coordinator.store import (
     CHUNK_BYTES,
     Artifact,
@@ -296,12 +297,21 @@ def read_artifact(folder: Path) -> BuiltArtifact:
 
 
 def publish_artifact(
-    session: Session, artifact: BuiltArtifact, channel: str, trainable_set: str | None = None
+    session: Session,
+    artifact: BuiltArtifact,
+    channel: str,
+    trainable_set: str | None = None,
+    keys: Keys | None = None,
+    supersede: bool = False,
 ) -> Release:
     """Store an artifact and release it on a channel with its initial parameters, all in the session's transaction.
 
+    Args:
+        keys: to sign with; without them only devices on this machine run it, and those that have pinned no publisher.
+        supersede: what the channel ran before is not trained on any more either.
+
     Raises:
-        PublishError: the artifact does not carry the set.
+        PublishError: the artifact does not carry the set. SigningError: no key to sign with, or an older version.
     """
     sets = artifact.manifest["trainable_sets"]
     chosen = trainable_set or next(iter(sets))
@@ -309,6 +319,8 @@ def publish_artifact(
         raise PublishError(f"the artifact has no trainable set {chosen!r}, only {', '.join(sets)}")
     files = ((artifact.folder / name).read_bytes() for name in artifact.manifest["files"])
     put_artifact(session, artifact.manifest, artifact.version, files)
+    if keys is not None:
+        sign_version(session, keys, channel, artifact.version, supersede=supersede)
     parameters = artifact.manifest["files"][sets[chosen]["initial"]]["sha256"]
     release = Release(channel=channel, artifact_version=artifact.version, trainable_set=chosen, parameters=parameters)
     session.add(release)

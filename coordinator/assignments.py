@@ -6,17 +6,21 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, Store, Update, is_digest, now, printable
+from pocketfed.coordinator.store import Assignment, Device, History, Run, Store, Update, is_digest, now, printable
 
 OPEN = ("offered", "accepted")
+AWAY_S = 2.0  # a device that has its answer is back, or sends its first heartbeat, within so long
+REPLAYED = "STALE_OR_FOREIGN"
 MAX_METRICS = 32
 MAX_NAME = 100
 
@@ -27,6 +31,20 @@ class UploadError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class Foreign(UploadError):  # noqa: N818 - says what it is
+    """A device spoke for another one's assignment; to it that is as good as none."""
+
+    def __init__(self, assignment: Assignment, device_id: int) -> None:
+        super().__init__("not_found", f"this device holds no assignment {assignment.id!r}")
+        why = f"{REPLAYED}: device {device_id} spoke for another one"
+        self.refusal: dict[str, Any] = {
+            "run_id": assignment.run_id,
+            "round": assignment.round,
+            "attempt": assignment.attempt,
+        }
+        self.refusal |= {"assignment_id": assignment.id, "status": "refused", "reason": why}
 
 
 @dataclass(frozen=True)
@@ -89,11 +107,12 @@ class Assignments:
             found.status = "accepted"
             found.accepted_at = found.accepted_at or moment
             found.lease_until = moment + timedelta(seconds=lease_s)
+            session.get_one(Device, device_id).present_until = moment + timedelta(seconds=AWAY_S)
             return found
 
     def heartbeat(self, device_id: int, assignment_id: str, phase: str, progress: float, lease_s: float) -> bool:
         """Extend the lease. False: the assignment has ended, stop."""
-        with self.store.write() as session:
+        with self._noting_refusals(), self.store.write() as session:
             found = self._mine(session, device_id, assignment_id, lock=True)
             if found.status not in OPEN or _overdue(found, now()):
                 return False
@@ -102,7 +121,7 @@ class Assignments:
             return True
 
     def decline(self, device_id: int, assignment_id: str, reason: str) -> None:
-        with self.store.write() as session:
+        with self._noting_refusals(), self.store.write() as session:
             found = self._mine(session, device_id, assignment_id, lock=True)
             if found.status in OPEN:
                 found.status, found.error, found.finished_at = "failed", printable(reason, 500), now()
@@ -117,28 +136,40 @@ class Assignments:
                 .values(bytes_down=Assignment.bytes_down + count)
             )
 
-    def expire(self, assignment_ids: list[str]) -> None:
-        """Close those whose lease or deadline has passed."""
+    def expire(self, assignment_ids: Sequence[str], reason: str | None = None) -> None:
+        """Close those whose lease or deadline has passed; all that are open, if there is another `reason` to."""
         moment = now()
         with self.store.write() as session:
-            for found in session.scalars(
-                sa.select(Assignment)
-                .where(Assignment.id.in_(assignment_ids), Assignment.status.in_(OPEN))
-                .with_for_update()
-            ):
-                why = _overdue(found, moment)
-                if why:
-                    found.status, found.error, found.finished_at = "expired", why, moment
+            for some in _portions(assignment_ids):
+                mine = sa.select(Assignment).where(Assignment.id.in_(some), Assignment.status.in_(OPEN))
+                for found in session.scalars(mine.with_for_update()):
+                    why = reason or _overdue(found, moment)
+                    if why:
+                        found.status, found.error, found.finished_at = "expired", why, moment
 
     def _mine(self, session: Session, device_id: int, assignment_id: str, lock: bool = False) -> Assignment:
         """`lock`: nobody else changes it until the transaction ends."""
         usable = assignment_id.isprintable()  # PostgreSQL takes no NUL
         found = session.get(Assignment, assignment_id, with_for_update=lock or None) if usable else None
-        if found is None or found.device_id != device_id:
+        if found is not None and found.device_id != device_id:
+            raise Foreign(found, device_id)
+        if found is None:
             raise UploadError("not_found", f"this device holds no assignment {assignment_id[:MAX_NAME]!r}")
         return found
 
-    def forget(self, assignment_ids: list[str]) -> None:
+    @contextmanager
+    def _noting_refusals(self) -> Iterator[None]:
+        """A device that speaks for another one is written down, once: one that goes on fills nothing."""
+        try:
+            yield
+        except Foreign as error:
+            known = sa.select(History.id).filter_by(**error.refusal)
+            with self.store.write() as session:
+                if session.scalar(known) is None:
+                    session.add(History(**error.refusal))
+            raise
+
+    def forget(self, assignment_ids: Iterable[str]) -> None:
         """Delete what devices sent for assignments that are settled, be it whole or in part."""
         for assignment_id in assignment_ids:
             self.upload_path(assignment_id).unlink(missing_ok=True)
@@ -151,7 +182,7 @@ class Assignments:
 
     def received(self, device_id: int, assignment_id: str) -> tuple[int, Receipt | None]:
         """Bytes that have arrived, and the receipt if that was all."""
-        with self.store.read() as session:
+        with self._noting_refusals(), self.store.read() as session:
             found = self._mine(session, device_id, assignment_id)
             if session.get(Update, assignment_id) is not None:
                 return 0, Receipt(True)
@@ -217,19 +248,24 @@ class Assignments:
             if digest != header.digest:
                 part.unlink()
                 raise UploadError("data_loss", "what arrived does not have the digest announced; start again at byte 0")
-        with self.store.write() as session:
+        with self._noting_refusals(), self.store.write() as session:
             found = self._mine(session, device_id, header.assignment_id, lock=True)
             if session.get(Update, header.assignment_id) is not None:
                 return Receipt(True)
             why = found.error or found.status if found.status not in OPEN else _overdue(found, now())
             if why:
                 part.unlink(missing_ok=True)
-                return Receipt(False, f"too late: {why}")
+                return Receipt(False, f"too late: {why}; check in for the next")
+            if self._is_replay(session, found, header):
+                part.unlink(missing_ok=True)
+                found.status, found.error, found.finished_at = "failed", f"{REPLAYED}: {header.digest}", now()
+                return Receipt(False, f"{REPLAYED}: these very bytes were handed in for other parameters")
             if header.total_bytes:
                 os.replace(part, path)  # only now: a second upload must not take the place of one that counts
                 _sync_folder(self.spool)
             found.status, found.finished_at, found.progress = "uploaded", now(), 1.0
-            session.get_one(Device, device_id).last_seen_at = now()  # it will be there for the next round
+            device = session.get_one(Device, device_id)  # it will be there for the next round
+            device.last_seen_at, device.present_until = now(), now() + timedelta(seconds=AWAY_S)
             metrics = {n: float(v) for n, v in header.metrics.items() if math.isfinite(v)}
             session.add(
                 Update(
@@ -242,6 +278,39 @@ class Assignments:
             )
         self.notify_changed()
         return Receipt(True)
+
+    def _is_replay(self, session: Session, assignment: Assignment, header: Header) -> bool:
+        """Whether the same bytes came before, from any device, as an update of other parameters."""
+        if not header.total_bytes:
+            return False
+        before = sa.select(Update.assignment_id).join(Assignment).where(Update.digest == header.digest)
+        return session.scalar(before.where(Assignment.parameters != assignment.parameters).limit(1)) is not None
+
+    # ---- after a crash -----------------------------------------------------------------------------------------------
+
+    def holds(self, update: Update) -> bool:
+        """Whether the spool has the bytes that the row speaks of."""
+        path = self.upload_path(update.assignment_id)
+        return update.bytes == 0 or (path.exists() and path.stat().st_size == update.bytes)
+
+    def sweep(self) -> int:
+        """Delete what is in the spool for assignments that are settled, or unknown. Returns of how many.
+
+        Updates of a run that is to retain them stay.
+        """
+        files: dict[str, list[Path]] = {}
+        for path in self.spool.iterdir():
+            if path.suffix in (".update", ".part"):
+                files.setdefault(path.stem, []).append(path)
+        with self.store.read() as session:
+            for some in _portions(list(files)):
+                known = sa.select(Assignment.id, Assignment.status, Run.config).join(Run).where(Assignment.id.in_(some))
+                for row_id, status, config in session.execute(known):
+                    if status in (*OPEN, "uploaded") or config.get("retain_updates"):
+                        del files[row_id]
+        for path in (path for paths in files.values() for path in paths):
+            path.unlink(missing_ok=True)
+        return len(files)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -262,10 +331,12 @@ def _overdue(assignment: Assignment, moment: datetime) -> str | None:
     return None
 
 
-def devices_online(session: Session, channel: str, asking: set[int], within_s: float) -> dict[int, str]:
-    """Devices (id -> name) of a channel with labelled examples that are asking for work now, or did so lately."""
-    since = now() - timedelta(seconds=within_s)
-    rows = session.execute(
-        sa.select(Device.id, Device.name, Device.last_seen_at).where(Device.channel == channel, Device.examples > 0)
-    )
-    return {row.id: row.name for row in rows if row.id in asking or (row.last_seen_at and row.last_seen_at >= since)}
+def _portions(ids: Sequence[str], size: int = 1000) -> Iterator[Sequence[str]]:
+    """A database takes only so many values in one statement."""
+    return (ids[start : start + size] for start in range(0, len(ids), size))
+
+
+def devices_online(session: Session, channel: str) -> dict[int, str]:
+    """Devices (id -> name) of a channel with labelled examples that are asking for work now, or will again at once."""
+    there = sa.select(Device.id, Device.name).where(Device.channel == channel, Device.present_until >= now())
+    return {row.id: row.name for row in session.execute(there.where(Device.examples > 0))}

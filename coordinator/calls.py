@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
-import grpc
-
 from pocketfed.coordinator.assignments import Assignments
-from pocketfed.coordinator.enrolment import authenticate
+from pocketfed.coordinator.limits import Buckets, Limits
 from pocketfed.coordinator.store import Store
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The device that a call's credential belongs to."""
+
+    device_id: int
+    channel: str
+
+
+caller: ContextVar[Caller] = ContextVar("caller")
+
+
+class Places:
+    """Notices a credential that two processes use in turns: each process of the SDK names itself by a random number.
+
+    A process that has been followed by another and then is heard again has a double; one that was merely started anew
+    has not. Only the last few names of the last `most` devices are kept, in memory.
+
+    >>> places = Places(most=10)
+    >>> [places.shared(1, name) for name in ("a", "b", "b", "c", "b")]
+    [False, False, False, False, True]
+    """
+
+    KEPT = 4
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._heard: OrderedDict[int, tuple[str, ...]] = OrderedDict()
+
+    def shared(self, device_id: int, instance: str) -> bool:
+        heard = self._heard.get(device_id, ())
+        if not instance or (heard and heard[-1] == instance):
+            return False
+        known = instance in heard
+        self._heard[device_id] = (*(name for name in heard if name != instance), instance)[-self.KEPT :]
+        self._heard.move_to_end(device_id)
+        if len(self._heard) > self._most:
+            self._heard.popitem(last=False)
+        return known
 
 
 @dataclass
@@ -27,21 +66,22 @@ class Calls:
     assignments: Assignments
     lease_s: float
     enrolment_key: str = ""
+    key_needed: bool = False  # to enrol, even where there is no key yet
+    limits: Limits = field(default_factory=Limits)
     stopping: bool = False  # long polls answer at once
     asking: Counter[int] = field(default_factory=Counter)  # device id -> long polls open now
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "pocketfed-sql"))
+
+    def __post_init__(self) -> None:
+        most = self.limits.peers
+        self.of_credential = Buckets(self.limits.calls_per_s, self.limits.calls_burst, most)
+        self.doubtful = Buckets(self.limits.doubtful_per_s, self.limits.doubtful_burst, most)
+        self.places = Places(most)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, lambda: function(*args, **kwargs))
 
     async def authenticate(self, context: Any) -> tuple[int, str]:
-        """(device id, channel) of the caller; without a known token the call ends here."""
-        given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        token = given.removeprefix("Bearer ") if isinstance(given, str) else ""
-        found = await self.run(authenticate, self.store, token)
-        if found is None:
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "this device is not known here; enrol it (again), with a new home folder",
-            )
-        return found  # type: ignore[return-value]
+        """(device id, channel) of the caller, whom the gate has recognised."""
+        known = caller.get()
+        return known.device_id, known.channel

@@ -77,9 +77,14 @@ class RunConfig:
     channel: str = "stable"
     rounds: int = 10
     min_devices: int = 2  # wait for so many before a round starts
-    cohort: int = 0  # devices sampled a round; 0 for all that are there
+    cohort: int = 0  # devices whose updates make a round; 0 for all that are there
+    over_selection: float = 0.0  # ask this share more than `cohort`, and go on once `cohort` have answered
     quorum: int = 1  # updates without which a round fails
+    max_attempts: int = 2  # at a round, before it has failed
     max_failed_rounds: int = 3  # in a row, before the run is given up
+    mode: str = "sync"  # or fedbuff: a round is a buffer of updates that may be of earlier parameters
+    buffer: int = 10  # fedbuff: updates that make a round; `cohort` is how many devices work at a time
+    staleness_exponent: float = 0.5  # fedbuff: an update t rounds late counts (1 + t) to the minus this
     strategy: str = "StreamingFedAvg"
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
     trainable_set: str = ""  # empty: the one of the channel's release
@@ -89,8 +94,15 @@ class RunConfig:
     lease_s: float = 30.0  # without a heartbeat for this long a device counts as gone
     max_examples: int = 10_000  # the most that one device's weight can be
     max_update_norm: float = 0.0  # larger updates are quarantined; 0 for no limit
+    # The next three count medians of what the run has accepted lately; 0 switches one off.
+    examples_factor: float = 4.0  # larger weights are lowered to that
+    clip_factor: float = 3.0  # longer updates are scaled down to that
+    refuse_factor: float = 30.0  # longer ones are quarantined
+    max_offences: int = 3  # quarantined updates before the run samples a device no more; 0 for never
     evaluate_on_devices: bool = False  # ask the cohort to measure each round's result on its own examples
     test_data: str = ""  # labelled texts on the coordinator, measured after every round
+    retain_updates: bool = False  # keep what devices sent in the spool once its round has committed
+    retain_rounds: int = 0  # keep the details of so many rounds; 0 for all
     release: bool = True  # release the result on the channel
     local: LocalTraining = field(default_factory=LocalTraining)
 
@@ -103,13 +115,22 @@ class RunConfig:
                 "min_devices": (1, 10**7),
                 "cohort": (0, 10**7),
                 "quorum": (1, 10**7),
+                "over_selection": (0, 10),
+                "max_attempts": (1, 1000),
                 "max_failed_rounds": (1, 1000),
+                "buffer": (1, 10**7),
+                "staleness_exponent": (0, 100),
+                "retain_rounds": (0, 10**7),
                 "seed": (0, 2**63 - 1),
                 "wait_s": (0, MAX_S),
                 "deadline_s": (0.1, MAX_S),
                 "lease_s": (0.1, 86400),
                 "max_examples": (1, 10**9),
                 "max_update_norm": (0, sys.float_info.max),
+                "examples_factor": (0, MAX_S),
+                "clip_factor": (0, MAX_S),
+                "refuse_factor": (0, MAX_S),
+                "max_offences": (0, 10**9),
             },
         )
         for name in ("name", "channel"):
@@ -117,6 +138,24 @@ class RunConfig:
                 raise RunConfigError(f"{name} is {getattr(self, name)[:100]!r}; it must have 1 to 100 characters")
         if self.cohort and self.quorum > self.cohort:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a cohort of {self.cohort}; lower it")
+        if self.over_selection and (not self.cohort or self.mode == "fedbuff"):
+            raise RunConfigError(
+                f"over_selection is {self.over_selection}, of nothing; set cohort to the updates that make a round "
+                "(fedbuff needs none: it does not wait for stragglers)"
+            )
+        if self.mode not in ("sync", "fedbuff"):
+            raise RunConfigError(f"mode is {self.mode!r}; choose sync or fedbuff")
+        if self.mode == "fedbuff" and max(self.buffer, self.quorum) > (self.cohort or self.min_devices):
+            raise RunConfigError(
+                f"a buffer of {self.buffer} with a quorum of {self.quorum} may never fill with "
+                f"{self.cohort or self.min_devices} devices at work; lower them, or raise min_devices"
+            )
+        if self.mode == "fedbuff" and self.evaluate_on_devices:
+            raise RunConfigError(
+                "evaluate_on_devices waits for every device, as fedbuff does not; give test_data instead"
+            )
+        if self.mode == "fedbuff" and self.quorum > self.buffer:
+            raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"strategy_options": dict(self.strategy_options)}

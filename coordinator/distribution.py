@@ -10,7 +10,17 @@ import sqlalchemy as sa
 
 from pocketfed.coordinator.artifacts import manifest_bytes
 from pocketfed.coordinator.calls import Calls
-from pocketfed.coordinator.store import Artifact, Blob, Chunk, Release, is_digest, latest_release
+from pocketfed.coordinator.signing import newest_list, newest_signature
+from pocketfed.coordinator.store import (
+    Artifact,
+    Blob,
+    Chunk,
+    KeyList,
+    Release,
+    Signature,
+    is_digest,
+    latest_release,
+)
 from pocketfed.protos import distribution_pb2 as pb
 from pocketfed.protos import distribution_pb2_grpc
 
@@ -25,15 +35,19 @@ def describe_release(session: Any, release: Release) -> pb.Release:
     )
 
 
+def describe_signed(row: KeyList | Signature) -> pb.Signed:
+    return pb.Signed(statement=row.statement, signature=row.signature)
+
+
 class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestReply:  # noqa: N802
-        await self.calls.authenticate(context)
+        _, channel = await self.calls.authenticate(context)
         if not (request.version or request.channel):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "give a version or a channel")
-        reply = await self.calls.run(self._get_manifest, request)
+        reply = await self.calls.run(self._get_manifest, request, channel)
         if reply is None:
             what = (
                 f"version {request.version[:80]!r}"
@@ -43,7 +57,7 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no {what}; publish one with `pocketfed publish`")
         return reply  # type: ignore[return-value]  # abort() does not return
 
-    def _get_manifest(self, request: pb.GetManifestRequest) -> pb.GetManifestReply | None:
+    def _get_manifest(self, request: pb.GetManifestRequest, channel: str) -> pb.GetManifestReply | None:
         with self.calls.store.read() as session:
             if not (request.version + request.channel).isprintable():
                 return None  # PostgreSQL takes no NUL
@@ -52,8 +66,14 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
             if artifact is None:
                 return None
             described = describe_release(session, release) if release else None
+            signature = newest_signature(session, request.channel or channel, artifact.version)
+            keys = newest_list(session)
             return pb.GetManifestReply(
-                manifest=manifest_bytes(artifact.manifest), version=artifact.version, release=described
+                manifest=manifest_bytes(artifact.manifest),
+                version=artifact.version,
+                release=described,
+                signed=describe_signed(signature) if signature else None,
+                keys=describe_signed(keys) if keys else None,
             )
 
     async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadChunk]:  # noqa: N802

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,15 +12,20 @@ from typing import Any
 import grpc
 
 from pocketfed.coordinator import store as tables
-from pocketfed.coordinator.assignments import Header, UploadError
+from pocketfed.coordinator.assignments import AWAY_S, Header, UploadError
 from pocketfed.coordinator.calls import Calls
-from pocketfed.coordinator.distribution import describe_release
-from pocketfed.coordinator.enrolment import EnrolmentError, enrol, mark_seen
-from pocketfed.coordinator.store import latest_release, now
+from pocketfed.coordinator.distribution import describe_release, describe_signed
+from pocketfed.coordinator.enrolment import EnrolmentError, enrol, is_revoked, mark_gone, mark_seen
+from pocketfed.coordinator.gate import Refusal
+from pocketfed.coordinator.operators import record
+from pocketfed.coordinator.signing import newest_list
+from pocketfed.coordinator.standing import last_refusal
+from pocketfed.coordinator.store import latest_release, now, printable
 from pocketfed.model.parameters import vector_bytes
 from pocketfed.protos import fleet_pb2 as pb
 from pocketfed.protos import fleet_pb2_grpc
 
+log = logging.getLogger("pocketfed.coordinator")
 PROTOCOL = 1
 MAX_WAIT_S = 60.0
 _UPLOAD_CODES = {
@@ -43,6 +49,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         self.calls = calls
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+        self._refused: set[int] = set()  # releases that devices did not take
         calls.assignments.on_offer.append(self.offered)
 
     def offered(self) -> None:
@@ -73,6 +80,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 request.token,
                 request.enrolment_key,
                 self.calls.enrolment_key,
+                self.calls.key_needed,
             )
         except EnrolmentError as error:
             await context.abort(_ENROLMENT_CODES[error.kind], str(error))
@@ -83,19 +91,25 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         await self._require_protocol(request.protocol, context)
         wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
         end = self._loop.time() + wait_s
-        await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version)
+        stays_s = wait_s + AWAY_S
+        await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version, stays_s)
+        if request.refused_release and request.refused_release not in self._refused:
+            await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
         self.calls.asking[device_id] += 1
+        answered = False
         try:
             await self.calls.run(
                 self.calls.assignments.notify_changed
             )  # whoever waits holds its lock while asking the store
             while True:
                 news = self._news
-                reply = await self.calls.run(self._answer, device_id, channel, request.release_id)
+                reply = await self.calls.run(self._answer, device_id, channel, request)
                 left = end - self._loop.time()
-                if reply.WhichOneof("what") == "assignment" or reply.HasField("release") or left <= 0:
+                answered = reply.HasField("assignment") or reply.HasField("release") or left <= 0
+                if answered:
                     return reply
                 if self.calls.stopping:
+                    answered = True
                     return pb.CheckInReply(wait=pb.Wait(retry_after_s=1.0, reason="the coordinator is stopping"))
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), left)
@@ -103,17 +117,46 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             self.calls.asking[device_id] -= 1
             if not self.calls.asking[device_id]:
                 del self.calls.asking[device_id]
+                if not answered:
+                    self._loop.run_in_executor(self.calls.threads, self._mark_gone, device_id)
 
-    def _answer(self, device_id: int, channel: str, release_id: int) -> pb.CheckInReply:
+    def _mark_gone(self, device_id: int) -> None:
+        with contextlib.suppress(*tables.OUTAGES, tables.StoreError):  # it ends by itself a little later
+            mark_gone(self.calls.store, device_id)
+
+    def _answer(self, device_id: int, channel: str, request: pb.CheckInRequest) -> pb.CheckInReply:
+        """
+        Raises:
+            Refusal: the device was revoked, be it while it waited.
+        """
         reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))
+        with self.calls.store.read() as session:
+            if is_revoked(session, device_id):
+                raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this device was revoked; ask the operator")
         found = self.calls.assignments.next_for(device_id, self.calls.lease_s)
         with self.calls.store.read() as session:
             newest = latest_release(session, channel)
-            if newest is not None and newest.id > release_id:
+            if newest is not None and newest.id > request.release_id:
                 reply.release.CopyFrom(describe_release(session, newest))
+            keys = newest_list(session)
+            if keys is not None and keys.sequence > request.key_list:
+                reply.keys.MergeFrom(describe_signed(keys))
             if found is not None:
                 reply.assignment.CopyFrom(self._describe(session, found))
+            elif why := last_refusal(session, device_id):
+                reply.wait.reason += f"; {why}"
         return reply
+
+    def _note_refusal(self, device_id: int, release_id: int, why: str) -> None:
+        with self.calls.store.write() as session:
+            device = session.get_one(tables.Device, device_id)
+            release = session.get(tables.Release, release_id) if release_id < 1 << 31 else None
+            if release is not None:
+                self._refused.add(release_id)  # the first device that says so is enough
+                record(
+                    session, device.name, "release.refused", f"{release_id} {release.artifact_version}", "noticed", why
+                )
+                log.warning("device %s refused release %d: %s", device.name, release_id, printable(why, 500))
 
     def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:
         run = session.get_one(tables.Run, found.run_id)

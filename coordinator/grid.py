@@ -6,26 +6,31 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import numpy as np
 import sqlalchemy as sa
 
 from pocketfed.coordinator import flwr_compat
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from sqlalchemy.orm import Session
 
+from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.assignments import OPEN, Assignments
-from pocketfed.coordinator.store import Assignment, Store, Update, now, put_blob
-from pocketfed.coordinator.strategy import THETA
-from pocketfed.model.parameters import ParametersError, decode_vector, encode_vector
+from pocketfed.coordinator.store import Assignment, Device, Round, Store, Update, now, put_blob
+from pocketfed.coordinator.strategy import THETA, DeltaArray
+from pocketfed.model.parameters import Vector, encode_vector
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
 LOOK_S = 1.0  # how often somebody who waits for devices looks whether to stop
+RETURN_S = 60.0  # after a restart devices have so long to come back: they ask every 30 s at least
+NEVER = datetime(9999, 1, 1, tzinfo=UTC)
+ENOUGH = "the round has all the updates it asked for"
 
 
 class Stopped(RuntimeError):  # noqa: N818 - a request, not a fault
@@ -38,12 +43,27 @@ def assignment_id(run_id: int, round_number: int, attempt: int, device_id: int, 
 
 @dataclass
 class Cohort:
-    """Who takes part in a round: node id -> device name, in order of the names."""
+    """Who takes part in a round: node id -> device name, in order of the names.
+
+    enough: updates after which nobody is waited for any more, 0 for all.
+    staleness_exponent: None, or the round is a buffer (FedBuff): `enough` updates make it, whatever parameters they are
+        of, each weighted by its age.
+    """
 
     round: int = 0
     attempt: int = 1
     devices: Mapping[int, str] = field(default_factory=dict)
     deadline_s: float | None = None
+    enough: int = 0
+    staleness_exponent: float | None = None
+
+    @property
+    def buffered(self) -> bool:
+        return self.staleness_exponent is not None
+
+    def staleness_weight(self, round_number: int) -> float:
+        """What an update offered in that round counts now (Nguyen et al. 2022, section 5: (1 + age)^-0.5)."""
+        return float((1 + self.round - round_number) ** -(self.staleness_exponent or 0.0))
 
 
 class RecordedGrid(Grid):  # type: ignore[misc]
@@ -55,9 +75,11 @@ class RecordedGrid(Grid):  # type: ignore[misc]
     def __init__(self, store: Store, run_id: int) -> None:
         self.store, self.run_id = store, run_id
         self.cohort = Cohort()
+        self.set_aside: set[int] = set()  # nodes that are not asked any more
         self.offer_s: float | None = None  # an assignment that nobody accepts within this long expires
         self.should_stop: Callable[[], bool] = lambda: False  # asked while replies are awaited
         self._sent: dict[str, Message] = {}
+        self._theta: Vector = np.zeros(0, np.float32)  # what the newest messages hold
         flwr_compat.enter_run(run_id)
 
     @abstractmethod
@@ -79,6 +101,47 @@ class RecordedGrid(Grid):  # type: ignore[misc]
     def announce_release(self) -> None:
         """Something new is released: devices may hear of it."""
 
+    def rest(self, failures: int) -> None:
+        """After so many failures in a row: do not try again at once where that could fail as fast again."""
+
+    def holds(self, update: Update) -> bool:
+        """Whether an update that was counted can still be read: not if only a process that has ended knew it."""
+        return False
+
+    def reopen(self, deadline_s: float) -> None:
+        """Devices are not to pay for the coordinator's absence: what is open gets its time anew.
+
+        An update whose bytes are gone is asked for again.
+        """
+        with self.store.write() as session:
+            mine = sa.select(Assignment).where(Assignment.run_id == self.run_id, Assignment.counted_in.is_(None))
+            for row in session.scalars(mine.where(Assignment.status.in_((*OPEN, "uploaded"))).with_for_update()):
+                update = session.get(Update, row.id)
+                if update is not None:
+                    if self.holds(update):
+                        continue
+                    session.delete(update)
+                    row.status, row.error, row.finished_at = "offered", "its update was lost with the spool", None
+                row.deadline = now() + timedelta(seconds=deadline_s)
+                if self.offer_s is not None:
+                    row.lease_until = now() + timedelta(seconds=max(self.offer_s, RETURN_S))
+
+    def expire_older(self, reason: str) -> None:
+        """Close what is open of rounds before the run's open one."""
+        running = sa.select(Round.number).where(Round.run_id == self.run_id, Round.status == "running")
+        mine = sa.select(Assignment).where(Assignment.run_id == self.run_id, Assignment.status.in_(OPEN))
+        with self.store.write() as session:
+            number = session.scalar(running) or 0
+            for row in session.scalars(mine.where(Assignment.round < number)):
+                row.status, row.error, row.finished_at = "expired", reason, now()
+
+    def working(self) -> dict[int, str]:
+        """Devices (node id -> name) that have an assignment of the run open."""
+        mine = sa.select(Device.id, Device.name).join(Assignment, Assignment.device_id == Device.id)
+        mine = mine.where(Assignment.run_id == self.run_id, Assignment.status.in_(OPEN), Assignment.kind == "train")
+        with self.store.read() as session:
+            return {row.id: row.name for row in session.execute(mine)}
+
     # ---- Flower's interface ------------------------------------------------------------------------------------------
 
     def set_run(self, run: Any) -> None:
@@ -97,33 +160,48 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         return list(self.cohort.devices or self.available())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Offer one assignment a message, all in one transaction."""
+        """Offer one assignment a message, all in one transaction; one that was offered before a restart is that one.
+
+        Where rounds are buffered, a device that still works gets nothing new.
+        """
         sent: dict[str, Message] = {}
         names = dict(self.cohort.devices or self.available())
+        busy = self.working() if self.cohort.buffered else {}
         ordered = sorted(messages, key=lambda m: names[m.metadata.dst_node_id])
         with self.store.write() as session:
+            known = self._known(session)
             digests: dict[int, str] = {}
             for message in ordered:
-                row = self._offer(session, message, digests)
-                sent[row.id] = flwr_compat.name_message(message, row.id)
+                self._theta = message.content["arrays"][THETA].numpy()
+                row_id = self._row_id(message)
+                if row_id not in known:
+                    if message.metadata.dst_node_id in busy:
+                        continue
+                    self._offer(session, row_id, message, digests)
+                sent[row_id] = flwr_compat.name_message(message, row_id)
         self._sent |= sent
         return list(sent)
 
-    def _offer(self, session: Session, message: Message, digests: dict[int, str]) -> Assignment:
+    def _known(self, session: Session) -> set[str]:
+        mine = sa.select(Assignment.id).where(Assignment.run_id == self.run_id, Assignment.round == self.cohort.round)
+        return set(session.scalars(mine.where(Assignment.attempt == self.cohort.attempt)))
+
+    def _row_id(self, message: Message) -> str:
+        number, node = int(message.content["config"]["server-round"]), message.metadata.dst_node_id
+        return assignment_id(self.run_id, number, self.cohort.attempt, node, _kind(message))
+
+    def _offer(self, session: Session, row_id: str, message: Message, digests: dict[int, str]) -> None:
         config = dict(message.content["config"])
         arrays = message.content["arrays"]
         if id(arrays) not in digests:  # strategies share one record among all messages
             digests[id(arrays)] = put_blob(session, encode_vector(THETA, arrays[THETA].numpy()))
-        kind = "train" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
-        round_number = int(config["server-round"])
-        node = message.metadata.dst_node_id
         row = Assignment(
-            id=assignment_id(self.run_id, round_number, self.cohort.attempt, node, kind),
+            id=row_id,
             run_id=self.run_id,
-            round=round_number,
+            round=int(config["server-round"]),
             attempt=self.cohort.attempt,
-            device_id=node,
-            kind=kind,
+            device_id=message.metadata.dst_node_id,
+            kind=_kind(message),
             config=config,
             parameters=digests[id(arrays)],
         )
@@ -132,7 +210,6 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         if self.offer_s is not None:
             row.lease_until = now() + timedelta(seconds=self.offer_s)
         session.add(row)
-        return row
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return list(self.replies({i: self._sent[i] for i in message_ids}))
@@ -143,6 +220,10 @@ class RecordedGrid(Grid):  # type: ignore[misc]
             self.cohort.deadline_s = timeout
         ids = list(self.push_messages(messages))
         return self.replies({i: self._sent[i] for i in ids})
+
+
+def _kind(message: Message) -> str:
+    return "train" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
 
 
 class FleetGrid(RecordedGrid):
@@ -160,7 +241,7 @@ class FleetGrid(RecordedGrid):
         self.assignments, self.size, self._online = assignments, size, online
 
     def available(self) -> dict[int, str]:
-        return dict(self._online())
+        return {node: name for node, name in self._online().items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
         end = time.monotonic() + timeout_s
@@ -177,37 +258,104 @@ class FleetGrid(RecordedGrid):
     def announce_release(self) -> None:
         self.assignments.notify_offered()
 
+    def rest(self, failures: int) -> None:
+        end = time.monotonic() + min(30.0, 0.5 * 2**failures)
+        with self.assignments.changed:
+            while time.monotonic() < end and not self.should_stop():
+                self.assignments.changed.wait(min(LOOK_S, max(0.0, end - time.monotonic())))
+
+    def holds(self, update: Update) -> bool:
+        return self.assignments.holds(update)
+
     def replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
-        """Waits until every assignment is settled, then reads the updates from the spool one by one.
+        """Waits until assignments are settled, all or enough of them, then reads the updates from the spool one by one.
 
         Raises:
             Stopped: while waiting.
         """
-        self._wait(list(sent))
+        training = not any(_kind(message) == "evaluate" for message in sent.values())
+        if training and self.cohort.buffered:
+            yield from self._buffered_replies()
+            return
+        self._wait(list(sent), self.cohort.enough if training else 0)
         for row_id, message in sent.items():
             reply = self._reply(row_id, message)
             if reply is not None:
                 yield reply
 
-    def _wait(self, ids: list[str]) -> None:
+    def _wait(self, ids: list[str], enough: int) -> None:
+        mine = Assignment.id.in_(ids) if len(ids) < 1000 else Assignment.run_id == self.run_id
+        wanted = set(ids)
         while True:
             if self.should_stop():
                 raise Stopped("stopped before all devices had answered")
             with self.assignments.changed:
-                self.assignments.expire(ids)
-                with self.store.read() as session:
-                    rows = session.execute(
-                        sa.select(Assignment.lease_until, Assignment.deadline).where(
-                            Assignment.id.in_(ids), Assignment.status.in_(OPEN)
-                        )
-                    ).all()
-                if not rows:
+                rows = [row for row in self._look(mine) if row.id in wanted]
+                still_open = [row for row in rows if row.status in OPEN]
+                if not still_open:
                     return
-                ends = [moment for row in rows for moment in row if moment is not None]
-                seconds = (min(ends) - now()).total_seconds() + 0.01 if ends else LOOK_S
-                self.assignments.changed.wait(min(LOOK_S, max(0.01, seconds)))
+                if enough and sum(row.status == "uploaded" for row in rows) >= enough:
+                    self.assignments.expire([row.id for row in still_open], ENOUGH)
+                    return
+                self._sleep(still_open)
 
-    def _reply(self, row_id: str, message: Message) -> Message | None:
+    def _look(self, mine: sa.ColumnElement[bool]) -> list[Any]:
+        """What is open or waits to be aggregated; what is overdue is closed first."""
+        columns = (Assignment.id, Assignment.status, Assignment.lease_until, Assignment.deadline, Assignment.device_id)
+        statement = sa.select(*columns).where(mine, Assignment.counted_in.is_(None))
+        statement = statement.where(Assignment.status.in_((*OPEN, "uploaded")))
+        for _ in range(2):
+            with self.store.read() as session:
+                rows = list(session.execute(statement))
+            overdue = [row.id for row in rows if row.status in OPEN and _end(row) < now()]
+            if not overdue:
+                break
+            self.assignments.expire(overdue)
+        return rows
+
+    def _sleep(self, still_open: list[Any], at_most_s: float = LOOK_S) -> None:
+        """Until something changes, or the next of these is overdue."""
+        seconds = (min(map(_end, still_open)) - now()).total_seconds() + 0.01
+        self.assignments.changed.wait(min(at_most_s, max(0.01, seconds)))
+
+    # ---- buffered rounds ---------------------------------------------------------------------------------------------
+
+    def _buffered_replies(self) -> Iterator[Message]:
+        """The first `enough` updates that came in, whatever round they were asked for in, in order of device names.
+
+        An update's difference is scaled by its age and laid on the parameters of now, so that any strategy can aggregate
+        it (Nguyen et al. 2022, algorithm 1).
+        """
+        self._wait_buffer()
+        first = sa.select(Assignment, Update, Device.name).join(Update).join(Device)
+        first = first.where(Assignment.run_id == self.run_id, Assignment.counted_in.is_(None))
+        first = first.where(Assignment.status == "uploaded", Assignment.kind == "train")
+        with self.store.read() as session:
+            found = session.execute(first.order_by(Update.received_at, Assignment.id).limit(self.cohort.enough)).all()
+        for row, _, _ in sorted(found, key=lambda item: (item.name, item.Assignment.round)):
+            stub = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=row.device_id)
+            weight = self.cohort.staleness_weight(row.round)
+            reply = self._reply(row.id, flwr_compat.name_message(stub, row.id), self._theta, weight)
+            if reply is not None:
+                yield reply
+
+    def _wait_buffer(self) -> None:
+        end = time.monotonic() + (self.cohort.deadline_s or float("inf"))
+        mine = sa.and_(Assignment.run_id == self.run_id, Assignment.kind == "train")
+        while True:
+            if self.should_stop():
+                raise Stopped("stopped before the buffer was full")
+            with self.assignments.changed:
+                rows = self._look(mine)
+                still_open = [row for row in rows if row.status in OPEN]
+                if not still_open or len(rows) - len(still_open) >= self.cohort.enough or time.monotonic() > end:
+                    return
+                self._sleep(still_open, min(LOOK_S, max(0.01, end - time.monotonic())))
+
+    # ---- one reply ---------------------------------------------------------------------------------------------------
+
+    def _reply(self, row_id: str, message: Message, theta: Vector | None = None, weight: float = 1.0) -> Message | None:
+        """`theta`: what the difference is laid on, if not on what the device was sent."""
         with self.store.read() as session:
             row, update = session.get(Assignment, row_id), session.get(Update, row_id)
         if row is None or row.status == "expired":
@@ -219,14 +367,18 @@ class FleetGrid(RecordedGrid):
         )  # last: no metric takes its place
         if row.kind == "evaluate":
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
-        try:
-            delta = decode_vector("delta", self.assignments.upload_path(row_id).read_bytes(), self.size)
-        except (ParametersError, OSError) as error:
-            return Message(Error(UNREADABLE, str(error)), reply_to=message)
-        theta = message.content["arrays"][THETA].numpy()
+        if theta is None:
+            theta = message.content["arrays"][THETA].numpy()
+        arrays = ArrayRecord()
+        arrays[THETA] = DeltaArray(theta, Delta(self.assignments.upload_path(row_id), self.size, weight))
         content = {
-            "arrays": ArrayRecord({THETA: Array(theta + delta)}),
+            "arrays": arrays,
             "metrics": metrics,
             "update": ConfigRecord({"bytes": update.bytes, "digest": update.digest}),
         }
         return Message(RecordDict(content), reply_to=message)
+
+
+def _end(row: Any) -> datetime:
+    """When an open assignment is overdue."""
+    return min((moment for moment in (row.lease_until, row.deadline) if moment is not None), default=NEVER)

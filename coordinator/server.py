@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -12,12 +13,15 @@ import grpc
 from pocketfed.coordinator.assignments import Assignments, devices_online
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import DistributionServicer
+from pocketfed.coordinator.enrolment import capped
 from pocketfed.coordinator.fleet import FleetServicer
+from pocketfed.coordinator.gate import Gate
+from pocketfed.coordinator.limits import Limits, server_options
 from pocketfed.coordinator.store import Store
-from pocketfed.protos import distribution_pb2_grpc, fleet_pb2_grpc
+from pocketfed.coordinator.tls import Tls, TlsError, is_loopback, server_credentials
+from pocketfed.protos import distribution_pb2, fleet_pb2
 
-MAX_MESSAGE_BYTES = 4 << 20
-ONLINE_S = 5.0  # a device between two long polls counts as there for so long
+log = logging.getLogger("pocketfed.coordinator")
 STOP_S = 2.0  # what calls under way get to end
 
 
@@ -32,11 +36,35 @@ def default_spool(store: Store) -> Path:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """listen: HOST:PORT, port 0 for any free one."""
+    """listen: HOST:PORT, port 0 for any free one; what other machines can reach needs `tls`, or that it is done without.
+
+    enrolment_key: one that lets any number of devices in, beside those of the store. Where other machines can come, a key
+    is always asked for.
+    """
 
     listen: str = "127.0.0.1:8765"
     lease_s: float = 30.0
     enrolment_key: str = ""
+    tls: Tls | None = None
+    allow_plaintext_off_loopback: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+def check_listen(config: ServerConfig) -> None:
+    """
+    Raises:
+        ServeError: not an address, or one that other machines can reach, without TLS.
+    """
+    host, colon, port = config.listen.rpartition(":")
+    if not (colon and host and port.isdigit() and int(port) < 65536):
+        raise ServeError(f"{config.listen!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
+    if config.tls is None and not is_loopback(host):
+        if not config.allow_plaintext_off_loopback:
+            raise ServeError(
+                f"other machines can reach {host} and there is no certificate to encrypt with; make one with `pocketfed certs`, "
+                "listen on 127.0.0.1, or say --allow-plaintext-off-loopback if the network is yours"
+            )
+        log.warning("%s is served in plaintext: tokens and updates can be read on the way", config.listen)
 
 
 class CoordinatorServer:
@@ -55,15 +83,19 @@ class CoordinatorServer:
         """Returns the port.
 
         Raises:
-            ServeError: not an address, or one that is taken.
+            ServeError: not an address, one that is taken, or one that needs TLS. TlsError: certificates that do not fit.
         """
-        host, colon, port = self.config.listen.rpartition(":")
-        if not (colon and host and port.isdigit() and int(port) < 65536):
+        try:
+            check_listen(self.config)
+        except ServeError:
             self.stop()
-            raise ServeError(f"{self.config.listen!r} is not HOST:PORT, e.g. 127.0.0.1:8765")
+            raise
         self._thread.start()
         try:
             self.port = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        except TlsError:
+            self.stop()
+            raise
         except RuntimeError:
             self.stop()
             raise ServeError(
@@ -73,18 +105,18 @@ class CoordinatorServer:
         return self.port
 
     async def _start(self) -> int:
-        self._calls = Calls(self.store, self.assignments, self.config.lease_s, self.config.enrolment_key)
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),  # two coordinators on one port would share the devices between them
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_metadata_size", 16 << 10),
-            ]
-        )
-        fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self._calls), self._server)
+        config, limits = self.config, self.config.limits
+        key_needed = not is_loopback(config.listen.rpartition(":")[0])
+        self._calls = Calls(self.store, self.assignments, config.lease_s, config.enrolment_key, key_needed, limits)
+        self._server = grpc.aio.server(options=server_options(limits), maximum_concurrent_rpcs=limits.calls_at_once)
+        gate = Gate(self._calls)
+        gate.add(self._server, fleet_pb2.DESCRIPTOR.services_by_name["Fleet"], FleetServicer(self._calls))
         distribution = DistributionServicer(self._calls)
-        distribution_pb2_grpc.add_DistributionServicer_to_server(distribution, self._server)
-        port = self._server.add_insecure_port(self.config.listen)
+        gate.add(self._server, distribution_pb2.DESCRIPTOR.services_by_name["Distribution"], distribution)
+        if config.tls is not None:
+            port = self._server.add_secure_port(config.listen, server_credentials(config.tls))
+        else:
+            port = self._server.add_insecure_port(config.listen)
         if port == 0:
             raise RuntimeError("not bound")
         await self._server.start()
@@ -101,9 +133,7 @@ class CoordinatorServer:
     def online(self, channel: str) -> dict[int, str]:
         """Devices (id -> name) that could take part now."""
         with self.store.read() as session:
-            # Copied in one step: the server's thread adds devices meanwhile.
-            asking = set(self._calls.asking) if self._calls else set()
-            return devices_online(session, channel, asking, ONLINE_S)
+            return capped(session, devices_online(session, channel))
 
     def stop(self) -> None:
         """End calls, then the loop; returns when both have ended."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,58 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 CHUNK_BYTES = 1 << 20
 MIGRATIONS = Path(__file__).with_name("migrations")
+MIGRATION_LOCK = 7_305_804_385_369_681_253  # PostgreSQL's advisory lock of whoever upgrades the schema
+
+
+# What a run may come to be from what it is; likewise a round (its attempt counts up with the way back) and an assignment.
+MOVES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "runs": {"waiting": ("running", "failed"), "running": ("waiting", "finished", "failed")},
+    "rounds": {"running": ("finished", "failed")},
+    "assignments": {
+        "offered": ("accepted", "uploaded", "failed", "expired"),
+        "accepted": ("offered", "uploaded", "failed", "expired"),
+        "uploaded": ("offered", "aggregated", "quarantined", "discarded"),
+    },
+}
 
 
 class StoreError(RuntimeError):
     """The database cannot be used; the message says why and what to do."""
 
 
+OUTAGES = (sa.exc.OperationalError, sa.exc.InterfaceError, OSError)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the database or the disk is not there or full now, so that trying again later may help."""
+    return isinstance(error, OUTAGES) and (not isinstance(error, OSError) or error.errno in _DISK)
+
+
+class Clock:
+    """The time of day when this was made, and from then on what has really passed: a clock that is set ends no lease.
+
+    Args:
+        wall: the time of day; passed: seconds from any point on, never set back (and, where the system can, counting sleep).
+    """
+
+    def __init__(self, wall: Callable[[], datetime], passed: Callable[[], float]) -> None:
+        self._passed = passed
+        self._begin, self._origin = wall(), passed()
+
+    def now(self) -> datetime:
+        return self._begin + timedelta(seconds=self._passed() - self._origin)
+
+
+def _passed_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+_clock = Clock(lambda: datetime.now(UTC), _passed_s)
+
+
 def now() -> datetime:
-    return datetime.now(UTC)
+    return _clock.now()
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
@@ -40,7 +86,7 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: sa.JSON, list[str]: sa.JSON}
+    type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: sa.JSON, list[str]: sa.JSON, list[int]: sa.JSON}
 
 
 class Chunk(Base):
@@ -87,6 +133,7 @@ class Device(Base):
     """An enrolled device. `id` is also its Flower node id."""
 
     __tablename__ = "devices"
+    __table_args__ = (sa.Index("ix_devices_channel_present_until", "channel", "present_until"),)
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(100), unique=True)
     channel: Mapped[str] = mapped_column(String(100), default="stable", index=True)
@@ -97,10 +144,15 @@ class Device(Base):
     examples: Mapped[int] = mapped_column(default=0)
     enrolled_at: Mapped[datetime] = mapped_column(default=now)
     last_seen_at: Mapped[datetime | None] = mapped_column(index=True)
+    present_until: Mapped[datetime | None]  # it asks for work until then, or will again by then
+    enrolment_key_id: Mapped[int | None] = mapped_column(ForeignKey("enrolment_keys.id"), index=True)
+    cohort: Mapped[str | None] = mapped_column(String(100))  # of the enrolment key, where it has one
+    revoked_at: Mapped[datetime | None]
+    shared_at: Mapped[datetime | None]  # when its credential was last seen in use at two places at once
 
 
 class Run(Base):
-    """One training of the fleet. status: waiting, running, finished, failed."""
+    """One training of the fleet. status: waiting (for a coordinator), running, finished, failed; see MOVES."""
 
     __tablename__ = "runs"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -119,12 +171,17 @@ class Run(Base):
 
 
 class Round(Base):
-    """One round; number 0 holds the evaluation of what the run started from. status: running, finished, failed."""
+    """One round; number 0 holds the evaluation of what the run started from. status: running, finished, failed.
+
+    An attempt that fails is followed by another with the same parameters: `attempt` is the one that counts.
+    """
 
     __tablename__ = "rounds"
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
     status: Mapped[str] = mapped_column(String(20), default="running")
+    attempt: Mapped[int] = mapped_column(default=1, server_default="1")
+    cohort: Mapped[list[int] | None]  # devices sampled for the attempt, in order of their names
     reason: Mapped[str | None] = mapped_column(String(500))
     parameters: Mapped[str | None] = mapped_column(ForeignKey("blobs.digest"))  # what the round ended with
     accuracy: Mapped[float | None]  # on the coordinator's test set, or on the devices' own where there is none
@@ -142,17 +199,22 @@ class Round(Base):
 class Assignment(Base):
     """One device's part in a round.
 
-    status: offered, accepted, uploaded, aggregated, quarantined, failed (it said so), expired (lease, deadline).
+    status: offered, accepted, uploaded, aggregated, quarantined, discarded (usable, but its round's attempt failed),
+    failed (it said so), expired (lease, deadline, the round had enough); see MOVES.
     """
 
     __tablename__ = "assignments"
-    __table_args__ = (UniqueConstraint("run_id", "round", "attempt", "device_id", "kind"),)
+    __table_args__ = (
+        UniqueConstraint("run_id", "round", "attempt", "device_id", "kind"),
+        sa.Index("ix_assignments_run_id_counted_in", "run_id", "counted_in"),
+    )
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
     round: Mapped[int]
     attempt: Mapped[int] = mapped_column(default=1)
     device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"), index=True)
     kind: Mapped[str] = mapped_column(String(10))  # train, evaluate
+    counted_in: Mapped[int | None]  # the round whose commit settled it: a later one where rounds are buffered
     status: Mapped[str] = mapped_column(String(20), default="offered", index=True)
     config: Mapped[dict[str, Any]]
     parameters: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
@@ -174,7 +236,7 @@ class Update(Base):
     assignment_id: Mapped[str] = mapped_column(ForeignKey("assignments.id"), primary_key=True)
     num_examples: Mapped[int]
     bytes: Mapped[int] = mapped_column(sa.BigInteger)
-    digest: Mapped[str] = mapped_column(String(64))
+    digest: Mapped[str] = mapped_column(String(64), index=True)
     metrics: Mapped[dict[str, Any]]
     norm: Mapped[float | None]
     reason: Mapped[str | None] = mapped_column(String(500))  # why it was quarantined
@@ -189,6 +251,40 @@ class Metric(Base):
     round: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(100), primary_key=True)
     value: Mapped[float]
+
+
+class Checkpoint(Base):
+    """What beside the parameters the next round depends on, as of a run's newest committed round."""
+
+    __tablename__ = "checkpoints"
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    round: Mapped[int]
+    state: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))  # see strategy_state.py
+
+
+class History(Base):
+    """What a run, a round's attempt or an assignment came to be, and when. Only ever added to."""
+
+    __tablename__ = "history"
+    __table_args__ = (sa.Index("ix_history_run_id_round", "run_id", "round"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now)
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
+    round: Mapped[int | None]
+    attempt: Mapped[int | None]
+    assignment_id: Mapped[str | None] = mapped_column(String(64))
+    status: Mapped[str] = mapped_column(String(20))
+    reason: Mapped[str | None] = mapped_column(String(500))
+
+
+class Lease(Base):
+    """Which coordinator may write; `token` goes up with every new holder."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(String(20), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(500))
+    token: Mapped[int]
+    held_until: Mapped[datetime]
 
 
 def database_url(text: str) -> URL:
@@ -218,28 +314,32 @@ def database_url(text: str) -> URL:
 class Store:
     """An open database. Sessions come from `read()` and `write()`; a write is one transaction.
 
+    `fence` is called at the start of every write and raises where this process may not write any more (leadership.py).
+
     Args:
         database: a file name or SQLAlchemy URL.
         create: make or upgrade the tables (a reader leaves the schema alone).
+        must_exist: do not make a file where there is none.
 
     Raises:
         StoreError: unreachable, unreadable, missing, or of a schema this version does not know.
     """
 
-    def __init__(self, database: str, create: bool = True) -> None:
+    def __init__(self, database: str, create: bool = True, must_exist: bool = False) -> None:
         self.url = database_url(database)
-        if not create and self.file is not None and not self.file.exists():
+        self.fence: Callable[[Session], None] | None = None
+        if (must_exist or not create) and self.file is not None and not self.file.exists():
             raise StoreError(
                 f"there is no database {self.file}; start `pocketfed simulate` or `pocketfed serve` with it first"
             )
         try:
-            self.engine = sa.create_engine(self.url)
+            self.engine = sa.create_engine(self.url, pool_pre_ping=not self.is_sqlite)
         except ImportError as error:
             raise StoreError(
                 f"the database {self.name} needs a driver that is not installed ({error}); install it, e.g. "
                 "`pip install 'pocketfed[postgresql]'` for postgresql+psycopg://"
             ) from None
-        if self.url.get_backend_name() == "sqlite":
+        if self.is_sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
         try:
             self._migrate(create)
@@ -249,7 +349,7 @@ class Store:
                 f"cannot use the database {self.name}: {error.orig}; "
                 "check that it is there, is a database and may be written"
             ) from None
-        except StoreError:
+        except BaseException:
             self.close()
             raise
 
@@ -258,38 +358,46 @@ class Store:
         return self.url.render_as_string(hide_password=True)
 
     @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    @property
     def file(self) -> Path | None:
         """The database's file, where it has one."""
-        is_file = self.url.get_backend_name() == "sqlite" and self.url.database not in (None, "", ":memory:")
+        is_file = self.is_sqlite and self.url.database not in (None, "", ":memory:")
         return Path(str(self.url.database)).absolute() if is_file else None
 
     def _migrate(self, create: bool) -> None:
         from alembic import command
         from alembic.config import Config
-        from alembic.runtime.migration import MigrationContext
         from alembic.script import ScriptDirectory
 
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.set_main_option("path_separator", "os")
         script = ScriptDirectory.from_config(config)
+        known, head = {r.revision for r in script.walk_revisions()}, script.get_current_head()
         with self.engine.connect() as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
-        if found is not None and found not in {r.revision for r in script.walk_revisions()}:
+            found = _revision(connection)
+        if found is not None and found not in known:
             raise StoreError(
                 f"the database {self.name} has schema revision {found}, newer than this version of pocketfed knows "
-                f"({script.get_current_head()}); upgrade pocketfed or use another database"
+                f"({head}); upgrade pocketfed or use another database"
             )
-        if found == script.get_current_head():
+        if found == head:
             return
         if not create:
             raise StoreError(
-                f"the database {self.name} has schema revision {found}; "
-                "run `pocketfed serve` or `simulate` once to upgrade it"
+                f"the database {self.name} has schema revision {found}, not {head}; run `pocketfed db upgrade` on it"
             )
-        with self.engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        with self.engine.begin() as connection:  # all or nothing, and one process at a time
+            if self.is_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")  # by itself SQLite's driver commits every table
+            else:
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+            if _revision(connection) != head:  # another process may have been faster
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -299,13 +407,49 @@ class Store:
     @contextmanager
     def write(self) -> Iterator[Session]:
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            if self.url.get_backend_name() == "sqlite":
+            if self.is_sqlite:
                 # What is read here must still hold when it is written; SQLite would take its lock only then.
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            if self.fence is not None:
+                self.fence(session)
             yield session
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    from alembic.runtime.migration import MigrationContext
+
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+@sa.event.listens_for(Session, "after_flush")
+def _remember_moves(session: Session, _context: Any) -> None:
+    """Every new status becomes a row of the history, in the same transaction; one that MOVES lacks is refused."""
+    told = [row for row in [*session.new, *session.dirty] if isinstance(row, Run | Round | Assignment)]
+    entries = [entry for row in told if (entry := _move(row, row in session.new)) is not None]
+    if entries:
+        session.connection().execute(sa.insert(History), entries)
+
+
+def _move(row: Run | Round | Assignment, is_new: bool) -> dict[str, Any] | None:
+    """The history's row for what has become of one, None if its status is as before."""
+    inspected: Any = sa.inspect(row)
+    state = inspected.attrs
+    before, repeated = state.status.history.deleted, isinstance(row, Round) and state.attempt.history.deleted
+    if not is_new and not repeated and not state.status.history.added:
+        return None
+    if before and not repeated and row.status not in MOVES[row.__tablename__].get(before[0], ()):
+        name = " ".join(str(value) for value in inspected.identity or ())
+        raise StoreError(f"{row.__tablename__[:-1]} {name} is {before[0]} and cannot become {row.status}")
+    entry: dict[str, Any] = {"at": now(), "run_id": row.id if isinstance(row, Run) else row.run_id}
+    entry |= {"round": None, "attempt": None, "assignment_id": None, "status": row.status}
+    if isinstance(row, Round):
+        entry |= {"round": row.number, "attempt": row.attempt}
+    if isinstance(row, Assignment):
+        entry |= {"round": row.round, "attempt": row.attempt, "assignment_id": row.id}
+    return entry | {"reason": row.error if isinstance(row, Assignment) else row.reason}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -402,3 +546,69 @@ def device_named(session: Session, name: str, **values: Any) -> Device:
         session.add(device)
         session.flush()
     return device
+
+
+# ---- who may come in -------------------------------------------------------------------------------------------------
+
+
+class EnrolmentKey(Base):
+    """What lets so many devices enrol until some day."""
+
+    __tablename__ = "enrolment_keys"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    key_hash: Mapped[str] = mapped_column(String(64), unique=True)  # sha256 of the key; the key itself is not kept
+    cohort: Mapped[str] = mapped_column(String(100), default="")
+    quota: Mapped[int]  # devices that may enrol with it
+    used: Mapped[int] = mapped_column(default=0)
+    round_cap: Mapped[int] = mapped_column(default=0)  # at most so many of its devices in one round; 0: no limit
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class KeyList(Base):
+    """Which keys may sign artifacts, signed by the publisher's root key. The newest holds."""
+
+    __tablename__ = "key_lists"
+    sequence: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    publisher: Mapped[str] = mapped_column(String(64))  # the root's public key, hex
+    statement: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    signature: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Signature(Base):
+    """The publisher's word that a channel runs a version, from `sequence` on."""
+
+    __tablename__ = "signatures"
+    channel: Mapped[str] = mapped_column(String(100), primary_key=True)
+    sequence: Mapped[int] = mapped_column(sa.BigInteger, primary_key=True, autoincrement=False)
+    artifact_version: Mapped[str] = mapped_column(ForeignKey("artifacts.version"), index=True)
+    key: Mapped[str] = mapped_column(String(16))  # id of the key that signed
+    statement: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    signature: Mapped[bytes] = mapped_column(sa.LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Operator(Base):
+    """A person who may look, act or administer. role: viewer, operator, admin."""
+
+    __tablename__ = "operators"
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    role: Mapped[str] = mapped_column(String(20))
+    password: Mapped[str] = mapped_column(String(200))  # scrypt, with its salt and cost
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    disabled_at: Mapped[datetime | None]
+
+
+class Audit(Base):
+    """Who did what, when, and how it ended. Triggers refuse to change or delete a row."""
+
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now, index=True)
+    who: Mapped[str] = mapped_column(String(120))
+    act: Mapped[str] = mapped_column(String(50))
+    target: Mapped[str] = mapped_column(String(200), default="")
+    outcome: Mapped[str] = mapped_column(String(20))  # done, refused, failed, noticed
+    detail: Mapped[str] = mapped_column(String(500), default="")

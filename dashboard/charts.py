@@ -24,7 +24,7 @@ BLUE, ORANGE, TEAL, MAGENTA, CYAN, RED, GREY = (
 SERIES = [BLUE, ORANGE, TEAL, MAGENTA, CYAN, RED, GREY]
 STATUS_COLOURS = {
     "aggregated": TEAL, "uploaded": CYAN, "accepted": BLUE, "offered": GREY,
-    "failed": RED, "expired": ORANGE, "quarantined": MAGENTA,
+    "failed": RED, "expired": ORANGE, "quarantined": MAGENTA, "discarded": GREY,
 }  # fmt: skip
 STATE_COLOURS = {
     "training": BLUE,

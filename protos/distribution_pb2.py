@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#pocketfed/protos/distribution.proto\x12\x0cpocketfed.v1\"B\n\x12GetManifestRequest\x12\x11\n\x07version\x18\x01 \x01(\tH\x00\x12\x11\n\x07\x63hannel\x18\x02 \x01(\tH\x00\x42\x06\n\x04what\"]\n\x10GetManifestReply\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x07release\x18\x03 \x01(\x0b\x32\x15.pocketfed.v1.Release\"{\n\x07Release\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x18\n\x10\x61rtifact_version\x18\x02 \x01(\t\x12\x15\n\rtrainable_set\x18\x03 \x01(\t\x12\x19\n\x11parameters_digest\x18\x04 \x01(\t\x12\x18\n\x10parameters_bytes\x18\x05 \x01(\x04\"6\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_chunk\x18\x02 \x01(\x04\"B\n\rDownloadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x32\xa9\x01\n\x0c\x44istribution\x12O\n\x0bGetManifest\x12 .pocketfed.v1.GetManifestRequest\x1a\x1e.pocketfed.v1.GetManifestReply\x12H\n\x08\x44ownload\x12\x1d.pocketfed.v1.DownloadRequest\x1a\x1b.pocketfed.v1.DownloadChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#pocketfed/protos/distribution.proto\x12\x0cpocketfed.v1\"B\n\x12GetManifestRequest\x12\x11\n\x07version\x18\x01 \x01(\tH\x00\x12\x11\n\x07\x63hannel\x18\x02 \x01(\tH\x00\x42\x06\n\x04what\"\xa7\x01\n\x10GetManifestReply\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x07release\x18\x03 \x01(\x0b\x32\x15.pocketfed.v1.Release\x12$\n\x06signed\x18\x04 \x01(\x0b\x32\x14.pocketfed.v1.Signed\x12\"\n\x04keys\x18\x05 \x01(\x0b\x32\x14.pocketfed.v1.Signed\".\n\x06Signed\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"{\n\x07Release\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x18\n\x10\x61rtifact_version\x18\x02 \x01(\t\x12\x15\n\rtrainable_set\x18\x03 \x01(\t\x12\x19\n\x11parameters_digest\x18\x04 \x01(\t\x12\x18\n\x10parameters_bytes\x18\x05 \x01(\x04\"6\n\x0f\x44ownloadRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_chunk\x18\x02 \x01(\x04\"B\n\rDownloadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x32\xa9\x01\n\x0c\x44istribution\x12O\n\x0bGetManifest\x12 .pocketfed.v1.GetManifestRequest\x1a\x1e.pocketfed.v1.GetManifestReply\x12H\n\x08\x44ownload\x12\x1d.pocketfed.v1.DownloadRequest\x1a\x1b.pocketfed.v1.DownloadChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETMANIFESTREQUEST']._serialized_start=53
   _globals['_GETMANIFESTREQUEST']._serialized_end=119
-  _globals['_GETMANIFESTREPLY']._serialized_start=121
-  _globals['_GETMANIFESTREPLY']._serialized_end=214
-  _globals['_RELEASE']._serialized_start=216
-  _globals['_RELEASE']._serialized_end=339
-  _globals['_DOWNLOADREQUEST']._serialized_start=341
-  _globals['_DOWNLOADREQUEST']._serialized_end=395
-  _globals['_DOWNLOADCHUNK']._serialized_start=397
-  _globals['_DOWNLOADCHUNK']._serialized_end=463
-  _globals['_DISTRIBUTION']._serialized_start=466
-  _globals['_DISTRIBUTION']._serialized_end=635
+  _globals['_GETMANIFESTREPLY']._serialized_start=122
+  _globals['_GETMANIFESTREPLY']._serialized_end=289
+  _globals['_SIGNED']._serialized_start=291
+  _globals['_SIGNED']._serialized_end=337
+  _globals['_RELEASE']._serialized_start=339
+  _globals['_RELEASE']._serialized_end=462
+  _globals['_DOWNLOADREQUEST']._serialized_start=464
+  _globals['_DOWNLOADREQUEST']._serialized_end=518
+  _globals['_DOWNLOADCHUNK']._serialized_start=520
+  _globals['_DOWNLOADCHUNK']._serialized_end=586
+  _globals['_DISTRIBUTION']._serialized_start=589
+  _globals['_DISTRIBUTION']._serialized_end=758
 # @@protoc_insertion_point(module_scope)

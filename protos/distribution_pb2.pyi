@@ -14,14 +14,26 @@ class GetManifestRequest(_message.Message):
     def __init__(self, version: _Optional[str] = ..., channel: _Optional[str] = ...) -> None: ...
 
 class GetManifestReply(_message.Message):
-    __slots__ = ("manifest", "version", "release")
+    __slots__ = ("manifest", "version", "release", "signed", "keys")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     manifest: bytes
     version: str
     release: Release
-    def __init__(self, manifest: _Optional[bytes] = ..., version: _Optional[str] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    signed: Signed
+    keys: Signed
+    def __init__(self, manifest: _Optional[bytes] = ..., version: _Optional[str] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., signed: _Optional[_Union[Signed, _Mapping]] = ..., keys: _Optional[_Union[Signed, _Mapping]] = ...) -> None: ...
+
+class Signed(_message.Message):
+    __slots__ = ("statement", "signature")
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    statement: bytes
+    signature: bytes
+    def __init__(self, statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("id", "artifact_version", "trainable_set", "parameters_digest", "parameters_bytes")

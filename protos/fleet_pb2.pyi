@@ -29,28 +29,36 @@ class EnrolReply(_message.Message):
     def __init__(self) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id")
+    __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id", "key_list", "refused_release", "refusal")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SDK_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_LIST_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_RELEASE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     sdk_version: str
     examples: int
     wait_s: float
     release_id: int
-    def __init__(self, protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., examples: _Optional[int] = ..., wait_s: _Optional[float] = ..., release_id: _Optional[int] = ...) -> None: ...
+    key_list: int
+    refused_release: int
+    refusal: str
+    def __init__(self, protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., examples: _Optional[int] = ..., wait_s: _Optional[float] = ..., release_id: _Optional[int] = ..., key_list: _Optional[int] = ..., refused_release: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class CheckInReply(_message.Message):
-    __slots__ = ("assignment", "wait", "release")
+    __slots__ = ("assignment", "wait", "release", "keys")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     assignment: Assignment
     wait: Wait
     release: _distribution_pb2.Release
-    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., release: _Optional[_Union[_distribution_pb2.Release, _Mapping]] = ...) -> None: ...
+    keys: _distribution_pb2.Signed
+    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., release: _Optional[_Union[_distribution_pb2.Release, _Mapping]] = ..., keys: _Optional[_Union[_distribution_pb2.Signed, _Mapping]] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ("retry_after_s", "reason")

@@ -73,7 +73,7 @@ class FleetServicer(object):
         """Makes the device known. The device makes its token; sent again with the same name and token (the reply was lost),
         it counts once.
         Errors: INVALID_ARGUMENT (empty or over-long name), ALREADY_EXISTS (another device has the name),
-        PERMISSION_DENIED (wrong enrolment key), FAILED_PRECONDITION (protocol not supported; the message says which are).
+        PERMISSION_DENIED (an enrolment key that is wrong, expired, revoked or used up), FAILED_PRECONDITION (protocol not supported; the message says which are).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from hashlib import sha256
+
+import numpy as np
 
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
 # isort: split
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
-from pocketfed.coordinator.grid import FAILED, RecordedGrid
+from pocketfed.coordinator.aggregation import Delta
+from pocketfed.coordinator.grid import ENOUGH, FAILED, RecordedGrid
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
+from pocketfed.coordinator.strategy import THETA, DeltaArray
+from pocketfed.coordinator.validation import check_form
+from pocketfed.model.parameters import Vector
+
+
+def random_duration(device: str, round_number: int) -> float:
+    """Exponential with mean 1, the same whenever it is asked for."""
+    seed = int.from_bytes(sha256(f"{device} {round_number}".encode()).digest()[:8], "little")
+    return float(np.random.default_rng(seed).exponential())
 
 
 class InProcessGrid(RecordedGrid):
@@ -23,28 +36,74 @@ class InProcessGrid(RecordedGrid):
         app: what a device does; it finds its name in `context.node_config["device"]`.
         devices: node id -> name.
         artifact_bytes: what a device downloads before its first assignment, for the accounting.
+        duration: how long (device, round) takes where rounds are buffered, in any unit.
     """
 
     def __init__(
-        self, store: Store, run_id: int, app: ClientApp, devices: Mapping[int, str], artifact_bytes: int
+        self,
+        store: Store,
+        run_id: int,
+        app: ClientApp,
+        devices: Mapping[int, str],
+        artifact_bytes: int,
+        duration: Callable[[str, int], float] = random_duration,
     ) -> None:
         super().__init__(store, run_id)
+        self.duration, self._clock = duration, 0.0
+        self._ends: dict[str, tuple[float, Message, int]] = {}  # buffered: what is under way, and when it ends
         self.app, self.devices, self.artifact_bytes = app, dict(devices), artifact_bytes
         self._contexts: dict[int, Context] = {}
         self._hold_artifact: set[int] = set()
 
     def available(self) -> dict[int, str]:
-        return dict(self.devices)
+        return {node: name for node, name in self.devices.items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
         return self.available()
 
     def replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
-        for row_id, message in sent.items():
+        if self.cohort.buffered and all(m.metadata.message_type == MessageType.TRAIN for m in sent.values()):
+            yield from self._buffered_replies(sent)
+            return
+        enough, answered = self.cohort.enough or len(sent), 0
+        for place, (row_id, message) in enumerate(sent.items()):
+            if answered == enough:
+                self._close(list(sent)[place:])
+                return
             begun = now()
             reply = self._run_device(message)
             self._record(row_id, reply, begun)
+            answered += not reply.has_error()
             yield reply
+
+    def _buffered_replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
+        """The `enough` devices that are done first on a clock of our own, in order of their names (FedBuff)."""
+        for row_id, message in sent.items():
+            if row_id not in self._ends:
+                name = self.devices[message.metadata.dst_node_id]
+                self._ends[row_id] = (self._clock + self.duration(name, self.cohort.round), message, self.cohort.round)
+        first = sorted(self._ends, key=lambda row_id: (self._ends[row_id][0], row_id))[: self.cohort.enough]
+        for row_id in sorted(first, key=lambda row_id: self.devices[self._ends[row_id][1].metadata.dst_node_id]):
+            end, message, asked_in = self._ends.pop(row_id)
+            self._clock = max(self._clock, end)
+            begun = now()
+            reply = self._run_device(message)
+            self._record(row_id, reply, begun)
+            if not reply.has_error() and asked_in != self.cohort.round:
+                weight = self.cohort.staleness_weight(asked_in)
+                reply.content["arrays"] = _laid_on(self._theta, message, reply.content["arrays"], weight)
+            yield reply
+
+    def reopen(self, deadline_s: float) -> None:
+        super().reopen(deadline_s)
+        if not self._ends:  # what devices of an earlier process had under way nobody remembers
+            self.expire_older("the simulation was started again")
+
+    def _close(self, row_ids: Sequence[str]) -> None:
+        with self.store.write() as session:
+            for row_id in row_ids:
+                row = session.get_one(Assignment, row_id)
+                row.status, row.error, row.finished_at = "expired", ENOUGH, now()
 
     def _run_device(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
@@ -80,3 +139,14 @@ class InProcessGrid(RecordedGrid):
                     metrics=metrics,
                 )
             )
+
+
+def _laid_on(theta: Vector, asked: Message, trained: ArrayRecord, weight: float) -> ArrayRecord:
+    """The difference of an older round's update, weighted, on the parameters of now; unchanged where it has no such form."""
+    if check_form({name: array.numpy() for name, array in trained.items()}, THETA, theta.size) is not None:
+        return trained  # for the screen to refuse
+    exact = getattr(trained[THETA], "delta", None)
+    delta = trained[THETA].numpy() - asked.content["arrays"][THETA].numpy() if exact is None else exact
+    record = ArrayRecord()
+    record[THETA] = DeltaArray(theta, Delta(delta, theta.size, weight))
+    return record

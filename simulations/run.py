@@ -17,7 +17,8 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
-from pocketfed.coordinator.rounds import RoundResult, create_run, drive_run
+from pocketfed.coordinator.progress import RoundResult, create_run, give_up
+from pocketfed.coordinator.rounds import drive_run
 from pocketfed.coordinator.store import Store, device_named
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
@@ -219,15 +220,19 @@ def _simulate(
         on_round(result)
 
     on_step("training")
-    theta = drive_run(
-        store,
-        run_id,
-        grid,
-        config.run,
-        lambda values: evaluate(trainer, values, test_examples),
-        remember,
-        should_stop=should_stop,
-    )
+    try:
+        theta = drive_run(
+            store,
+            run_id,
+            grid,
+            config.run,
+            lambda values: evaluate(trainer, values, test_examples),
+            remember,
+            should_stop=should_stop,
+        )
+    except BaseException as error:
+        give_up(store, run_id, str(error) or type(error).__name__)  # nobody comes back to a simulation
+        raise
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,
         "trainable_parameters": trainer.size,

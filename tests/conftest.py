@@ -9,7 +9,12 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import itertools
 import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -87,3 +92,78 @@ def nano_artifact(nano_built: BuiltArtifact) -> Artifact:
     from pocketfed.client_sdk.artifacts import open_artifact
 
     return open_artifact(nano_built.folder, nano_built.version)
+
+
+# ---- databases ---------------------------------------------------------------------------------------------------------
+
+
+_numbers = itertools.count()
+
+
+def unprivileged() -> tuple[Callable[[], None] | None, int]:
+    """How to become a user that PostgreSQL accepts: it refuses to run as root."""
+    import pwd
+
+    if os.geteuid() != 0:
+        return None, os.geteuid()
+    try:
+        user = pwd.getpwnam("nobody")
+    except KeyError:
+        pytest.skip("PostgreSQL does not run as root, and there is no user nobody")
+
+    def become() -> None:
+        os.setgroups([])
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+
+    return become, user.pw_uid
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a cluster of its own, without network: its socket lies in a temporary folder."""
+    pytest.importorskip("psycopg", reason="no PostgreSQL driver (psycopg) is installed")
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # not on the PATH there
+    where = os.pathsep.join([os.environ.get("PATH", ""), *map(str, debian)])
+    initdb, pg_ctl = shutil.which("initdb", path=where), shutil.which("pg_ctl", path=where)
+    if not (initdb and pg_ctl):
+        pytest.skip("there is no PostgreSQL server here (initdb and pg_ctl)")
+    import tempfile
+
+    become, uid = unprivileged()
+    with tempfile.TemporaryDirectory(prefix="pf-pg-") as folder:  # short: a socket's path has at most 107 characters
+        os.chown(folder, uid, -1)
+        data = f"{folder}/data"
+
+        def call(*command: str) -> None:
+            done = subprocess.run(
+                command, preexec_fn=become, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+            )
+            if done.returncode:
+                pytest.skip(f"{command[0]} does not work here: {done.stdout[-300:]!r}")
+
+        call(initdb, "-D", data, "-U", "pocketfed", "--auth=trust", "--encoding=UTF8", "--no-sync")
+        call(pg_ctl, "-D", data, "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses='' -k {folder} -F", "start")
+        try:
+            yield f"postgresql+psycopg://pocketfed@/postgres?host={folder}"
+        finally:
+            call(pg_ctl, "-D", data, "-w", "-m", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of either kind: what the coordinator promises holds on both."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "fleet.db")
+        return
+    import sqlalchemy as sa
+
+    cluster = request.getfixturevalue("postgres")
+    name = f"test_{next(_numbers)}"
+    engine = sa.create_engine(cluster)
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE SCHEMA {name}"))  # quicker than a database, and as good
+    yield f"{cluster}&options=-csearch_path%3D{name}"
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"DROP SCHEMA {name} CASCADE"))
+    engine.dispose()

@@ -157,7 +157,7 @@ def test_what_a_set_needs_and_where_it_is_cut_in_two_are_read() -> None:
         "a\n",
     ],
 )
-def test_a_file_name_that_could_leave_its_folder_is_refused(name: str) -> None:
+def test_fault_17_a_file_name_that_could_leave_its_folder_is_refused(name: str) -> None:
     raw = manifest(ONE)
     raw["files"][name] = describe(b"x")
     with pytest.raises(ArtifactError, match="only plain names without folders"):
@@ -271,7 +271,9 @@ def test_no_manifest_with_one_part_replaced_raises_anything_but_an_artifact_erro
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_flipped_bit_in_any_file_is_refused_and_the_file_is_named(nano_artifact: Artifact, tmp_path: Path) -> None:
+def test_fault_14_one_flipped_bit_in_any_file_is_refused_and_the_file_is_named(
+    nano_artifact: Artifact, tmp_path: Path
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(nano_artifact.folder, folder)
     version = nano_artifact.manifest.version
@@ -366,7 +368,7 @@ def test_a_chunk_damaged_on_disk_between_two_attempts_is_fetched_again(tmp_path:
     [lambda p: p[:-1] + bytes([p[-1] ^ 1]), lambda p: p[:-1], lambda p: p + b"!", lambda p: b""],
     ids=["a bit", "too short", "too long", "empty"],
 )
-def test_a_wrong_chunk_is_refused_and_never_written(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_fault_14_a_wrong_chunk_is_refused_and_never_written(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     shelf = Shelf(LARGE)
     (version,) = shelf.versions
     shelf.tampered, shelf.change = {(digest_of(BIG), 2)}, change
@@ -388,7 +390,7 @@ class Chatty(Shelf):
         yield from [*pieces, b"more"] if self.extra > 0 else pieces[:-1]
 
 
-def test_a_source_that_sends_too_much_or_too_little_is_refused(tmp_path: Path) -> None:
+def test_fault_14_a_source_that_sends_too_much_or_too_little_is_refused(tmp_path: Path) -> None:
     shelf = Chatty(LARGE)
     with pytest.raises(ArtifactError, match=r"chunk 4 of backbone\.bin"):
         fetch(shelf, shelf.versions[0], tmp_path / "a")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sqlalchemy as sa
 
-from pocketfed.coordinator.assignments import Assignments, Header, Receipt, UploadError, devices_online
+from pocketfed.coordinator.assignments import AWAY_S, Assignments, Header, Receipt, UploadError, devices_online
 from pocketfed.coordinator.store import (
     Assignment,
     Device,
@@ -33,8 +33,8 @@ FUTURE = timedelta(seconds=600)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(str(tmp_path / "fleet.db"))
+def store(database: str) -> Iterator[Store]:
+    opened = Store(database)
     with opened.write() as session:
         put_artifact(session, {}, "v1", [])
         session.add(
@@ -371,7 +371,7 @@ def test_after_the_end_an_update_is_not_accepted_and_not_kept(
         assignments.expire([name])
     receipt = assignments.finish(1, header(name))
     assert not receipt.accepted
-    assert receipt.reason == "too late: the round's deadline has passed"
+    assert receipt.reason == "too late: the round's deadline has passed; check in for the next"
     assert updates(store) == []
     assert not any(assignments.spool.iterdir())
     if closed:
@@ -393,19 +393,38 @@ def test_settled_assignments_leave_no_bytes_behind(store: Store, assignments: As
 
 def test_devices_with_examples_count_as_there_while_they_ask_and_shortly_after(store: Store) -> None:
     with store.write() as session:
-        for name, channel, examples, seen in (
-            ("asks", "stable", 5, None),
-            ("just asked", "stable", 5, -2),
-            ("long ago", "stable", 5, -60),
-            ("empty", "stable", 0, -2),
-            ("elsewhere", "beta", 5, -2),
+        for name, channel, examples, until in (
+            ("asks", "stable", 5, 20),
+            ("just asked", "stable", 5, 1),
+            ("long ago", "stable", 5, -1),
+            ("never", "stable", 5, None),
+            ("empty", "stable", 0, 20),
+            ("elsewhere", "beta", 5, 20),
         ):
-            moment = None if seen is None else now() + timedelta(seconds=seen)
-            device_named(session, name, channel=channel, examples=examples, last_seen_at=moment)
+            moment = None if until is None else now() + timedelta(seconds=until)
+            device_named(session, name, channel=channel, examples=examples, present_until=moment)
     with store.read() as session:
-        ids = {d.name: d.id for d in session.scalars(sa.select(Device))}
-        online = devices_online(session, "stable", {ids["asks"], ids["empty"]}, 20.0)
-    assert sorted(online.values()) == ["asks", "just asked"]
+        assert sorted(devices_online(session, "stable").values()) == ["asks", "just asked"]
+
+
+def test_who_is_there_is_looked_up_in_an_index(store: Store) -> None:
+    if not store.is_sqlite:
+        pytest.skip("PostgreSQL reads a small table whole, whatever its indexes")
+    statement = sa.select(Device.id).where(Device.channel == "stable", Device.present_until >= now())
+    with store.engine.connect() as connection:
+        text = statement.compile(store.engine, compile_kwargs={"literal_binds": False})
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", tuple(text.construct_params().values())).all()
+    assert "ix_devices_channel_present_until (channel=? AND present_until>?)" in str(plan)
+
+
+def test_a_device_that_accepts_works_and_is_back_soon_after_its_answer(store: Store, assignments: Assignments) -> None:
+    with store.write() as session:
+        session.execute(sa.update(Device).values(examples=5, present_until=now() + timedelta(seconds=60)))
+    offer(store)
+    assignments.next_for(1, LEASE_S)
+    with store.read() as session:
+        assert session.get_one(Device, 1).present_until <= now() + timedelta(seconds=AWAY_S)
+        assert session.get_one(Device, 2).present_until > now() + timedelta(seconds=50)
 
 
 def test_handing_in_counts_as_being_seen(store: Store, assignments: Assignments) -> None:
@@ -413,7 +432,7 @@ def test_handing_in_counts_as_being_seen(store: Store, assignments: Assignments)
     with store.write() as session:
         session.execute(sa.update(Device).values(examples=5))
     with store.read() as session:
-        assert devices_online(session, "stable", set(), 20.0) == {1: "phone"}
+        assert devices_online(session, "stable") == {1: "phone"}
 
 
 def test_a_second_upload_does_not_take_the_place_of_one_that_counts(store: Store, assignments: Assignments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import threading
@@ -28,9 +29,9 @@ from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.grid import FleetGrid
 from pocketfed.coordinator.rounds import RoundResult, RunError, create_run, drive_run
 from pocketfed.coordinator.server import CoordinatorServer, ServeError, ServerConfig
-from pocketfed.coordinator.store import Assignment, Round, Store, Update, device_named, latest_release, put_blob
+from pocketfed.coordinator.store import Assignment, Round, Run, Store, Update, device_named, latest_release, put_blob
 from pocketfed.coordinator.store import Device as DeviceRow
-from pocketfed.model.parameters import Vector
+from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.protos import distribution_pb2, distribution_pb2_grpc, fleet_pb2, fleet_pb2_grpc
 from pocketfed.simulations.grids import InProcessGrid
@@ -61,12 +62,12 @@ class Heard:
 class Coordinator:
     """A store with the nano artifact released, and a server on it."""
 
-    def __init__(self, folder: Path, built: BuiltArtifact, dataset: Dataset) -> None:
+    def __init__(self, database: str, folder: Path, built: BuiltArtifact, dataset: Dataset) -> None:
         self.folder, self.dataset = folder, dataset
-        self.store = Store(str(folder / "fleet.db"))
+        self.store = Store(database)
         with self.store.write() as session:
             publish_artifact(session, built, "stable", "head")
-        self.server = CoordinatorServer(self.store, ServerConfig("127.0.0.1:0", lease_s=5.0))
+        self.server = CoordinatorServer(self.store, ServerConfig("127.0.0.1:0", lease_s=5.0), folder / "spool")
         self.address = f"127.0.0.1:{self.server.start()}"
         self.size = int(built.manifest["trainable_sets"]["head"]["size"])
         self.devices: list[Device] = []
@@ -101,7 +102,7 @@ class Coordinator:
 
     def restart(self, lease_s: float = 5.0) -> None:
         self.server.stop()
-        self.server = CoordinatorServer(self.store, ServerConfig(self.address, lease_s))
+        self.server = CoordinatorServer(self.store, ServerConfig(self.address, lease_s), self.folder / "spool")
         self.server.start()
 
     def close(self) -> None:
@@ -115,8 +116,10 @@ TOKEN = "A" * 43  # what `secrets.token_urlsafe(32)` makes looks like
 
 
 @pytest.fixture
-def coordinator(tmp_path: Path, nano_built: BuiltArtifact, tiny_dataset: Dataset) -> Iterator[Coordinator]:
-    made = Coordinator(tmp_path, nano_built, tiny_dataset)
+def coordinator(
+    database: str, tmp_path: Path, nano_built: BuiltArtifact, tiny_dataset: Dataset
+) -> Iterator[Coordinator]:
+    made = Coordinator(database, tmp_path, nano_built, tiny_dataset)
     yield made
     made.close()
 
@@ -284,7 +287,9 @@ def test_a_declined_assignment_fails_and_the_round_goes_on_at_once(
         assert session.scalars(sa.select(Assignment.error).where(Assignment.status == "failed")).one() == "low battery"
 
 
-def test_a_run_can_be_stopped_while_a_device_works(coordinator: Coordinator, channel: grpc.Channel) -> None:
+def test_a_run_can_be_stopped_while_a_device_works_and_the_device_works_on(
+    coordinator: Coordinator, channel: grpc.Channel
+) -> None:
     raw = RawDevice(channel)
     asked = raw.check_in()
     began = time.monotonic()
@@ -292,12 +297,13 @@ def test_a_run_can_be_stopped_while_a_device_works(coordinator: Coordinator, cha
         coordinator.drive(should_stop=asked.done, min_devices=1, offer_s=60.0)
     assert time.monotonic() - began < 10
     with coordinator.store.read() as session:
-        assert session.scalars(sa.select(Assignment.status)).all() == ["expired"]
-        assert session.get_one(Round, (coordinator.run_id, 1)).status == "failed"
+        assert session.scalars(sa.select(Assignment.status)).all() == ["accepted"]
+        assert session.get_one(Round, (coordinator.run_id, 1)).status == "running"
+        assert session.get_one(Run, coordinator.run_id).status == "waiting"
     beat = raw.fleet.Heartbeat(
         fleet_pb2.HeartbeatRequest(assignment_id=asked.result().assignment.id), metadata=raw.metadata
     )
-    assert beat.cancelled
+    assert not beat.cancelled
 
 
 def test_stopping_a_device_gives_its_assignment_back(coordinator: Coordinator) -> None:
@@ -444,6 +450,44 @@ def test_a_channel_without_release_and_unknown_bytes_are_not_found(
     )
 
 
+def test_a_device_hears_at_its_next_check_in_why_its_update_did_not_count(
+    coordinator: Coordinator, channel: grpc.Channel
+) -> None:
+    """It sends NaN twice, is told so politely, and is not asked a third time."""
+    raw = RawDevice(channel)
+    data = encode_vector("delta", np.full(coordinator.size, np.nan, np.float32))
+
+    def send(assignment_id: str) -> fleet_pb2.Receipt:
+        header = fleet_pb2.UploadHeader(
+            assignment_id=assignment_id, total_bytes=len(data), digest=hashlib.sha256(data).hexdigest(), num_examples=5
+        )
+        parts = iter([fleet_pb2.UploadPart(header=header), fleet_pb2.UploadPart(data=data)])
+        return raw.fleet.Upload(parts, metadata=raw.metadata)
+
+    ended: list[Exception] = []
+
+    def drive() -> None:
+        try:
+            coordinator.drive(min_devices=1, rounds=3, max_attempts=1, max_offences=2, max_failed_rounds=9, wait_s=0.5)
+        except RunError as error:
+            ended.append(error)
+
+    run = threading.Thread(target=drive)
+    asking = raw.check_in()
+    run.start()
+    for _ in range(2):
+        assert send(asking.result().assignment.id).accepted
+        asking = raw.check_in(wait_s=2.0)
+    told = asking.result()
+    run.join(PATIENCE_S)
+    assert told.WhichOneof("what") == "wait"
+    assert told.wait.reason == (
+        f"there is no work for this device now; the update for round 2 was not used: not_finite: {coordinator.size} of "
+        f"the update's {coordinator.size} values are not finite; after 2 such updates this run asks the device no more"
+    )
+    assert str(ended[0]).startswith("0 of at least 1 devices came within 0.5 s")
+
+
 def test_hostile_uploads_get_their_status_codes(coordinator: Coordinator, channel: grpc.Channel) -> None:
     raw = RawDevice(channel)
     asked = raw.check_in()
@@ -495,7 +539,7 @@ def test_hostile_uploads_get_their_status_codes(coordinator: Coordinator, channe
 
 
 def test_a_busy_port_is_told_in_a_sentence(coordinator: Coordinator) -> None:
-    second = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address))
+    second = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address), coordinator.folder)
     with pytest.raises(
         ServeError,
         match=f"cannot listen on {coordinator.address}: the address is taken or .*; choose another port",
@@ -506,7 +550,7 @@ def test_a_busy_port_is_told_in_a_sentence(coordinator: Coordinator) -> None:
 @pytest.mark.parametrize("listen", ["8765", "localhost:", ":8765", "localhost:http", "localhost:70000", ""])
 def test_what_is_not_an_address_is_refused(coordinator: Coordinator, listen: str) -> None:
     with pytest.raises(ServeError, match="is not HOST:PORT"):
-        CoordinatorServer(coordinator.store, ServerConfig(listen)).start()
+        CoordinatorServer(coordinator.store, ServerConfig(listen), coordinator.folder).start()
 
 
 def test_a_coordinator_that_is_not_there_is_told_in_a_sentence(coordinator: Coordinator) -> None:
@@ -547,7 +591,9 @@ def test_a_device_finds_a_coordinator_that_was_started_anew_and_takes_part(coord
     mark = len(heard.said)
     coordinator.server.stop()
     heard.wait("will try again: the coordinator at", mark)
-    coordinator.server = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address, lease_s=5.0))
+    coordinator.server = CoordinatorServer(
+        coordinator.store, ServerConfig(coordinator.address, lease_s=5.0), coordinator.folder
+    )
     coordinator.server.start()
     coordinator.drive(min_devices=1, rounds=1)
     assert [(r.status, r.devices) for r in coordinator.results[1:]] == [("finished", 1)]
@@ -560,8 +606,7 @@ def test_work_left_open_by_a_killed_coordinator_does_not_starve_the_device(coord
     coordinator.device(0)[0].start()
     coordinator.drive(min_devices=1, rounds=1)
     with coordinator.store.write() as session:
-        left = session.scalars(sa.select(Assignment)).one()
-        left.status, left.deadline = "accepted", left.offered_at
+        session.execute(sa.update(Assignment).values(status="accepted", deadline=Assignment.offered_at))
     coordinator.restart()
     coordinator.drive(min_devices=1, rounds=1)
     assert [(r.status, r.devices) for r in coordinator.results[1:]] == [("finished", 1)]
@@ -578,7 +623,9 @@ def test_a_download_goes_on_at_another_server_where_it_broke_off(coordinator: Co
     coordinator.server.stop()
     with contextlib.suppress(Unreachable, Refused):  # what was under way may still arrive, even all of it
         received.extend(chunks)
-    coordinator.server = CoordinatorServer(coordinator.store, ServerConfig(coordinator.address))
+    coordinator.server = CoordinatorServer(
+        coordinator.store, ServerConfig(coordinator.address), coordinator.folder / "spool"
+    )
     coordinator.server.start()
     received += link.download(digest, first_chunk=len(received))
     assert b"".join(received) == data
@@ -617,7 +664,60 @@ def test_an_unexpected_fault_gives_the_assignment_back_without_a_word_of_text(co
 
     device._perform = broken  # type: ignore[method-assign, assignment]
     device.start()
-    coordinator.drive(rounds=1, min_devices=1, max_failed_rounds=2)
+    coordinator.drive(rounds=1, min_devices=1, max_failed_rounds=2, max_attempts=1)
     with coordinator.store.read() as session:
         (assignment,) = session.scalars(sa.select(Assignment)).all()
     assert (assignment.status, assignment.error) == ("failed", "ZeroDivisionError")
+
+
+# ---- the database and the disk ---------------------------------------------------------------------------------------
+
+
+def test_fault_23_while_nothing_can_be_stored_devices_are_told_to_try_again_and_lose_nothing(
+    coordinator: Coordinator,
+) -> None:
+    """The disk is full from the first upload on, until the device has been told three times."""
+    device, heard = coordinator.device(0)
+    refused = threading.Semaphore(0)
+    assignments = coordinator.server.assignments
+    finish, left = assignments.finish, iter(range(3))
+
+    def full(*arguments: Any) -> Any:
+        if next(left, None) is not None:
+            refused.release()
+            raise OSError(28, "No space left on device")
+        return finish(*arguments)
+
+    assignments.finish = full  # type: ignore[method-assign]
+    device.start()
+    coordinator.drive(rounds=1, min_devices=1)
+    assert [refused.acquire(blocking=False) for _ in range(4)] == [True, True, True, False]
+    assert [(r.status, r.devices) for r in coordinator.results[1:]] == [("finished", 1)]
+    assert sum(s.startswith("training in") for s in heard.said) == 1  # it trained once, and sent it until it was taken
+
+
+def test_fault_23_a_database_that_is_read_only_is_unavailable_and_not_unknown(
+    coordinator: Coordinator, channel: grpc.Channel
+) -> None:
+    raw = RawDevice(channel)
+
+    def read_only(session: Any) -> None:
+        raise sa.exc.OperationalError("UPDATE", {}, Exception("attempt to write a readonly database"))
+
+    coordinator.store.fence = read_only
+    says = "the coordinator cannot store anything now; try again later"
+    expect(grpc.StatusCode.UNAVAILABLE, says, lambda: raw.check_in(0.0).result())
+    coordinator.store.fence = None
+    assert raw.check_in(0.0).result().HasField("wait")
+
+
+def test_a_device_whose_connection_ends_is_gone_at_once(coordinator: Coordinator) -> None:
+    with grpc.insecure_channel(coordinator.address) as opened:
+        asked = RawDevice(opened).check_in(60.0)
+        grid = FleetGrid(coordinator.server.assignments, 1, lambda: coordinator.server.online("stable"), 1, 5.0)
+        assert list(grid.wait_available(1, PATIENCE_S, lambda: False).values()) == ["raw"]
+        asked.cancel()
+    end = time.monotonic() + PATIENCE_S
+    while coordinator.server.online("stable") and time.monotonic() < end:
+        time.sleep(0.01)
+    assert coordinator.server.online("stable") == {}

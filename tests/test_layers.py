@@ -19,16 +19,17 @@ MORE_FOR = {"client_sdk/torch_trainer.py": ("model",)}
 # Packages that only some modules may import, lazily or not; and of those, the ones that must not be at a top.
 ONLY_IN = {
     "flwr": ("client_sdk/flower_app.py", "coordinator/flwr_compat.py", "coordinator/strategy.py", "coordinator/grid.py",
-             "coordinator/rounds.py", "simulations/grids.py"),
+             "coordinator/rounds.py", "coordinator/screening.py", "coordinator/strategy_state.py", "simulations/grids.py"),
     "streamlit": ("dashboard/",), "altair": ("dashboard/",), "pandas": ("dashboard/",),
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
     "executorch": ("model/executorch_export.py",),
+    "cryptography": ("client_sdk/trust.py", "coordinator/signing.py", "coordinator/tls.py"),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")
-AT_TOP_ONLY_IN = {"torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": ()}
+AT_TOP_ONLY_IN = {"torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": ()}
 NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
 
 

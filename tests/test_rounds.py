@@ -24,10 +24,12 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.rounds import RoundResult, RunError, create_run, drive_run, starting_theta
+from pocketfed.coordinator.standing import last_refusal, recall
 from pocketfed.coordinator.store import (
     Assignment,
     Device,
     Metric,
+    Release,
     Round,
     Run,
     Store,
@@ -35,8 +37,11 @@ from pocketfed.coordinator.store import (
     device_named,
     get_blob,
     latest_release,
+    put_artifact,
+    put_blob,
 )
 from pocketfed.coordinator.strategy import StrategyError
+from pocketfed.coordinator.validation import History
 from pocketfed.model.parameters import Vector, decode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.central import train_centrally
@@ -51,9 +56,9 @@ class Fleet:
     """Virtual devices of 12 examples each, training the head of the nano student."""
 
     def __init__(
-        self, folder: Path, built: BuiltArtifact, artifact: Artifact, dataset: Dataset, count: int = 4
+        self, database: str, built: BuiltArtifact, artifact: Artifact, dataset: Dataset, count: int = 4
     ) -> None:
-        self.store = Store(str(folder / "fleet.db"))
+        self.store = Store(database)
         self.trainer = PlanTrainer(artifact, "head")
         self.artifact = artifact
         everything = encode_examples(self.trainer, dataset.train, 32)
@@ -104,8 +109,8 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset) -> Iterator[Fleet]:
-    made = Fleet(tmp_path, nano_built, nano_artifact, tiny_dataset)
+def fleet(database: str, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset) -> Iterator[Fleet]:
+    made = Fleet(database, nano_built, nano_artifact, tiny_dataset)
     yield made
     made.store.close()
 
@@ -210,6 +215,26 @@ def test_a_run_told_not_to_release_leaves_the_channel_alone(fleet: Fleet) -> Non
         assert release.run_id is None
 
 
+def test_a_result_is_not_released_over_what_was_published_meanwhile(fleet: Fleet) -> None:
+    def publish(reply: Message) -> Message:
+        with fleet.store.write() as session:
+            put_artifact(session, {}, "f" * 64, [])
+            other = Release(channel="stable", artifact_version="f" * 64, trainable_set="head")
+            other.parameters = put_blob(session, b"")
+            session.add(other)
+        return reply
+
+    fleet.tamper = {"device-0": publish}
+    fleet.drive(rounds=1)
+    (run,) = fleet.rows(Run)
+    why = "not released: 'stable' has gone on to the artifact ffffffffffff"
+    assert (run.status, run.reason) == ("finished", why)
+    with fleet.store.read() as session:
+        release = latest_release(session, "stable")
+        assert release is not None
+        assert (release.artifact_version, release.run_id) == ("f" * 64, None)
+
+
 def test_a_cohort_is_that_many_devices_a_round_and_not_always_the_same(fleet: Fleet) -> None:
     fleet.drive(rounds=6, cohort=2, measure=False)
     cohorts = [frozenset(a.device_id for a in fleet.rows(Assignment) if a.round == n) for n in range(1, 7)]
@@ -261,11 +286,11 @@ def one_nan(theta: Vector) -> Vector:
 @pytest.mark.parametrize(
     ("tamper", "why"),
     [
-        (with_theta(one_nan), "1 values that are not finite"),
-        (with_theta(lambda theta: np.zeros(1, np.float32)), "expected float32 of shape"),
+        (with_theta(one_nan), "values are not finite"),
+        (with_theta(lambda theta: np.zeros(1, np.float32)), "expected shape ("),
         (with_theta(lambda theta: theta.astype(np.float64)), "'theta' is float64"),
         (with_theta(lambda theta: theta * np.float32(1e6)), "exceeds the run's limit 1000"),
-        (with_weight(0), "num-examples is 0; expected at least 1"),
+        (with_weight(0), "num-examples is 0; expected a number of at least 1"),
         (with_weight(-9), "num-examples is -9"),
     ],
 )
@@ -326,6 +351,61 @@ def test_a_loss_too_large_to_average_is_not_stored_as_infinity(fleet: Fleet) -> 
     assert fleet.rows(Round)[1].train_loss is None
 
 
+def test_fault_09_a_giant_update_is_refused_by_default_from_the_first_round_on(fleet: Fleet) -> None:
+    everyone = dict(fleet.nodes)
+    fleet.tamper = {"device-0": with_theta(lambda theta: theta * np.float32(1e6))}
+    attacked = fleet.drive(release=False)
+    bad = [a for a in fleet.rows(Assignment) if fleet.nodes[a.device_id] == "device-0"]
+    assert [(a.status, str(a.error).split(":")[0]) for a in bad] == [("quarantined", "norm")] * 2
+    fleet.nodes = {node: name for node, name in everyone.items() if name != "device-0"}
+    fleet.tamper = {}
+    assert fleet.drive(release=False).tobytes() == attacked.tobytes()
+
+
+def test_a_device_that_offends_again_and_again_is_set_aside_and_told_why(fleet: Fleet) -> None:
+    fleet.tamper = {"device-1": with_theta(one_nan)}
+    fleet.drive(rounds=4, max_offences=2)
+    node = next(node for node, name in fleet.nodes.items() if name == "device-1")
+    asked = [a.round for a in fleet.rows(Assignment) if a.device_id == node]
+    assert asked == [1, 2]
+    assert [(r.devices, r.failed) for r in fleet.results[1:]] == [(3, 1), (3, 1), (3, 0), (3, 0)]
+    with fleet.store.read() as session:
+        assert last_refusal(session, node) == (
+            f"the update for round 2 was not used: not_finite: 1 of the update's {fleet.trainer.size} values are not "
+            "finite; after 2 such updates this run asks the device no more"
+        )
+        assert all(last_refusal(session, other) is None for other in fleet.nodes if other != node)
+
+
+def test_nobody_is_set_aside_where_offences_do_not_count(fleet: Fleet) -> None:
+    fleet.tamper = {"device-1": with_theta(one_nan)}
+    fleet.drive(rounds=3, max_offences=0)
+    assert [(r.devices, r.failed) for r in fleet.results[1:]] == [(3, 1)] * 3
+
+
+def test_what_earlier_rounds_accepted_is_recalled_from_the_store(fleet: Fleet) -> None:
+    fleet.tamper = {"device-1": with_theta(one_nan)}
+    fleet.drive(rounds=2)
+    good = [u for u in fleet.rows(Update) if u.reason is None]
+    assert recall(fleet.store, fleet.run_id, 1) == History((), (), {})
+    told = recall(fleet.store, fleet.run_id, 3)
+    assert sorted(told.norms) == sorted(u.norm for u in good)
+    assert told.examples == (12,) * 6
+    assert told.digests == {u.digest: int(u.assignment_id.split("-")[1]) for u in good}
+    assert set((recall(fleet.store, fleet.run_id, 2).digests or {}).values()) == {1}
+
+
+def test_what_was_clipped_and_capped_is_counted_among_the_rounds_metrics(fleet: Fleet) -> None:
+    def boast(reply: Message) -> Message:
+        reply.content["metrics"]["num-examples"] = 10**6
+        return with_theta(lambda theta: theta + np.float32(0.5))(reply)
+
+    fleet.tamper = {"device-1": boast}
+    fleet.drive(rounds=1)
+    counted = {m.name: m.value for m in fleet.rows(Metric) if m.name in ("train_clipped", "train_capped")}
+    assert counted == {"train_clipped": 1.0, "train_capped": 1.0}
+
+
 def test_a_device_without_examples_fails_and_the_run_goes_on(fleet: Fleet) -> None:
     fleet.local["device-2"] = Examples((), np.zeros(0, np.int64))
     fleet.drive()
@@ -339,7 +419,7 @@ def test_a_round_below_its_quorum_fails_and_leaves_the_model_as_it_was(fleet: Fl
     """Two devices fail in round 1 only."""
     hopeless = {"device-0": with_theta(one_nan), "device-1": with_theta(one_nan)}
     fleet.tamper = hopeless
-    config = RunConfig(min_devices=1, rounds=2, seed=3, quorum=3, local=LOCAL)
+    config = RunConfig(min_devices=1, rounds=2, seed=3, quorum=3, max_attempts=1, local=LOCAL)
     fleet.run_id = create_run(fleet.store, config)
     grid = InProcessGrid(fleet.store, fleet.run_id, fleet.call, fleet.nodes, 0)
 
@@ -362,7 +442,7 @@ def test_a_run_is_given_up_after_so_many_failed_rounds_in_a_row(fleet: Fleet) ->
     with pytest.raises(
         RunError, match=r"2 rounds failed in a row, the last because 0 of at least 1 updates were usable"
     ):
-        fleet.drive(rounds=9, max_failed_rounds=2, quorum=1)
+        fleet.drive(rounds=9, max_failed_rounds=2, quorum=1, max_attempts=1)
     (run,) = fleet.rows(Run)
     assert run.status == "failed"
     assert run.reason.startswith("2 rounds failed in a row")
@@ -374,13 +454,13 @@ def test_a_run_is_given_up_after_so_many_failed_rounds_in_a_row(fleet: Fleet) ->
 
 def test_a_run_that_breaks_in_the_middle_leaves_nothing_open(fleet: Fleet) -> None:
     def burn(reply: Message) -> Message:
-        raise OSError(28, "No space left on device")
+        raise ZeroDivisionError("a bug")
 
     fleet.tamper = {"device-2": burn}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ZeroDivisionError):
         fleet.drive()
     (run,) = fleet.rows(Run)
-    assert (run.status, run.reason) == ("failed", "OSError: [Errno 28] No space left on device")
+    assert (run.status, run.reason) == ("failed", "ZeroDivisionError: a bug")
     assert [(r.status, r.reason) for r in fleet.rows(Round)][-1] == ("failed", run.reason)
     assert {a.status for a in fleet.rows(Assignment)} == {"uploaded", "expired"}
 
@@ -388,7 +468,8 @@ def test_a_run_that_breaks_in_the_middle_leaves_nothing_open(fleet: Fleet) -> No
 def test_a_run_can_be_stopped_between_rounds(fleet: Fleet) -> None:
     with pytest.raises(RunError, match="stopped before round 2"):
         fleet.drive(rounds=5, should_stop=lambda: len(fleet.results) > 1)
-    assert fleet.rows(Run)[0].reason == "stopped before round 2"
+    (run,) = fleet.rows(Run)
+    assert (run.status, run.reason, run.finished_at) == ("waiting", "stopped before round 2", None)
 
 
 def test_too_few_devices_are_told_in_a_sentence(fleet: Fleet) -> None:

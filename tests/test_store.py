@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import socket
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -42,8 +39,8 @@ from pocketfed.coordinator.store import (
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(str(tmp_path / "fleet.db"))
+def store(database: str) -> Iterator[Store]:
+    opened = Store(database)
     yield opened
     opened.close()
 
@@ -122,9 +119,7 @@ def test_a_newer_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
 
 def test_a_reader_does_not_upgrade_and_does_not_create(tmp_path: Path) -> None:
     (tmp_path / "old.db").touch()
-    with pytest.raises(
-        StoreError, match=r"schema revision None; run `pocketfed serve` or `simulate` once to upgrade it"
-    ):
+    with pytest.raises(StoreError, match=r"schema revision None, not \d+; run `pocketfed db upgrade` on it"):
         Store(str(tmp_path / "old.db"), create=False)
     assert (tmp_path / "old.db").stat().st_size in (0, 4096)  # at most the header that switching to WAL writes
     with pytest.raises(StoreError, match=r"there is no database .*missing\.db; start"):
@@ -276,71 +271,33 @@ def test_a_device_is_made_once(store: Store) -> None:
 # ---- another database ------------------------------------------------------------------------------------------------
 
 
-def unprivileged() -> tuple[Callable[[], None] | None, int]:
-    """How to become a user that PostgreSQL accepts: it refuses to run as root."""
-    import pwd
-
-    if os.geteuid() != 0:
-        return None, os.geteuid()
-    try:
-        user = pwd.getpwnam("nobody")
-    except KeyError:
-        pytest.skip("PostgreSQL does not run as root, and there is no user nobody")
-
-    def become() -> None:
-        os.setgroups([])
-        os.setgid(user.pw_gid)
-        os.setuid(user.pw_uid)
-
-    return become, user.pw_uid
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a cluster of its own, without network: its socket lies in a temporary folder."""
-    pytest.importorskip("psycopg", reason="no PostgreSQL driver (psycopg) is installed")
-    if not (shutil.which("initdb") and shutil.which("pg_ctl")):
-        pytest.skip("PostgreSQL's initdb and pg_ctl are not on the PATH")
-    import tempfile
-
-    become, uid = unprivileged()
-    with tempfile.TemporaryDirectory(prefix="pf-pg-") as folder:  # short: a socket's path has at most 107 characters
-        os.chown(folder, uid, -1)
-        data = f"{folder}/data"
-
-        def call(*command: str) -> None:
-            done = subprocess.run(
-                command, preexec_fn=become, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
-            )
-            if done.returncode:
-                pytest.skip(f"{command[0]} does not work here: {done.stdout[-300:]!r}")
-
-        call("initdb", "-D", data, "-U", "pocketfed", "--auth=trust", "--encoding=UTF8", "--no-sync")
-        call("pg_ctl", "-D", data, "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses='' -k {folder} -F", "start")
-        try:
-            yield f"postgresql+psycopg://pocketfed@/postgres?host={folder}"
-        finally:
-            call("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+def test_the_largest_seed_is_kept(store: Store) -> None:
+    run_id = add_run(store, seed=2**63 - 1)
+    with store.read() as session:
+        assert session.get_one(Run, run_id).seed == 2**63 - 1
 
 
 @pytest.mark.slow
-def test_postgresql_holds_the_same_tables_blobs_times_and_largest_seed(postgres: str) -> None:
+def test_postgresql_keeps_quotas_signatures_and_an_audit_that_only_grows(postgres: str, tmp_path: Path) -> None:
+    from pocketfed.coordinator import signing
+    from pocketfed.coordinator.enrolment import EnrolmentError, create_key, enrol
+    from pocketfed.coordinator.operators import acting, audit_lines, local_admin
+
     store = Store(postgres)
     try:
-        assert differences(store) == []
-        run_id = add_run(store, seed=2**63 - 1)
-        data = noise(CHUNK_BYTES + 5)
-        moment = datetime(2025, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=-3)))
-        with store.write() as session:
-            digest = put_blob(session, data)
-            device_named(session, "phone", enrolled_at=moment)
-        with pytest.raises(sa.exc.IntegrityError):
-            write_and_fail(store)
+        with acting(store, local_admin(), "publish", "signed") as session:
+            put_artifact(session, {}, "signed", [])
+            signing.sign_version(session, signing.ensure_keys(session, tmp_path / "keys"), "stable", "signed")
+            _, key = create_key(session, quota=1)
+        for _ in range(2):
+            enrol(store, "first", "stable", "", "A" * 43, key)
+        with pytest.raises(EnrolmentError, match="has let in its 1 devices"):
+            enrol(store, "second", "stable", "", "B" * 43, key)
+        for sql in ("UPDATE audit SET who = 'x'", "DELETE FROM audit", "TRUNCATE audit"):
+            with pytest.raises(sa.exc.DatabaseError, match="the audit only grows"), store.write() as session:
+                session.execute(sa.text(sql))
         with store.read() as session:
-            assert session.get_one(Run, run_id).seed == 2**63 - 1
-            assert get_blob(session, digest) == data
-            assert session.scalars(sa.select(Device.name)).all() == ["phone"]
-            assert session.scalars(sa.select(Device.enrolled_at)).one() == moment
+            assert [a.act for a in audit_lines(session)] == ["publish"]
     finally:
         store.close()
 
@@ -357,7 +314,7 @@ def test_what_a_write_has_read_still_holds_when_it_writes(store: Store) -> None:
     def count() -> None:
         for _ in range(20):
             with store.write() as session:
-                device_named(session, "phone").examples += 1
+                session.scalars(sa.select(Device).with_for_update()).one().examples += 1  # PostgreSQL's locks are rows
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
@@ -366,3 +323,43 @@ def test_what_a_write_has_read_still_holds_when_it_writes(store: Store) -> None:
         thread.join()
     with store.read() as session:
         assert device_named(session, "phone").examples == 80
+
+
+# ---- migrations of a database in use -----------------------------------------------------------------------------------
+
+
+def test_a_database_in_use_takes_on_who_may_come_in_and_loses_nothing(tmp_path: Path) -> None:
+    """Devices with assignments: what refers to a table forbids making that table anew."""
+    from alembic import command
+    from alembic.config import Config
+
+    from pocketfed.coordinator.store import MIGRATIONS
+
+    path = tmp_path / "old.db"
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        for row in (
+            "artifacts VALUES ('v', '{}', 0, '2026-01-01')",
+            "blobs VALUES ('b', 0, '[]')",
+            "devices (id, name, channel, token_hash, sdk_version, examples, enrolled_at) "
+            "VALUES (1, 'phone', 'stable', 'h', '', 3, '2026-01-01')",
+            "runs (id, name, channel, status, config, artifact_version, trainable_set, seed, rounds_planned, created_at) "
+            "VALUES (1, 'r', 'stable', 'running', '{}', 'v', 'head', 1, 1, '2026-01-01')",
+            "assignments (id, run_id, round, attempt, device_id, kind, status, config, parameters, progress, offered_at, bytes_down) "
+            "VALUES ('a', 1, 1, 1, 1, 'train', 'offered', '{}', 'b', 0, '2026-01-01', 0)",
+        ):
+            connection.exec_driver_sql(f"INSERT INTO {row}")
+    engine.dispose()
+    store = Store(str(path))
+    assert differences(store) == []
+    with store.read() as session:
+        device = session.scalars(sa.select(Device)).one()
+        assert (device.name, device.examples, device.cohort, device.revoked_at) == ("phone", 3, None, None)
+        assert session.scalar(sa.text("SELECT device_id FROM assignments")) == 1
+    store.close()

@@ -1,0 +1,350 @@
+"""Attack × aggregator: what is left of the accuracy when some devices are hostile.
+
+    python benchmarks/attacks.py --data DATA/snips --seeds 0,1,2 --out attacks.json
+
+For each seed the fleet trains undisturbed for some rounds. From there every attack meets every aggregator, all from the
+same parameters and, in the first round, on the same updates. Ours are given what the screen lets through, as the coordinator
+does it with the settings of `RunConfig`; Flower's are given everything, as Flower does it. "Flagged": hostile updates that
+the screen quarantined or clipped, of those sent; "refused": honest ones that it quarantined, which should be none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketfed.coordinator import flwr_compat
+
+# isort: split
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.exception import AppExitException
+from flwr.serverapp.strategy import Strategy
+
+from pocketfed.client_sdk.errors import TrainingError
+from pocketfed.client_sdk.perform import Task, perform
+from pocketfed.client_sdk.plan_trainer import PlanTrainer
+from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate
+from pocketfed.coordinator.aggregation import Delta
+from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.screening import Tally, screen, with_common_metrics
+from pocketfed.coordinator.strategy import OURS, THETA, DeltaArray, make_strategy
+from pocketfed.coordinator.validation import History, Limits
+from pocketfed.model.parameters import Vector, encode_vector
+from pocketfed.model.tasks import Dataset, Example, read_dataset
+from pocketfed.simulations.partition import partition
+from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact, take
+
+TRIGGER = "xylophone"
+COLLUDERS = 0.2
+BOOST = 10.0  # what an attacker multiplies its update by that wants to replace the model
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one device hands in."""
+
+    delta: Vector
+    examples: float
+
+
+@dataclass
+class Fleet:
+    """One seed's devices; what they trained is remembered, so that cells that start alike share it."""
+
+    trainer: PlanTrainer
+    local: Mapping[str, Examples]
+    poisoned: Examples  # the first device's own examples, and again with the trigger and the target's label
+    test: Examples
+    triggered: Examples  # test examples of other labels, with the trigger, labelled as the target
+    config: TrainConfig
+    seed: int
+    trained: dict[tuple[str, int, str, bool], Sent] = field(default_factory=dict)
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def train(self, theta: Vector, number: int, name: str, poisoned: bool = False) -> Sent:
+        key = (hashlib.sha256(theta.tobytes()).hexdigest(), number, name, poisoned)
+        if key not in self.trained:
+            examples = self.poisoned if poisoned else self.local[name]
+            done = perform(self.trainer, Task("train", theta, self.config, number, name), examples)
+            self.trained[key] = Sent(done.delta, len(self.local[name]))
+        return self.trained[key]
+
+    def measure(self, theta: Vector) -> tuple[float, float]:
+        """Test accuracy, and how often the trigger makes the target of another label."""
+        key = hashlib.sha256(theta.tobytes()).hexdigest()
+        if key not in self.measured:
+            if not np.isfinite(theta).all():
+                self.measured[key] = (0.0, 0.0)
+            else:
+                with np.errstate(all="ignore"):
+                    right, fooled = (evaluate(self.trainer, theta, e) for e in (self.test, self.triggered))
+                self.measured[key] = right["accuracy"], fooled["accuracy"]
+        return self.measured[key]
+
+
+# An attack turns the hostile devices' honest updates into what they send.
+Attack = Callable[[Fleet, Vector, int, Mapping[str, Sent], Sequence[str]], dict[str, Sent]]
+
+
+def each(change: Callable[[Sent, np.random.Generator], Sent]) -> Attack:
+    def attack(
+        fleet: Fleet, theta: Vector, number: int, honest: Mapping[str, Sent], bad: Sequence[str]
+    ) -> dict[str, Sent]:
+        generators = {name: np.random.default_rng([fleet.seed, number, i]) for i, name in enumerate(bad)}
+        return {name: change(honest[name], generators[name]) for name in bad}
+
+    return attack
+
+
+def scaled(factor: float) -> Attack:
+    return each(lambda sent, _: dataclasses.replace(sent, delta=sent.delta * np.float32(factor)))
+
+
+def collude(
+    fleet: Fleet, theta: Vector, number: int, honest: Mapping[str, Sent], bad: Sequence[str]
+) -> dict[str, Sent]:
+    """All push against the mean of the honest, as far as the furthest of them goes; no two send the same bytes."""
+    good = [sent.delta for name, sent in honest.items() if name not in bad]
+    against = -np.mean(good, 0, dtype=np.float64)
+    against *= max(float(np.linalg.norm(d)) for d in good) / np.linalg.norm(against)
+    noise = np.random.default_rng([fleet.seed, number])
+    return {
+        name: Sent((against * (1 + 1e-3 * noise.standard_normal(len(theta)))).astype(np.float32), honest[name].examples)
+        for name in bad
+    }
+
+
+def backdoor(boost: float) -> Attack:
+    def attack(
+        fleet: Fleet, theta: Vector, number: int, honest: Mapping[str, Sent], bad: Sequence[str]
+    ) -> dict[str, Sent]:
+        sent = {name: fleet.train(theta, number, name, poisoned=True) for name in bad}
+        return {name: Sent(s.delta * np.float32(boost), s.examples) for name, s in sent.items()}
+
+    return attack
+
+
+def noise(sent: Sent, generator: np.random.Generator) -> Sent:
+    drawn = generator.standard_normal(len(sent.delta))
+    return Sent((drawn * np.linalg.norm(sent.delta) / np.linalg.norm(drawn)).astype(np.float32), sent.examples)
+
+
+ATTACKS: dict[str, tuple[bool, Attack]] = {  # name -> (a fifth of the fleet or one device, what it does)
+    "none": (False, scaled(1.0)),
+    "NaN": (False, each(lambda sent, _: Sent(np.full_like(sent.delta, np.nan), sent.examples))),
+    "×1e6": (False, scaled(1e6)),
+    "sign flip": (False, scaled(-1.0)),
+    "sign flip ×10": (False, scaled(-10.0)),
+    "backdoor": (False, backdoor(1.0)),
+    "backdoor ×10": (False, backdoor(BOOST)),
+    "boastful weight": (False, each(lambda sent, _: Sent(sent.delta, 1e9))),
+    "free rider, zeros": (False, scaled(0.0)),
+    "free rider, noise": (False, each(noise)),
+    "20 % colluders": (True, collude),
+}
+
+
+def aggregators(count: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    bad = round(COLLUDERS * count)
+    return {
+        **{f"ours: {name}": (name, {}) for name in OURS},
+        "Flower: FedAvg": ("FedAvg", {}),
+        "Flower: FedMedian": ("FedMedian", {}),
+        "Flower: FedTrimmedAvg": ("FedTrimmedAvg", {"beta": COLLUDERS}),
+        "Flower: Krum": ("Krum", {"num_malicious_nodes": bad}),
+        "Flower: MultiKrum": ("MultiKrum", {"num_malicious_nodes": bad, "num_nodes_to_select": count - bad}),
+    }
+
+
+def replies(theta: Vector, sent: Mapping[str, Sent], ours: bool) -> list[Message]:
+    """As the coordinator's grid makes them, in the order of the names."""
+    made = []
+    for node, (name, one) in enumerate(sorted(sent.items()), start=1):
+        asked = flwr_compat.name_message(Message(RecordDict(), node, MessageType.TRAIN), name)
+        arrays = ArrayRecord()
+        with np.errstate(over="ignore", invalid="ignore"):
+            arrays[THETA] = DeltaArray(theta, Delta(one.delta, len(theta))) if ours else Array(theta + one.delta)
+        content = {"arrays": arrays, "metrics": MetricRecord({"num-examples": one.examples})}
+        if ours:
+            digest = hashlib.sha256(encode_vector("delta", one.delta)).hexdigest()
+            content["update"] = ConfigRecord({"bytes": 0, "digest": digest})
+        made.append(Message(RecordDict(content), reply_to=asked))
+    return made
+
+
+@dataclass
+class Screened:
+    """The screen's memory over a cell's rounds, and what it found."""
+
+    limits: Limits
+    history: History = field(default_factory=History)
+    flagged: int = 0
+    refused: int = 0
+
+    def __call__(
+        self, given: Iterable[Message], theta: Vector, sent: Mapping[str, Sent], bad: Sequence[str]
+    ) -> list[Message]:
+        tally = Tally()
+        passed = list(screen(given, theta, self.limits, tally, self.history))
+        ok = {name: norm for name, (status, _, norm) in tally.statuses.items() if status == "aggregated"}
+        self.refused += len(set(sent) - set(ok) - set(bad))
+        clipped = {r.metadata.reply_to_message_id for r in passed if r.content["arrays"][THETA].delta.scale < 1}
+        capped = {
+            r.metadata.reply_to_message_id
+            for r in passed
+            if r.content["metrics"]["num-examples"] < sent[r.metadata.reply_to_message_id].examples
+        }
+        self.flagged += len(set(bad) & ((set(sent) - set(ok)) | clipped | capped))
+        self.history = self.history.and_these([n or 0.0 for n in ok.values()], [sent[name].examples for name in ok])
+        return passed
+
+
+def aggregate(strategy: Strategy, theta: Vector, given: list[Message]) -> Vector:
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arrays, _ = strategy.aggregate_train(1, with_common_metrics(given))
+    except AppExitException as error:
+        raise SystemExit(f"{type(strategy).__name__} refused the replies: {error}") from None
+    return theta if arrays is None else np.asarray(arrays[THETA].numpy(), np.float32)
+
+
+def run_cell(
+    fleet: Fleet, theta: Vector, first: int, rounds: int, attack: str, aggregator: str, limits: Limits
+) -> dict[str, float]:
+    many, change = ATTACKS[attack]
+    names = sorted(fleet.local)
+    bad = names[: round(COLLUDERS * len(names)) if many else 1]
+    name, options = aggregators(len(names))[aggregator]
+    strategy, ours, guard = make_strategy(name, options), name in OURS, Screened(limits)
+    for number in range(first, first + rounds):
+        try:
+            honest = {n: fleet.train(theta, number, n) for n in names}
+        except TrainingError:  # the model is so broken that honest devices give up
+            break
+        sent = honest if attack == "none" else honest | change(fleet, theta, number, honest, bad)
+        given = replies(theta, sent, ours)
+        theta = aggregate(strategy, theta, guard(given, theta, sent, bad) if ours else given)
+    accuracy, fooled = fleet.measure(theta)
+    of = rounds * len(bad) * (attack != "none")
+    return {"accuracy": accuracy, "fooled": fooled, "flagged": guard.flagged, "sent": of, "refused": guard.refused}
+
+
+def with_trigger(examples: Sequence[Example], target: str) -> list[Example]:
+    return [dataclasses.replace(e, text=f"{e.text} {TRIGGER}", label=target) for e in examples if e.label != target]
+
+
+def make_fleet(arguments: argparse.Namespace, seed: int, folder: Path) -> Fleet:
+    dataset: Dataset = read_dataset(arguments.data).with_test(seed=seed)
+    chosen = np.random.default_rng(seed).permutation(len(dataset.train))[: arguments.examples]
+    dataset = dataclasses.replace(dataset, train=tuple(dataset.train[i] for i in sorted(chosen)))
+    parts = partition(dataset.train, arguments.partition, arguments.devices, seed)
+    artifact = prepare_artifact(arguments.model, dataset, arguments.train, folder / "artifact", seed, 64)
+    trainer = PlanTrainer(artifact, next(iter(artifact.manifest.sets)))
+    encoded = encode_examples(trainer, dataset.train, 64)
+    names, target = device_names(arguments.devices), dataset.labels[0]
+    own = [dataset.train[i] for i in parts[0]]
+    return Fleet(
+        trainer,
+        {name: take(encoded, part) for name, part in zip(names, parts, strict=True)},
+        encode_examples(trainer, [*own, *with_trigger(own, target)], 64),
+        encode_examples(trainer, dataset.test, 64),
+        encode_examples(trainer, with_trigger(dataset.test, target), 64),
+        TrainConfig(learning_rate=arguments.learning_rate, batch_size=arguments.batch_size, max_length=64, seed=seed),
+        seed,
+    )
+
+
+def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    flwr_compat.enter_run(1)
+    config = RunConfig()
+    with tempfile.TemporaryDirectory() as scratch:
+        fleet = make_fleet(arguments, seed, Path(scratch))
+        theta = fleet.trainer.initial_theta()
+        limits = Limits.of(len(theta), config)
+        plain = make_strategy("StreamingFedAvg", {})
+        for number in range(1, arguments.warm_up + 1):
+            sent = {name: fleet.train(theta, number, name) for name in fleet.local}
+            theta = aggregate(plain, theta, replies(theta, sent, ours=True))
+        began = fleet.measure(theta)
+        cells = {}
+        for aggregator in chosen(arguments.aggregators, aggregators(arguments.devices)):
+            for attack in chosen(arguments.attacks, ATTACKS):
+                cells[f"{aggregator} | {attack}"] = run_cell(
+                    fleet, theta, arguments.warm_up + 1, arguments.rounds, attack, aggregator, limits
+                )
+    return {"seed": seed, "start": began[0], "start_fooled": began[1], "cells": cells}
+
+
+def chosen(words: str, names: Iterable[str]) -> list[str]:
+    """Those of the names that one of the words, between commas, occurs in; all if there are no words."""
+    return [name for name in names if not words or any(word in name for word in words.split(","))]
+
+
+def table(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> str:
+    """Markdown: mean test accuracy; for backdoors also how often the trigger works."""
+    attacks = chosen(arguments.attacks, ATTACKS)
+    lines = ["| aggregator | " + " | ".join(attacks) + " |", "|---" * (len(attacks) + 1) + "|"]
+    for aggregator in chosen(arguments.aggregators, aggregators(arguments.devices)):
+        row = []
+        for attack in attacks:
+            found = [run["cells"][f"{aggregator} | {attack}"] for run in runs]
+            text = f"{statistics.mean(c['accuracy'] for c in found):.3f}"
+            if "backdoor" in attack or attack == "none":
+                text += f" ({statistics.mean(c['fooled'] for c in found):.2f})"
+            row.append(text)
+        lines.append(f"| {aggregator} | " + " | ".join(row) + " |")
+    screened = "ours: StreamingFedAvg" in chosen(arguments.aggregators, aggregators(arguments.devices))
+    for word in ("flagged", "refused") if screened else ():
+        row = []
+        for attack in attacks:
+            found = [run["cells"][f"ours: StreamingFedAvg | {attack}"] for run in runs]
+            row.append(
+                f"{sum(c[word] for c in found):g}"
+                + (f"/{sum(c['sent'] for c in found):g}" if word == "flagged" else "")
+            )
+        lines.append(f"| {word} by our screen | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--train", default="full")
+    parser.add_argument("--devices", type=int, default=20)
+    parser.add_argument("--examples", type=int, default=2000, help="of the data's training examples")
+    parser.add_argument("--partition", default="dirichlet:1")
+    parser.add_argument("--warm-up", type=int, default=8, help="rounds before the attacks")
+    parser.add_argument("--rounds", type=int, default=3, help="attacked rounds")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--attacks", default="", help="only those whose names hold one of these words, e.g. none,flip")
+    parser.add_argument("--aggregators", default="", help="likewise, e.g. FedAvg")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    for seed in map(int, arguments.seeds.split(",")):
+        begun = time.process_time()
+        runs.append(run_seed(arguments, seed))
+        print(f"seed {seed}: {time.process_time() - begun:.0f} s of CPU, {runs[-1]['start']:.3f} before", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(runs, indent=1) + "\n")
+    print(table(runs, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the store knows of earlier updates: the medians that new ones are measured by, and who offended."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from pocketfed.coordinator.store import Assignment, Round, Run, Store, Update
+from pocketfed.coordinator.validation import WINDOW, History
+
+
+def recall(store: Store, run_id: int, number: int) -> History:
+    """What the rounds before `number` accepted: taken from the store, so that a coordinator that starts again knows it."""
+    newest = (
+        sa.select(Update.norm, Update.num_examples, Update.digest, Assignment.round)
+        .join(Assignment, Assignment.id == Update.assignment_id)
+        .join(Round, sa.and_(Round.run_id == Assignment.run_id, Round.number == Assignment.counted_in))
+        .where(Assignment.run_id == run_id, Assignment.counted_in < number, Round.status == "finished")
+        .where(Assignment.kind == "train", Assignment.status == "aggregated", Update.norm.is_not(None))
+        .order_by(Assignment.counted_in.desc(), Update.norm, Update.digest)
+        .limit(WINDOW)
+    )
+    with store.read() as session:
+        rows = list(reversed(session.execute(newest).all()))
+    return History(
+        tuple(row.norm for row in rows),
+        tuple(row.num_examples for row in rows),
+        {row.digest: row.round for row in rows if row.digest},
+    )
+
+
+def offences(session: Session, run_id: int) -> dict[int, int]:
+    """Device id -> how many of its updates the run has quarantined."""
+    rows = session.execute(
+        sa.select(Assignment.device_id, sa.func.count())
+        .where(Assignment.run_id == run_id, Assignment.kind == "train", Assignment.status == "quarantined")
+        .group_by(Assignment.device_id)
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def set_aside(store: Store, run_id: int, most: int) -> set[int]:
+    """The devices that the run samples no more: `most` of their updates were quarantined. 0: nobody is set aside."""
+    with store.read() as session:
+        return {device for device, count in offences(session, run_id).items() if most and count >= most}
+
+
+def last_refusal(session: Session, device_id: int) -> str | None:
+    """Why the device's last update was not used, in a sentence for its log; None if it was, or is still open."""
+    last = session.scalars(
+        sa.select(Assignment)
+        .where(Assignment.device_id == device_id, Assignment.kind == "train")
+        .order_by(Assignment.run_id.desc(), Assignment.round.desc(), Assignment.attempt.desc())
+        .limit(1)
+    ).first()
+    if last is None or last.status != "quarantined":
+        return None
+    why = f"the update for round {last.round} was not used: {last.error}"
+    count = offences(session, last.run_id).get(device_id, 0)
+    most = session.get_one(Run, last.run_id).config.get("max_offences", 0)
+    return f"{why}; after {count} such updates this run asks the device no more" if most and count >= most else why
