@@ -19,8 +19,9 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 demo: $(VENV)/simulation.stamp
 	$(BIN)/python -m pocketfed.cli demo
 
+# A file's tests stay together: they share what is built for them.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

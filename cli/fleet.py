@@ -49,6 +49,9 @@ def publish(
         list[str] | None,
         typer.Option(help="Trainable sets to build plans for; the first is released. May be repeated."),
     ] = None,
+    activations: Annotated[
+        str, typer.Option(help="float32, or int8: faster, a little less exact; for an int8 student.")
+    ] = "float32",
     max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Keep the artifact's folder here.")] = None,
@@ -76,9 +79,8 @@ def publish(
                 raise CommandError(f"{model_dir} is an artifact already; --labels and --out are for a model folder")
             built = read_artifact(model_dir)
         else:
-            built = _build(
-                model_dir, out or Path(scratch) / "artifact", labels, train or ["lora:8"], max_length, seed, quiet=json
-            )
+            folder = out or Path(scratch) / "artifact"
+            built = _build(model_dir, folder, labels, train or ["lora:8"], activations, max_length, seed, quiet=json)
         store = Store(database)
         try:
             with acting(store, local_admin(), "publish", f"{channel} {built.version}") as session:
@@ -107,7 +109,16 @@ def publish(
         print(f"released {built.version[:12]} ({format_bytes(total)}) on {channel!r}, training {trained}")
 
 
-def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_length: int, seed: int, quiet: bool) -> Any:
+def _build(
+    model_dir: Path,
+    folder: Path,
+    labels: str,
+    sets: list[str],
+    activations: str,
+    max_length: int,
+    seed: int,
+    quiet: bool,
+) -> Any:
     from pocketfed.coordinator.artifacts import build_artifact, label_names
     from pocketfed.model.checkpoints import load, tokens_of
 
@@ -121,6 +132,7 @@ def _build(model_dir: Path, folder: Path, labels: str, sets: list[str], max_leng
         labels=names,
         trainable_sets=sets,
         quantized=checkpoint.quantization == "int8",
+        activations=activations,
         max_length=max_length,
         preset=model_dir.resolve().name,
         head_labels=checkpoint.labels,
@@ -369,6 +381,9 @@ def device(
     name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
     channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
     enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
+    max_memory_mb: Annotated[
+        float, typer.Option(min=0, help="Keep the process below it while it computes; 0: no limit.")
+    ] = 0.0,
     ca: Annotated[
         Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
     ] = None,
@@ -398,6 +413,7 @@ def device(
         name=name,
         channel=channel,
         enrolment_key=enrolment_key,
+        max_memory_mb=max_memory_mb,
         ca=ca,
         publisher=publisher,
         allow_plaintext_off_loopback=allow_plaintext_off_loopback,

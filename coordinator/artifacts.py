@@ -87,6 +87,7 @@ def build_artifact(
     from pocketfed.model.tokenization import build_tokenize_plan
 
     _check_labels(labels, task)
+    _check_activations(activations, quantized)
     if len(vocabulary.tokens) != config.vocab_size:
         raise PublishError(
             f"the vocabulary has {len(vocabulary.tokens)} tokens, the model {config.vocab_size}; "
@@ -251,6 +252,17 @@ def _check_labels(labels: Sequence[str], task: str) -> None:
     if len(set(labels)) != len(labels):
         twice = next(x for x in labels if list(labels).count(x) > 1)
         raise PublishError(f"the label {twice!r} is there twice; give each once")
+
+
+def _check_activations(activations: str, quantized: bool) -> None:
+    from pocketfed.model.lean import ACTIVATIONS
+
+    if activations not in ACTIVATIONS:
+        raise PublishError(f"activations are {activations!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if activations != "float32" and not quantized:
+        raise PublishError(
+            f"{activations} activations need int8 weights; run `pocketfed quantize` on the student first"
+        )
 
 
 def describe_file(data: bytes) -> dict[str, Any]:

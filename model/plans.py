@@ -392,6 +392,8 @@ def verify_plans(
         PlanError: they differ by more than is rounding; the artifact must not be published.
     """
     model = as_shipped(model, backbone)
+    for file in files.values():
+        onnx.checker.check_model(str(folder / file))
     opened = {name: _open(folder / file) for name, file in files.items()}
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
