@@ -289,29 +289,11 @@ def train(
     started = time.perf_counter()
     trainer.prepare(examples.rows, should_stop)
     held_out, trained_on = _split(examples, config)
-    optimizer = make_optimizer(config.optimizer, config.learning_rate, config.momentum, config.weight_decay)
-    total = _steps(len(trained_on), config)
-    state = _State(theta.copy(), theta.copy(), optimizer)
+    state = _State(theta.copy(), theta.copy(), _optimizer(config))
     if checkpoint is not None:
         checkpoint.restore(state, fingerprint(trainer.identity, theta, examples, config))
     try:
-        while state.epoch < config.epochs:
-            batches = epoch_batches(
-                trained_on, config.batch_size, _epoch_generator(config.seed, state.epoch), config.label_smoothing
-            )
-            for index, batch in enumerate(batches):
-                if index < state.steps_in_epoch:
-                    continue  # done before the checkpoint
-                if state.steps == total:
-                    break
-                if should_stop():
-                    raise TrainingStopped(f"stopped after {state.steps} of {total} steps")
-                _step(trainer, theta, state, batch, config, total)
-                if checkpoint is not None:
-                    checkpoint.tick(state)
-                progress(state.steps / total)
-            if not _next_epoch(trainer, state, held_out, config, should_stop) or state.steps == total:
-                break
+        _run_epochs(trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint)
     except TrainingStopped:
         if checkpoint is not None:
             checkpoint.save(state)
@@ -321,17 +303,57 @@ def train(
         raise TrainingDiverged(
             f"the parameters are not finite after {state.steps} steps; use a learning rate below {config.learning_rate:g}"
         )
-    metrics = {"loss": state.loss_sum / (state.weight or 1.0), "steps": float(state.steps)}
-    if trainer.task != "regression":
-        metrics["accuracy"] = state.right / max(1, state.answers)
-    if held_out is not None:
-        metrics["holdout_loss"] = state.best_loss
-    if examples.truncated:
-        metrics["truncated"] = float(examples.truncated)
-    metrics["seconds"] = time.perf_counter() - started
+    metrics = _metrics(state, trainer.task, examples.truncated, held_out is not None)
     if checkpoint is not None:
         checkpoint.remove()
-    return Trained(result - theta, len(examples), metrics)
+    return Trained(result - theta, len(examples), metrics | {"seconds": time.perf_counter() - started})
+
+
+def _optimizer(config: TrainConfig) -> Optimizer:
+    return make_optimizer(config.optimizer, config.learning_rate, config.momentum, config.weight_decay)
+
+
+def _run_epochs(
+    trainer: Trainer,
+    theta: Vector,
+    state: _State,
+    examples: Examples,
+    held_out: Examples | None,
+    config: TrainConfig,
+    should_stop: Callable[[], bool],
+    progress: Callable[[float], None],
+    checkpoint: Checkpoint | None,
+) -> None:
+    """From where `state` is to the end of training, or until should_stop says so."""
+    total = _steps(len(examples), config)
+    while state.epoch < config.epochs:
+        generator = _epoch_generator(config.seed, state.epoch)
+        batches = epoch_batches(examples, config.batch_size, generator, config.label_smoothing)
+        for index, batch in enumerate(batches):
+            if index < state.steps_in_epoch:
+                continue  # done before the checkpoint
+            if state.steps == total:
+                break
+            if should_stop():
+                raise TrainingStopped(f"stopped after {state.steps} of {total} steps")
+            _step(trainer, theta, state, batch, config, total)
+            if checkpoint is not None:
+                checkpoint.tick(state)
+            progress(state.steps / total)
+        if not _next_epoch(trainer, state, held_out, config, should_stop) or state.steps == total:
+            break
+
+
+def _metrics(state: _State, task: str, truncated: int, measured: bool) -> dict[str, float]:
+    """Of the last epoch with a step; numbers that a device may tell."""
+    metrics = {"loss": state.loss_sum / (state.weight or 1.0), "steps": float(state.steps)}
+    if task != "regression":
+        metrics["accuracy"] = state.right / max(1, state.answers)
+    if measured:
+        metrics["holdout_loss"] = state.best_loss
+    if truncated:
+        metrics["truncated"] = float(truncated)
+    return metrics
 
 
 @dataclass
