@@ -40,7 +40,7 @@ from pocketfed.coordinator.store import (
 )
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.grids import InProcessGrid
-from pocketfed.simulations.run import encode_examples, take
+from pocketfed.simulations.run import encode_examples
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 90.0
@@ -125,7 +125,7 @@ def simulated(folder: Path, built: BuiltArtifact, artifact: Artifact, dataset: D
     store = Store(str(folder / "simulated.db"))
     trainer = PlanTrainer(artifact, "head")
     everything = encode_examples(trainer, dataset.train, 32)
-    local = {f"device-{i}": take(everything, range(12 * i, 12 * i + 12)) for i in range(DEVICES)}
+    local = {f"device-{i}": everything.take(range(12 * i, 12 * i + 12)) for i in range(DEVICES)}
     with store.write() as session:
         publish_artifact(session, built, "stable", "head")
         nodes = {device_named(session, name).id: name for name in local}

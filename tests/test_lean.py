@@ -189,8 +189,9 @@ def test_the_lowered_product_is_the_eager_one(tmp_path: Any) -> None:
     out = RULES[node.target](
         low, node, (Value(low.shape(x.shape), torch.float32, "x"), Quantized("q", "s", tuple(weight.shape)))
     )
+    name = low.name(out)  # may still add a node
     made = onnx.helper.make_graph(
-        [*low.nodes, onnx.helper.make_node("Identity", [low.name(out)], ["y"])],
+        [*low.nodes, onnx.helper.make_node("Identity", [name], ["y"])],
         "one",
         [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, x.shape)],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 4, 6])],
@@ -223,7 +224,7 @@ def test_folding_rounds_once_so_that_a_gain_of_a_third_is_exact_to_the_last_bit(
         linear.bias.fill_(0.2)
     from pocketfed.model.lean import _scale_rows
 
-    gamma, beta, w, b = (float(t) for t in (norm.weight, norm.bias, linear.weight, linear.bias))
+    gamma, beta, w, b = (t.item() for t in (norm.weight, norm.bias, linear.weight, linear.bias))
     _scale_rows(linear, norm)
-    assert float(linear.weight) == float(torch.tensor(gamma * w))
-    assert float(linear.bias) == float(torch.tensor(gamma * b + beta))
+    assert linear.weight.item() == torch.tensor(gamma * w).item()
+    assert linear.bias.item() == torch.tensor(gamma * b + beta).item()

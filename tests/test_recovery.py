@@ -59,7 +59,7 @@ from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.grids import InProcessGrid
-from pocketfed.simulations.run import encode_examples, take
+from pocketfed.simulations.run import encode_examples
 
 LOCAL = LocalTraining(batch_size=4, learning_rate=0.01, max_length=32)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ class Fleet:
     def __init__(self, database: str, built: BuiltArtifact, artifact: Artifact, dataset: Dataset, count: int) -> None:
         self.store, self.trainer = Store(database), PlanTrainer(artifact, "head")
         everything = encode_examples(self.trainer, dataset.train, 32)
-        self.local = {f"device-{i}": take(everything, range(8 * i, 8 * i + 8)) for i in range(count)}
+        self.local = {f"device-{i}": everything.take(range(8 * i, 8 * i + 8)) for i in range(count)}
         with self.store.write() as session:
             publish_artifact(session, built, "stable", "head")
             self.nodes = {device_named(session, name).id: name for name in self.local}
