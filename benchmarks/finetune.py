@@ -122,7 +122,7 @@ def _trainer(arguments: argparse.Namespace, artifact: Any) -> Any:
 def build(arguments: argparse.Namespace, sets: list[str], activations: list[str], seed: int, folder: Path) -> None:
     """Artifacts `activations/artifact` with all the sets, and the texts beside them."""
     from pocketfed.coordinator.artifacts import build_artifact
-    from pocketfed.model.checkpoints import load
+    from pocketfed.model.checkpoints import load, tokens_of
     from pocketfed.model.config import STUDENTS, preset
     from pocketfed.model.tasks import read_dataset
     from pocketfed.model.tokenization import Vocabulary, train_vocabulary
@@ -144,7 +144,7 @@ def build(arguments: argparse.Namespace, sets: list[str], activations: list[str]
             usable = [e for e in texts if e.label in set(labels)]
             held[split] = [e.text for e in usable]
             held[f"{split}_labels"] = [labels.index(e.label or "") for e in usable]
-        vocabulary = train_vocabulary(held["train"], config.vocab_size) if student is None else student.vocabulary
+        vocabulary = train_vocabulary(held["train"], config.vocab_size) if student is None else tokens_of(student)
         if student is None:
             config = config.with_changes(vocab_size=len(vocabulary))
     for kind in activations:

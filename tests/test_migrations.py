@@ -202,7 +202,7 @@ def test_db_check_finds_what_is_damaged_or_missing_and_db_upgrade_makes_no_datab
     code, said = pocketfed("never", "db", "check", *where, folder=tmp_path)
     assert code == 1
     assert "holds other bytes than its name says; restore a backup" in said
-    assert said.endswith("has 1 problem")
+    assert "has 1 problem" in said
     code, said = pocketfed("never", "db", "upgrade", "--database", "nowhere.db", folder=tmp_path)
     assert (code, "there is no database" in said) == (1, True)
     assert not (tmp_path / "nowhere.db").exists()
