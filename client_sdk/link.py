@@ -19,7 +19,7 @@ from pocketfed.protos import distribution_pb2_grpc, fleet_pb2_grpc
 from pocketfed.protos import fleet_pb2 as fleet
 
 PROTOCOL = 1
-SDK_VERSION = "0.1.0"
+SDK_VERSION = "0.2.0"
 UPLOAD_BYTES = 1 << 19  # of data in one message
 CALL_TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 600.0
