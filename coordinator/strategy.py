@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -112,8 +113,9 @@ class StreamingFedAvg(_Ours):
 class _Robust(_Ours):
     """Strategies that need all updates at once: they stay in their files, a block of parameters is read at a time."""
 
+    @abstractmethod
     def combine(self, deltas: Sequence[Delta], weights: Sequence[float]) -> NDArray[np.float64]:
-        raise NotImplementedError
+        """What the updates come to, (P,)."""
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
