@@ -3,7 +3,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -29,7 +29,7 @@ class EnrolReply(_message.Message):
     def __init__(self) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id", "key_list", "refused_release", "refusal")
+    __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id", "key_list", "refused_release", "refusal", "report")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SDK_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class CheckInRequest(_message.Message):
     KEY_LIST_FIELD_NUMBER: _ClassVar[int]
     REFUSED_RELEASE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     sdk_version: str
     examples: int
@@ -46,7 +47,28 @@ class CheckInRequest(_message.Message):
     key_list: int
     refused_release: int
     refusal: str
-    def __init__(self, protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., examples: _Optional[int] = ..., wait_s: _Optional[float] = ..., release_id: _Optional[int] = ..., key_list: _Optional[int] = ..., refused_release: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
+    report: ReleaseReport
+    def __init__(self, protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., examples: _Optional[int] = ..., wait_s: _Optional[float] = ..., release_id: _Optional[int] = ..., key_list: _Optional[int] = ..., refused_release: _Optional[int] = ..., refusal: _Optional[str] = ..., report: _Optional[_Union[ReleaseReport, _Mapping]] = ...) -> None: ...
+
+class ReleaseReport(_message.Message):
+    __slots__ = ("release_id", "before_id", "examples", "correct", "correct_before", "loss_sum", "loss_sum_before", "went_back")
+    RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_ID_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CORRECT_FIELD_NUMBER: _ClassVar[int]
+    CORRECT_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    WENT_BACK_FIELD_NUMBER: _ClassVar[int]
+    release_id: int
+    before_id: int
+    examples: int
+    correct: int
+    correct_before: int
+    loss_sum: float
+    loss_sum_before: float
+    went_back: bool
+    def __init__(self, release_id: _Optional[int] = ..., before_id: _Optional[int] = ..., examples: _Optional[int] = ..., correct: _Optional[int] = ..., correct_before: _Optional[int] = ..., loss_sum: _Optional[float] = ..., loss_sum_before: _Optional[float] = ..., went_back: bool = ...) -> None: ...
 
 class CheckInReply(_message.Message):
     __slots__ = ("assignment", "wait", "release", "keys")
@@ -69,7 +91,7 @@ class Wait(_message.Message):
     def __init__(self, retry_after_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "kind", "run", "round", "artifact_version", "trainable_set", "parameters_digest", "parameters_bytes", "config", "lease_s", "deadline_s")
+    __slots__ = ("id", "kind", "run", "round", "artifact_version", "trainable_set", "parameters_digest", "parameters_bytes", "config", "lease_s", "deadline_s", "form")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Assignment.Kind]
@@ -89,6 +111,7 @@ class Assignment(_message.Message):
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: Assignment.Kind
     run: int
@@ -100,7 +123,22 @@ class Assignment(_message.Message):
     config: TrainConfig
     lease_s: float
     deadline_s: float
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[Assignment.Kind, str]] = ..., run: _Optional[int] = ..., round: _Optional[int] = ..., artifact_version: _Optional[str] = ..., trainable_set: _Optional[str] = ..., parameters_digest: _Optional[str] = ..., parameters_bytes: _Optional[int] = ..., config: _Optional[_Union[TrainConfig, _Mapping]] = ..., lease_s: _Optional[float] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    form: UpdateForm
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[Assignment.Kind, str]] = ..., run: _Optional[int] = ..., round: _Optional[int] = ..., artifact_version: _Optional[str] = ..., trainable_set: _Optional[str] = ..., parameters_digest: _Optional[str] = ..., parameters_bytes: _Optional[int] = ..., config: _Optional[_Union[TrainConfig, _Mapping]] = ..., lease_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., form: _Optional[_Union[UpdateForm, _Mapping]] = ...) -> None: ...
+
+class UpdateForm(_message.Message):
+    __slots__ = ("codec", "clip_norm", "noise", "private", "metrics")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    clip_norm: float
+    noise: float
+    private: _containers.RepeatedScalarFieldContainer[str]
+    metrics: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, codec: _Optional[str] = ..., clip_norm: _Optional[float] = ..., noise: _Optional[float] = ..., private: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TrainConfig(_message.Message):
     __slots__ = ("epochs", "batch_size", "learning_rate", "optimizer", "momentum", "weight_decay", "max_grad_norm", "proximal_mu", "seed", "max_length", "max_steps", "schedule", "warmup", "label_smoothing", "holdout", "patience")
