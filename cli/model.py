@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,12 +66,20 @@ def quantize(
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A preset or a model folder.")],
+    model: Annotated[str, typer.Argument(help="A preset or a model folder.")] = "",
+    table: Annotated[
+        bool, typer.Option("--table", help="The paper's models, its figures beside those counted.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Parameters, FLOPs (2 a multiply-add, 128 tokens) and bytes of a model."""
     from pocketfed.coordinator import pipeline
 
+    if table:
+        _print_size_table(pipeline.size_table(), json)
+        return
+    if not model:
+        raise CommandError("which model is not said; give a preset or a model folder, or --table")
     report = pipeline.inspect(model)
     if json:
         print_json(report)
@@ -79,6 +87,33 @@ def inspect(
     rows = [["parameters", f"{report['parameters']:,}"], ["FLOPs, 128 tokens", f"{report['flops'] / 1e9:.3f} G"]]
     rows += [[f"bytes {kind}", format_bytes(count)] for kind, count in report["bytes"].items()]
     print_table(report["name"], ["", "value"], rows)
+
+
+def _print_size_table(rows: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        print_json(rows)
+        return
+
+    def cell(count: int, paper: int | None, unit: float) -> list[str]:
+        if paper is None:
+            return [f"{count / unit:.2f}", "", ""]
+        return [f"{count / unit:.2f}", f"{paper / unit:.1f}", f"{count / paper - 1:+.1%}"]
+
+    print_table(
+        "Parameters in millions, FLOPs in billions (2 a multiply-add, 128 tokens)",
+        ["model", "parameters", "paper", "off", "FLOPs", "paper", "off"],
+        [
+            [
+                row["name"],
+                *cell(row["parameters"], row["paper_parameters"], 1e6),
+                *cell(row["flops"], row["paper_flops"], 1e9),
+            ]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        if row["note"]:
+            print(f"{row['name']}: {row['note']}")
 
 
 def evaluate(

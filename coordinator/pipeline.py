@@ -147,6 +147,23 @@ def inspect(name_or_dir: str | Path) -> dict[str, Any]:
     }
 
 
+def size_table() -> list[dict[str, Any]]:
+    """The paper's models, its figures beside those counted here (`model.published`)."""
+    from pocketfed.model.published import PUBLISHED
+
+    return [
+        {
+            "name": row.name,
+            "parameters": row.parameters,
+            "paper_parameters": None if row.millions is None else round(row.millions * 1e6),
+            "flops": row.flops,
+            "paper_flops": None if row.billions is None else round(row.billions * 1e9),
+            "note": row.note,
+        }
+        for row in PUBLISHED
+    ]
+
+
 def _sizes(config: MobileBertConfig) -> dict[str, Any]:
     from pocketfed.model.checkpoints import stored_sizes
     from pocketfed.model.mobilebert import count_flops

@@ -20,7 +20,8 @@ class ConfigError(ValueError):
 class MobileBertConfig:
     """Geometry of one bottleneck BERT; keys and defaults are those of Hugging Face's `config.json` for MobileBERT.
 
-    The same class describes the inverted-bottleneck teacher (`intra_bottleneck_size` larger than `hidden_size`).
+    The same class describes the inverted-bottleneck teacher (`intra_bottleneck_size` larger than `hidden_size`) and plain
+    BERT (no `use_bottleneck`, no trigram, embeddings as wide as the blocks), for comparison.
 
     Raises:
         ConfigError: sizes that do not fit together, or an unknown choice.
@@ -38,6 +39,7 @@ class MobileBertConfig:
     normalization_type: Literal["no_norm", "layer_norm"] = "no_norm"
     key_query_shared_bottleneck: bool = True
     use_bottleneck_attention: bool = False
+    use_bottleneck: bool = True
     trigram_input: bool = True
     classifier_activation: bool = False  # a tanh pooler on [CLS]; the released models have none
     max_position_embeddings: int = 512
@@ -77,6 +79,7 @@ class MobileBertConfig:
         for name in (
             "key_query_shared_bottleneck",
             "use_bottleneck_attention",
+            "use_bottleneck",
             "trigram_input",
             "classifier_activation",
             "isolate_padding",
@@ -97,6 +100,8 @@ class MobileBertConfig:
                 f"intra_bottleneck_size {self.intra_bottleneck_size} is not divisible by num_attention_heads "
                 f"{self.num_attention_heads}; choose a multiple"
             )
+        if not self.use_bottleneck:
+            self._check_plain()
         choices = {
             "hidden_act": ("relu", "relu6", "gelu", "gelu_tanh"),
             "normalization_type": ("no_norm", "layer_norm"),
@@ -106,6 +111,23 @@ class MobileBertConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+
+    def _check_plain(self) -> None:
+        if self.intra_bottleneck_size != self.hidden_size:
+            raise ConfigError(
+                f"intra_bottleneck_size is {self.intra_bottleneck_size} and hidden_size {self.hidden_size}; without "
+                "use_bottleneck they are one width, so set both alike"
+            )
+        for name in ("key_query_shared_bottleneck", "use_bottleneck_attention"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} is true without use_bottleneck; there is no bottleneck to read, so set it to false"
+                )
+
+    @property
+    def widens_embeddings(self) -> bool:
+        """Whether token embeddings go through a linear layer before positions are added."""
+        return self.trigram_input or self.embedding_size != self.hidden_size
 
     @property
     def query_key_size(self) -> int:
@@ -186,6 +208,9 @@ STUDENTS: dict[str, MobileBertConfig] = {
         num_feedforward_networks=2, use_bottleneck_attention=True, key_query_shared_bottleneck=False
     ),
     "mobilebert-layernorm": MobileBertConfig(normalization_type="layer_norm", hidden_act="gelu"),
+    "mobilebert-paper-layernorm": MobileBertConfig(
+        normalization_type="layer_norm", hidden_act="gelu", key_query_shared_bottleneck=False
+    ),
     "micro": _MICRO,
     "nano": _NANO,
 }
@@ -195,6 +220,7 @@ TEACHERS: dict[str, MobileBertConfig] = {
     "mobilebert-paper": _teacher_of(STUDENTS["mobilebert-paper"], intra=1024, intermediate=4096),
     "mobilebert-tiny": _teacher_of(STUDENTS["mobilebert-tiny"], intra=1024, intermediate=4096),
     "mobilebert-layernorm": _teacher_of(STUDENTS["mobilebert-layernorm"], intra=1024, intermediate=4096),
+    "mobilebert-paper-layernorm": _teacher_of(STUDENTS["mobilebert-paper-layernorm"], intra=1024, intermediate=4096),
     "micro": _teacher_of(_MICRO, intra=256, intermediate=512),
     "nano": _teacher_of(_NANO, intra=128, intermediate=256),
 }

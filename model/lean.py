@@ -72,7 +72,7 @@ class FoldedOutput(nn.Module):
         self.dense = output.dense
         _scale_rows(output.dense, norm)
         self.gain = norm.weight
-        if isinstance(output, BlockOutput):
+        if isinstance(output, BlockOutput) and hasattr(output, "bottleneck"):
             bottleneck = output.bottleneck
             self.bottleneck = FoldedOutput(bottleneck) if _foldable(bottleneck) else bottleneck
 

@@ -54,8 +54,8 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.embedding_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.embedding_transformation = nn.Linear(width, config.hidden_size)
-        self.LayerNorm = make_norm(config, config.hidden_size, eps=1e-5)
+        self.embedding_transformation = nn.Linear(width, config.hidden_size) if config.widens_embeddings else None
+        self.LayerNorm = make_norm(config, config.hidden_size, eps=1e-5 if config.use_bottleneck else None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
         x = self.word_embeddings(input_ids)  # (B, T, E)
@@ -66,7 +66,8 @@ class Embeddings(nn.Module):
             after = F.pad(x, (0, 0, -1, 1))  # (B, T, E): the next token, zero at the end
             before = F.pad(x, (0, 0, 1, -1))
             x = torch.cat([after, x, before], dim=2)  # (B, T, 3E)
-        x = self.embedding_transformation(x)  # (B, T, D)
+        if self.embedding_transformation is not None:
+            x = self.embedding_transformation(x)  # (B, T, D)
         x = x + self.position_embeddings.weight[: input_ids.shape[1]]
         types = self.token_type_embeddings.weight
         x = x + (types[0] if token_type_ids is None else F.embedding(token_type_ids, types))
@@ -116,11 +117,18 @@ class ResidualOutput(nn.Module):
         return self.LayerNorm(h + residual)  # type: ignore[no-any-return]
 
 
+def plain_dropout(config: MobileBertConfig) -> float:
+    """Inside a block only plain BERT drops anything but attention."""
+    return 0.0 if config.use_bottleneck else config.hidden_dropout_prob
+
+
 class Attention(nn.Module):
     def __init__(self, config: MobileBertConfig) -> None:
         super().__init__()
         self.self = SelfAttention(config)
-        self.output = ResidualOutput(config, config.intra_bottleneck_size, config.intra_bottleneck_size)
+        self.output = ResidualOutput(
+            config, config.intra_bottleneck_size, config.intra_bottleneck_size, dropout=plain_dropout(config)
+        )
 
 
 class Intermediate(nn.Module):
@@ -146,13 +154,15 @@ class FeedForward(nn.Module):
 
 
 class BlockOutput(ResidualOutput):
-    """The last feed-forward network's output, then the bottleneck that widens back to D."""
+    """The last feed-forward network's output, then the bottleneck that widens back to D (plain BERT has none)."""
 
     def __init__(self, config: MobileBertConfig) -> None:
-        super().__init__(config, config.intermediate_size, config.intra_bottleneck_size, eps=1e-5)
-        self.bottleneck = ResidualOutput(
-            config, config.intra_bottleneck_size, config.hidden_size, dropout=config.hidden_dropout_prob
-        )
+        eps = 1e-5 if config.use_bottleneck else None
+        super().__init__(config, config.intermediate_size, config.intra_bottleneck_size, eps, plain_dropout(config))
+        if config.use_bottleneck:
+            self.bottleneck = ResidualOutput(
+                config, config.intra_bottleneck_size, config.hidden_size, dropout=config.hidden_dropout_prob
+            )
 
 
 class BottleneckInput(nn.Module):
@@ -181,14 +191,15 @@ class Block(nn.Module):
     def __init__(self, config: MobileBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.bottleneck = Bottleneck(config)
+        if config.use_bottleneck:
+            self.bottleneck = Bottleneck(config)
         self.attention = Attention(config)
         self.ffn = nn.ModuleList(FeedForward(config) for _ in range(config.num_feedforward_networks - 1))
         self.intermediate = Intermediate(config)
         self.output = BlockOutput(config)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        narrow = self.bottleneck.input(x)  # (B, T, I): also the residual inside the block
+        narrow = self.bottleneck.input(x) if self.config.use_bottleneck else x  # (B, T, I): also the residual inside
         if self.config.use_bottleneck_attention:
             query = value = narrow
         elif self.config.key_query_shared_bottleneck:
@@ -200,7 +211,7 @@ class Block(nn.Module):
         for ffn in self.ffn:
             h = ffn(h)
         h = self.output(self.intermediate(h), h)
-        return self.output.bottleneck(h, x), scores
+        return self.output.bottleneck(h, x) if self.config.use_bottleneck else h, scores
 
 
 class Encoder(nn.Module):
@@ -281,11 +292,12 @@ class MobileBert(nn.Module):
 def count_flops(config: MobileBertConfig, tokens: int = 128) -> int:
     """FLOPs of one encoder pass over `tokens` tokens: matrix products only, 2 per multiply-add, as the paper counts."""
     d, i, f = config.hidden_size, config.intra_bottleneck_size, config.intermediate_size
-    bottlenecks = d * i * (2 if config.key_query_shared_bottleneck and not config.use_bottleneck_attention else 1)
+    shared = config.key_query_shared_bottleneck and not config.use_bottleneck_attention
+    bottlenecks = d * i * (3 if shared else 2) if config.use_bottleneck else 0  # in, shared by queries and keys, out
     projections = 2 * config.query_key_size * i + config.value_size * i + i * i
     feed_forward = config.num_feedforward_networks * 2 * i * f
-    per_token = bottlenecks + projections + feed_forward + i * d + 2 * tokens * i  # the last: scores and context
-    embedding = config.embedding_size * (3 if config.trigram_input else 1) * d
+    per_token = bottlenecks + projections + feed_forward + 2 * tokens * i  # the last: scores and context
+    embedding = config.embedding_size * (3 if config.trigram_input else 1) * d if config.widens_embeddings else 0
     return 2 * tokens * (embedding + config.num_hidden_layers * per_token)
 
 

@@ -182,6 +182,17 @@ def test_inspect_counts_a_preset(preset: str, parameters: int) -> None:
     assert f"{parameters:,}" in works("inspect", preset)
 
 
+def test_inspect_prints_the_papers_sizes_beside_those_counted() -> None:
+    rows = {row["name"]: row for row in json.loads(works("inspect", "--table", "--json"))}
+    assert len(rows) == 8
+    assert rows["mobilebert-paper"]["parameters"] == 25_359_104
+    assert rows["mobilebert-paper"]["paper_parameters"] == 25_300_000
+    assert rows["mobilebert"]["paper_parameters"] is None  # the paper lists the other wiring
+    shown = works("inspect", "--table")
+    assert "22.35" in shown
+    assert "-0.7%" in shown
+
+
 def test_inspect_tells_a_folder_by_its_config(quantized: Path) -> None:
     report = json.loads(works("inspect", quantized, "--json"))
     assert report["quantization"] == "int8"
@@ -432,6 +443,7 @@ BAD: dict[str, tuple[int, str, tuple[str, ...]]] = {  # exit code, command, what
     "no model folder": (1, "evaluate not-a-model --data rows.jsonl", ("not-a-model", "config.json", "check")),
     "no preset to distill": (
         1, "distill --corpus rows.jsonl --preset nanoo --out fresh", ("'nanoo'", "'nano'", "micro")),
+    "nothing to inspect": (1, "inspect", ("preset", "--table")),
     "no preset to inspect": (1, "inspect nanoo", ("'nanoo'", "'nano'", "folder")),
     "no preset to simulate": (1, f"{SIMULATE} --data rows.jsonl --model nanoo", ("'nanoo'", "'nano'", "micro")),
     "no such setting": (

@@ -25,6 +25,7 @@ from pocketfed.model.mobilebert import (
     count_flops,
     count_parameters,
 )
+from pocketfed.model.published import BASELINES, PUBLISHED, Published
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "stablehlo_oracle.py"
 TINY_SIZES: dict[str, Any] = {
@@ -96,6 +97,40 @@ def test_hidden_states_are_those_of_hugging_face_with_its_own_weights_unrenamed(
     assert relative_difference(got.last[0], expected.last_hidden_state[0]) <= 1e-6
     assert relative_difference(got.last[1, :9], expected.last_hidden_state[1, :9]) <= 1e-6
     assert relative_difference(got.hidden[11], expected.hidden_states[12]) <= 1e-6
+
+
+def test_without_bottlenecks_it_is_hugging_faces_bert_with_its_weights_unrenamed() -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BASELINES["bert-base"].with_changes(
+        vocab_size=64,
+        num_hidden_layers=3,
+        hidden_size=24,
+        intra_bottleneck_size=24,
+        embedding_size=24,
+        intermediate_size=40,
+        isolate_padding=False,
+    )
+    names = ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    theirs = (
+        BertModel(BertConfig(**{n: getattr(config, n) for n in names}, attn_implementation="eager")).double().eval()
+    )
+    generator = torch.Generator().manual_seed(0)
+    theirs.load_state_dict(randomise(theirs.state_dict(), generator, gain=0.9))
+    ours = MobileBert(config).double().eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    ids = torch.randint(1, 64, (2, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    types = torch.zeros_like(ids)
+    types[:, 4:] = 1
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask, token_type_ids=types)
+        got = ours(ids, mask, types)
+        pooled = ours.pool(got.last, mask)
+    assert relative_difference(got.last[0], expected.last_hidden_state[0]) <= 1e-6
+    assert relative_difference(got.last[1, :7], expected.last_hidden_state[1, :7]) <= 1e-6
+    assert relative_difference(pooled, expected.pooler_output) <= 1e-6
 
 
 @pytest.fixture
@@ -195,6 +230,8 @@ def test_padding_never_changes_an_example(norm: str) -> None:
         (STUDENTS["mobilebert-paper"], 25_359_104, 5.59),
         (STUDENTS["mobilebert-tiny"], 15_485_696, 3.07),
         (TEACHERS["mobilebert"], 294_205_184, 75.75),
+        (BASELINES["bert-base"], 109_482_240, 22.35),
+        (BASELINES["bert-large"], 335_141_888, 78.92),
     ],
 )
 def test_parameters_and_flops_are_the_published_ones(
@@ -202,6 +239,26 @@ def test_parameters_and_flops_are_the_published_ones(
 ) -> None:
     assert count_parameters(config) == parameters
     assert count_flops(config, 128) / 1e9 == pytest.approx(gigaflops, rel=2e-3)
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
+def test_counts_are_within_three_percent_of_the_papers(row: Published) -> None:
+    if row.millions is not None:
+        assert row.parameters / 1e6 == pytest.approx(row.millions, rel=0.03)
+    if row.billions is not None:
+        assert row.flops / 1e9 == pytest.approx(row.billions, rel=0.03)
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
+def test_flops_are_what_torch_counts_while_the_model_runs(row: Published) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = MobileBert(row.config)
+        ids = torch.zeros(1, 128, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, torch.ones_like(ids))
+    assert counter.get_total_flops() == row.flops
 
 
 def test_layernorm_variant_has_as_many_parameters_as_nonorm() -> None:
