@@ -118,12 +118,12 @@ def write_device_files(dataset: Dataset, folder: Path, deal: str) -> list[Path]:
 
 def make_student(folder: Path, lines: Sequence[str], steps: int | None) -> dict[str, int]:
     """Distill from unlabelled text, then quantize. Returns the student's bytes by number format."""
-    from pocketfed.coordinator import pipeline
+    from pocketfed.coordinator import distilling, pipeline
 
     corpus = folder / "corpus.txt"
     corpus.write_text("".join(" ".join(line.split()) + "\n" for line in lines))
     with progress_bar() as bar:
-        report = pipeline.distill([corpus], PRESET, folder / "student", steps, SEED, progress=stage_teller(bar))
+        report = distilling.distill([corpus], PRESET, folder / "student", steps, SEED, progress=stage_teller(bar))
     teacher, student = report["teacher_parameters"], report["model"]["parameters"]
     console().print(
         f"teacher {teacher:,} parameters -> student {student:,}; hidden words guessed: teacher "

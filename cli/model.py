@@ -26,23 +26,51 @@ def distill(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE: a size of the student, teacher.KEY, schedule.KEY, or vocabulary=FILE."),
     ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="A trained teacher's folder; else one is trained first.")] = None,
+    keep_teacher: Annotated[Path | None, typer.Option(help="Folder for the teacher, to distill from again.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process takes its own.")] = "cpu",
+    licence: Annotated[str, typer.Option(help="For the model card.")] = "",
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for event files; needs TensorBoard.")] = None,
+    save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between checkpoints.")] = 60.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print steps, tokens, FLOPs and hours; train nothing.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Distill a task-agnostic student from an inverted-bottleneck teacher, on your text."""
-    from pocketfed.coordinator import pipeline
+    """Distill a task-agnostic student from an inverted-bottleneck teacher, on your text. Goes on where it was stopped."""
+    from pocketfed.coordinator import distilling
 
+    options = distilling.DistillOptions(teacher, keep_teacher, device, licence, tensorboard, save_every)
+    paths, settings = [*corpus, *(more or [])], key_values(set_ or [])
+    if dry_run:
+        _print_plan(distilling.plan_distillation(paths, preset, out, steps, seed, settings, options), json)
+        return
     with progress_bar() as bar:
-        settings = key_values(set_ or [])
-        report = pipeline.distill([*corpus, *(more or [])], preset, out, steps, seed, settings, stage_teller(bar))
+        report = distilling.distill(paths, preset, out, steps, seed, settings, stage_teller(bar), options)
+    if report["rank"]:  # torchrun: the first process speaks for all
+        return
     if json:
         print_json(report)
         return
     print_table(
-        "Hidden tokens of held-out lines",
+        "Hidden tokens of held-out text",
         ["model", "loss", "accuracy"],
         [[who, f"{s['loss']:.3f}", f"{s['accuracy']:.3f}"] for who, s in report["scores"].items()],
     )
     print(f"{out}: {report['model']['parameters']:,} parameters (teacher {report['teacher_parameters']:,})")
+
+
+def _print_plan(costs: list[dict[str, Any]], json: bool) -> None:
+    whole = {key: sum(cost[key] for cost in costs) for key in ("steps", "tokens", "flops", "hours")}
+    if json:
+        print_json({"stages": costs, "all": whole})
+        return
+    rows = [*costs, {"name": "all", **whole}]
+    print_table(
+        "What it would take, at the speed measured on this machine now",
+        ["stage", "steps", "tokens", "FLOPs", "hours"],
+        [[r["name"], f"{r['steps']:,}", f"{r['tokens']:,}", f"{r['flops']:.2e}", f"{r['hours']:,.2f}"] for r in rows],
+    )
 
 
 def quantize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,16 +147,38 @@ def progress_bar() -> Iterator[Progress]:
         yield bar
 
 
-def stage_teller(bar: Progress) -> Callable[[str, int, int, float], None]:
-    """What `pipeline.distill` calls: one bar a stage, with its loss."""
-    tasks: dict[str, Any] = {}
+TOLD_EVERY_S = 30.0
 
-    def tell(stage: str, step: int, total: int, loss: float) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=total, note="")
-        bar.update(tasks[stage], completed=step, note=f"loss {loss:.3f}")
+
+def stage_teller(bar: Progress) -> Callable[[Any], None]:
+    """What `distilling.distill` calls with a `Tick`: one bar a stage; where there is no terminal, a line now and then."""
+    tasks: dict[str, Any] = {}
+    told = time.monotonic()
+
+    def tell(tick: Any) -> None:
+        nonlocal told
+        note = (
+            f"loss {tick.loss:.3f}, {tick.tokens_per_s:,.0f} tokens/s, {format_seconds(tick.seconds_left)} left in all"
+        )
+        if not bar.disable:
+            if tick.stage not in tasks:
+                tasks[tick.stage] = bar.add_task(tick.stage, total=tick.steps, note="")
+            bar.update(tasks[tick.stage], completed=tick.step, note=note)
+        elif time.monotonic() - told >= TOLD_EVERY_S:
+            told = time.monotonic()
+            print(f"{tick.stage}: step {tick.step} of {tick.steps}, {note}", file=sys.stderr, flush=True)
 
     return tell
+
+
+def format_seconds(seconds: float) -> str:
+    """
+    >>> format_seconds(59.4), format_seconds(3600), format_seconds(200_000)
+    ('59 s', '60 min', '55.6 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def sizes_rows(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,42 @@ def save(checkpoint: Checkpoint, folder: Path, card: str | None = None) -> None:
     Raises:
         CheckpointError: the place is taken by something else, cannot be written to, or the weights are not finite.
     """
+    _write_whole(folder, lambda fresh: _write(checkpoint, fresh, card))
+
+
+def save_folder(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Tensor], vocabulary: Vocabulary) -> None:
+    """Any tensors of a model, such as its pre-training heads, as a folder like Hugging Face's; whole or not at all.
+
+    Raises:
+        CheckpointError: the place is taken by something else, or cannot be written to.
+    """
+
+    def write(fresh: Path) -> None:
+        held = {name: tensors[name].detach().float().cpu().contiguous().clone() for name in sorted(tensors)}
+        save_file(held, fresh / WEIGHTS, metadata={"format": "pt"})
+        _write_texts(fresh, {"model_type": "mobilebert", **config.to_dict()}, vocabulary.tokens, vocabulary.lower_case)
+
+    _write_whole(folder, write)
+
+
+def load_folder(folder: Path) -> tuple[MobileBertConfig, dict[str, Tensor], Vocabulary]:
+    """What `save_folder` wrote, with Hugging Face's names as they are.
+
+    Raises:
+        CheckpointError: no model folder, or a damaged one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}; check the path")
+    try:
+        return MobileBertConfig.from_dict(_read_config(folder)), _read_tensors(folder), load_vocabulary(folder)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no vocabulary; put its vocab.txt or tokenizer.json there") from None
+    except (ConfigError, VocabularyError) as error:
+        raise CheckpointError(f"{folder} is not a usable model: {error}") from None
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     folder = Path(folder)
     check_writable(folder)
     try:
@@ -81,7 +117,7 @@ def save(checkpoint: Checkpoint, folder: Path, card: str | None = None) -> None:
     try:
         fresh = work / "new"
         fresh.mkdir()
-        _write(checkpoint, fresh, card)
+        write(fresh)
         if folder.exists():
             os.replace(folder, work / "old")  # a folder that is not empty cannot be replaced in one move
         os.replace(fresh, folder)
@@ -121,11 +157,15 @@ def _write(checkpoint: Checkpoint, folder: Path, card: str | None) -> None:
     tensors = stored if checkpoint.quantization else {k: v.detach().float() for k, v in checkpoint.state.items()}
     ordered = {name: tensors[name].contiguous().clone() for name in sorted(tensors)}
     save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / CASE).write_text(json.dumps({"do_lower_case": checkpoint.lower_case}) + "\n", encoding="utf-8")
-    (folder / VOCABULARY).write_text("\n".join(checkpoint.vocabulary) + "\n", encoding="utf-8", newline="\n")
+    _write_texts(folder, content, checkpoint.vocabulary, checkpoint.lower_case)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _write_texts(folder: Path, content: Mapping[str, Any], vocabulary: Sequence[str], lower_case: bool) -> None:
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / CASE).write_text(json.dumps({"do_lower_case": lower_case}) + "\n", encoding="utf-8")
+    (folder / VOCABULARY).write_text("\n".join(vocabulary) + "\n", encoding="utf-8", newline="\n")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -1,198 +1,53 @@
-"""A student learns from its teacher: feature maps, attention maps, then predictions (Sun et al. 2020, section 3.5)."""
+"""Runs a distillation's stages one after the other, keeping checkpoints from which it goes on to the same bits."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketfed.model.config import MobileBertConfig
-from pocketfed.model.lamb import Lamb, parameter_groups
-from pocketfed.model.pretraining import (
-    MaskedBatch,
-    MaskedScore,
-    TokenCorpus,
-    masked_batches,
-    score_masked,
-    split_held_out,
-)
+from pocketfed.model.pretraining import Batches, MaskedScore, score_masked
+from pocketfed.model.schedules import DistillationError, Schedule
+from pocketfed.model.stages import MaskedWords, Stage, check_pair, make_optimizer, student_stages
 from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher
+from pocketfed.model.token_store import TokenCorpus, split_held_out
 from pocketfed.model.tokenization import Vocabulary
 
-# google-research/mobilebert: the feature-map loss taken apart, so that norm-free features can follow normed ones.
-FEATURE_WEIGHT, MEAN_WEIGHT, VARIANCE_WEIGHT = 100.0, 5000.0, 5.0
-GROUND_TRUTH_SHARE = 0.5
-LOWER_LAYER_RATE = 0.1  # layers already transferred go on learning, ten times slower
+T = TypeVar("T")
 GRADIENT_NORM = 1.0
-Progress = Callable[[str, int, int, float], None]  # stage, step done, steps in all, loss
-
-
-class DistillationError(RuntimeError):
-    """A distillation that cannot be set up, or one that went wrong on the way."""
-
-
-# ---- losses --------------------------------------------------------------------------------------------------------
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _over_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, T) values over real tokens."""
-    weights = mask.to(values.dtype)
-    return (values * weights).sum() / weights.sum()
-
-
-def feature_map_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Feature map transfer (Sun et al. 2020, eq. 3), as Google's code takes it apart.
-
-    100 * MSE of the features after a LayerNorm without gain, 5000 * squared difference of their means, 5 * absolute
-    difference of their variances; means over real tokens.
-
-    Args:
-        student, teacher: (B, T, D) block outputs. mask: (B, T), 1 on real tokens.
-    """
-    s, t = _wide(student), _wide(teacher)
-    width = (s.shape[-1],)
-    shape = (F.layer_norm(s, width) - F.layer_norm(t, width)).square().mean(-1)  # (B, T)
-    means = (s.mean(-1) - t.mean(-1)).square()
-    variances = (s.var(-1, unbiased=False) - t.var(-1, unbiased=False)).abs()
-    return _over_tokens(FEATURE_WEIGHT * shape + MEAN_WEIGHT * means + VARIANCE_WEIGHT * variances, mask)
-
-
-def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Attention map transfer (Sun et al. 2020, eq. 4): cross-entropy of student and teacher maps, head by head.
-
-    Same gradient as their KL divergence. Mean over examples, heads and real query positions.
-
-    Args:
-        student, teacher: (B, N, T, T) masked scores before the softmax. mask: (B, T), 1 on real tokens.
-    """
-    s, t = _wide(student), _wide(teacher)
-    cross = -(t.softmax(-1) * s.log_softmax(-1)).sum(-1)  # (B, N, T): one a query
-    return _over_tokens(cross.mean(1), mask)
-
-
-def pretraining_distillation_loss(
-    student: Tensor, teacher: Tensor, targets: Tensor, ground_truth: float = GROUND_TRUTH_SHARE
-) -> Tensor:
-    """Pre-training distillation (Sun et al. 2020, eq. 5, without next-sentence prediction).
-
-    Cross-entropy against `ground_truth` of the hidden token and 1 - `ground_truth` of the teacher's prediction.
-
-    Args:
-        student, teacher: (M, V) logits of the hidden positions. targets: (M,) token ids.
-    """
-    s, t = _wide(student), _wide(teacher)
-    log_probabilities = s.log_softmax(-1)
-    hard = F.nll_loss(log_probabilities, targets)
-    soft = -(t.softmax(-1) * log_probabilities).sum(-1).mean()
-    return ground_truth * hard + (1.0 - ground_truth) * soft
-
-
-# ---- schedule ------------------------------------------------------------------------------------------------------
+CHECKPOINT = "checkpoint.safetensors"
+SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long and how fast. Steps are batches of `batch_size` lines; rates are peaks, after warm-up."""
+class Tick:
+    """After a step. loss: of that step; tokens: real ones so far in this process; tokens_per_s: over the last steps."""
 
-    teacher_steps: int
-    transfer_steps: int  # all layers together
-    distillation_steps: int
-    batch_size: int
-    teacher_rate: float
-    transfer_rate: float
-    distillation_rate: float
-    warm_up: float = 0.1  # share of a stage, and of a layer's phase
-    optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB pays with batches of thousands; small ones want AdamW
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("lamb", "adamw"):
-            raise DistillationError(f"optimizer is {self.optimizer!r}; choose lamb or adamw")
-        for name in ("teacher_steps", "transfer_steps", "distillation_steps", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DistillationError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        for name in ("teacher_rate", "transfer_rate", "distillation_rate"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise DistillationError(f"{name} is {value!r}; it must be a positive number, such as 0.003")
-        if not isinstance(self.warm_up, (int, float)) or not 0 <= self.warm_up < 1:
-            raise DistillationError(f"warm_up is {self.warm_up!r}; it must be a share of a stage, such as 0.1")
-
-    @property
-    def steps(self) -> int:
-        return self.teacher_steps + self.transfer_steps + self.distillation_steps
-
-    def scaled(self, steps: int, layers: int) -> Schedule:
-        """The same schedule over `steps` in all, its stages in proportion.
-
-        Raises:
-            DistillationError: fewer than a step for the teacher, for each layer and for the distillation.
-        """
-        if steps < layers + 2:
-            raise DistillationError(f"{steps} steps are too few; {layers} layers need at least {layers + 2}")
-        transfer = max(layers, round(steps * self.transfer_steps / self.steps))
-        distillation = max(1, round(steps * self.distillation_steps / self.steps))
-        transfer = min(transfer, steps - 2)
-        distillation = min(distillation, steps - transfer - 1)
-        teacher = steps - transfer - distillation
-        return dataclasses.replace(
-            self, teacher_steps=teacher, transfer_steps=transfer, distillation_steps=distillation
-        )
+    stage: str
+    step: int  # of the stage, from 1
+    steps: int
+    loss: float
+    tokens: int
+    tokens_per_s: float
+    seconds_left: float  # of all stages, at the pace of this one
 
 
-# Sun et al. 2020, section 4.2, and google-research/mobilebert: a TPU pod's work, kept as the reference.
-REFERENCE_SCHEDULE = Schedule(
-    teacher_steps=500_000,
-    transfer_steps=240_000,
-    distillation_steps=500_000,
-    batch_size=2048,
-    teacher_rate=1.5e-3,
-    transfer_rate=4.5e-3,
-    distillation_rate=1.5e-3,
-    warm_up=0.02,
-)
-SCHEDULES: dict[str, Schedule] = {
-    "nano": Schedule(
-        teacher_steps=800,
-        transfer_steps=600,
-        distillation_steps=600,
-        batch_size=32,
-        teacher_rate=5e-3,
-        transfer_rate=5e-3,
-        distillation_rate=5e-3,
-        optimizer="adamw",
-    ),
-    "micro": Schedule(
-        teacher_steps=2000,
-        transfer_steps=1500,
-        distillation_steps=1500,
-        batch_size=32,
-        teacher_rate=3e-3,
-        transfer_rate=3e-3,
-        distillation_rate=3e-3,
-        optimizer="adamw",
-    ),
-}
-
-
-def schedule_for(preset: str) -> Schedule:
-    """The preset's own schedule; for the published sizes, the paper's."""
-    return SCHEDULES.get(preset, REFERENCE_SCHEDULE)
-
-
-# ---- the stages ----------------------------------------------------------------------------------------------------
+Progress = Callable[[Tick], None]
 
 
 @dataclass(frozen=True)
@@ -200,223 +55,358 @@ class Result:
     """A distilled student and how it came about.
 
     student: its tensors, named as in `MobileBert`. losses: one value a step, by stage ("teacher", "transfer/1", ...,
-    "distillation"). scores: on held-out lines, of "teacher", "student before", "student transferred" and "student".
+    "distillation"). scores: on held-out text, of "teacher", "student before", "student transferred" and "student".
     """
 
     student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
     losses: dict[str, tuple[float, ...]]
     scores: dict[str, MaskedScore]
     schedule: Schedule
     seed: int
+    seconds: float  # of this process; what went before an interruption does not count
 
 
-def no_progress(stage: str, step: int, steps: int, loss: float) -> None:
+def no_progress(tick: Tick) -> None:
     """For callers that do not watch."""
 
 
-def check_pair(student: MobileBertConfig, teacher: MobileBertConfig) -> None:
-    """Raises DistillationError unless each student layer can follow the same layer of the teacher."""
-    for name in (
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "vocab_size",
-        "embedding_size",
-        "trigram_input",
-        "max_position_embeddings",
-        "type_vocab_size",
-    ):
-        ours, theirs = getattr(student, name), getattr(teacher, name)
-        if ours != theirs:
-            raise DistillationError(
-                f"the student's {name} is {ours} and the teacher's is {theirs}; transfer needs them equal, so set both"
-            )
+@dataclass(frozen=True)
+class Place:
+    """Where training runs: one process of `ranks` (torchrun), on one device."""
 
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    ranks: int = 1
 
-def _warm(step: int, steps: int, warm_up: float) -> float:
-    """Linear warm-up: the share of the peak rate at a step counted from 0."""
-    return min(1.0, (step + 1) / max(1.0, warm_up * steps))
+    @classmethod
+    def here(cls, device: str = "cpu") -> Place:
+        """Reads torchrun's variables and joins its group.
 
-
-def linear_decay(step: int, steps: int, warm_up: float) -> float:
-    """Warm-up, then down to a ten-thousandth at the end."""
-    return min(_warm(step, steps, warm_up), max(1e-4, (steps - step) / steps))
-
-
-def phase_decay(step: int, steps: int, warm_up: float) -> float:
-    """Warm-up, then gently down to nine tenths, anew for each layer (google-research/mobilebert)."""
-    return min(_warm(step, steps, warm_up), 0.9 + 0.1 * math.sqrt(1.0 - step / steps))
-
-
-def _optimizer(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if kind == "lamb":
-        return Lamb(groups, lr=0.0)  # each group brings its own rate
-    plain = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
-    # 0.98: a run of hundreds of steps is over before an average over a thousand has settled.
-    return torch.optim.AdamW(plain, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True)
-
-
-def _descend(
-    stage: str,
-    steps: int,
-    optimizer: torch.optim.Optimizer,
-    share: Callable[[int, int], float],
-    loss_of: Callable[[MaskedBatch], Tensor],
-    batches: Iterator[MaskedBatch],
-    progress: Progress,
-) -> tuple[float, ...]:
-    """Minimise `loss_of` for some steps; `share` gives each step's fraction of the peak rates."""
-    peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses: list[float] = []
-    for step in range(steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * share(step, steps)
-        loss = loss_of(next(batches))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
-        losses.append(float(loss.detach()))
-        if not (math.isfinite(losses[-1]) and math.isfinite(norm)):
-            raise DistillationError(
-                f"{stage}: the loss is {losses[-1]} and the gradient's norm {norm} at step {step + 1} of {steps}; "
-                "use a lower rate, or a student with normalization_type layer_norm"
-            )
-        optimizer.step()
-        progress(stage, step + 1, steps, losses[-1])
-    return tuple(losses)
-
-
-def train_masked(
-    model: PreTrainingModel,
-    batches: Iterator[MaskedBatch],
-    schedule: Schedule,
-    progress: Progress = no_progress,
-) -> tuple[float, ...]:
-    """Pre-train a model, in place, by guessing hidden tokens for `teacher_steps`; returns the loss of each step."""
-
-    def loss_of(batch: MaskedBatch) -> Tensor:
-        return F.cross_entropy(_wide(model(batch.input_ids, batch.attention_mask, batch.chosen)), batch.targets)
-
-    model.train()
-    optimizer = _optimizer(schedule.optimizer, parameter_groups(model.named_parameters(), schedule.teacher_rate))
-    share = functools.partial(linear_decay, warm_up=schedule.warm_up)
-    losses = _descend("teacher", schedule.teacher_steps, optimizer, share, loss_of, batches, progress)
-    model.eval()
-    return losses
-
-
-def transfer_layer(
-    student: PreTrainingModel,
-    teacher: PreTrainingModel,
-    layer: int,
-    batches: Iterator[MaskedBatch],
-    steps: int,
-    schedule: Schedule,
-    progress: Progress = no_progress,
-) -> tuple[float, ...]:
-    """One phase of progressive transfer, in place: the student's block `layer` (from 0) follows the teacher's.
-
-    Only blocks up to that one run. Lower blocks learn at a tenth of the rate; embeddings, head and higher blocks rest.
-    """
-    blocks, rate = student.mobilebert.encoder.layer, schedule.transfer_rate
-    groups = [
-        group
-        for index in range(layer + 1)
-        for group in parameter_groups(
-            blocks[index].named_parameters(), rate if index == layer else rate * LOWER_LAYER_RATE
+        Raises:
+            DistillationError: a device that is not there.
+        """
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if device == "cuda" and not torch.cuda.is_available():
+            raise DistillationError("there is no CUDA device here; leave --device out to train on the CPU")
+        where = (
+            torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
         )
-    ]
+        if ranks > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        return cls(where, rank, ranks)
 
-    def loss_of(batch: MaskedBatch) -> Tensor:
-        with torch.no_grad():
-            theirs = teacher.mobilebert(batch.input_ids, batch.attention_mask, depth=layer + 1)
-        ours = student.mobilebert(batch.input_ids, batch.attention_mask, depth=layer + 1)
-        mask = batch.attention_mask
-        features = feature_map_loss(ours.hidden[layer], theirs.hidden[layer], mask)
-        return features + attention_loss(ours.scores[layer], theirs.scores[layer], mask)
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
 
-    optimizer = _optimizer(schedule.optimizer, groups)
-    share = functools.partial(phase_decay, warm_up=schedule.warm_up)
-    return _descend(f"transfer/{layer + 1}", steps, optimizer, share, loss_of, batches, progress)
-
-
-def distill_predictions(
-    student: PreTrainingModel,
-    teacher: PreTrainingModel,
-    batches: Iterator[MaskedBatch],
-    schedule: Schedule,
-    progress: Progress = no_progress,
-) -> tuple[float, ...]:
-    """Pre-training distillation, in place: everything in the student is trained, dropout off in both."""
-
-    def loss_of(batch: MaskedBatch) -> Tensor:
-        with torch.no_grad():
-            theirs = teacher(batch.input_ids, batch.attention_mask, batch.chosen)
-        ours = student(batch.input_ids, batch.attention_mask, batch.chosen)
-        return pretraining_distillation_loss(ours, theirs, batch.targets)
-
-    groups = parameter_groups(student.named_parameters(), schedule.distillation_rate)
-    optimizer = _optimizer(schedule.optimizer, groups)
-    share = functools.partial(linear_decay, warm_up=schedule.warm_up)
-    return _descend("distillation", schedule.distillation_steps, optimizer, share, loss_of, batches, progress)
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """The first process works alone, the others after it: what it leaves on disk is there for them."""
+        if self.ranks > 1 and not self.first:
+            dist.barrier()
+        done = work()
+        if self.ranks > 1 and self.first:
+            dist.barrier()
+        return done
 
 
-def _phase_steps(total: int, layers: int) -> list[int]:
-    """`total` steps over the layers, the remainder to the lowest."""
-    return [total // layers + (index < total % layers) for index in range(layers)]
+class Distillation:
+    """One run, from its arguments or from the checkpoint it left.
 
-
-def distill(
-    student_config: MobileBertConfig,
-    teacher_config: MobileBertConfig,
-    corpus: TokenCorpus,
-    vocabulary: Vocabulary,
-    schedule: Schedule,
-    seed: int,
-    progress: Progress = no_progress,
-) -> Result:
-    """Train a teacher, hand its knowledge to a student layer by layer, then let the student predict like it.
-
-    The same arguments give the same student, to the last bit, on the same machine and number of threads. The global
-    random state is left as it was.
+    Args:
+        teacher: a trained one to learn from; without it, one is trained first.
+        folder: for checkpoints; None keeps none.
 
     Raises:
-        DistillationError: a pair that does not fit, or a loss no longer finite; the message names stage and step.
-        CorpusError: too few lines to hold one out.
+        DistillationError: a pair that does not fit, or a checkpoint of another run.
+        CorpusError: too little text to hold some out.
     """
-    check_pair(student_config, teacher_config)
-    if schedule.transfer_steps < student_config.num_hidden_layers:
-        raise DistillationError(
-            f"{schedule.transfer_steps} transfer steps are too few for {student_config.num_hidden_layers} layers; "
-            "give each layer at least one"
+
+    def __init__(
+        self,
+        student_config: MobileBertConfig,
+        teacher_config: MobileBertConfig,
+        corpus: TokenCorpus,
+        vocabulary: Vocabulary,
+        schedule: Schedule,
+        seed: int,
+        teacher: Mapping[str, Tensor] | None = None,
+        folder: Path | None = None,
+        place: Place | None = None,
+        progress: Progress = no_progress,
+        save_every_s: float = SAVE_EVERY_S,
+    ) -> None:
+        check_pair(student_config, teacher_config)
+        self.schedule, self.seed, self.folder, self.place = schedule, seed, folder, place or Place()
+        self.progress = progress if self.place.first else no_progress
+        self.save_every_s = save_every_s
+        training, held_out = split_held_out(corpus, np.random.default_rng(seed))
+        how = {"pairs": schedule.pairs, "whole_words": schedule.whole_words}
+        self.batches = Batches(
+            training,
+            vocabulary,
+            schedule.batch_size,
+            seed,
+            rank=self.place.rank,
+            ranks=self.place.ranks,
+            **how,
         )
-    rng = np.random.default_rng(seed)
-    training, held_out = split_held_out(corpus, rng)
-    batches = masked_batches(training, vocabulary, schedule.batch_size, rng)
-    losses: dict[str, tuple[float, ...]] = {}
-    scores: dict[str, MaskedScore] = {}
+        self.held_out = Batches(held_out, vocabulary, schedule.batch_size, seed, **how)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.teacher = PreTrainingModel(teacher_config).to(self.place.device)
+            self.student = PreTrainingModel(student_config).to(self.place.device).eval()
+        given = teacher is not None
+        if teacher is not None:
+            self.teacher.load_state_dict(teacher)
+        self.teacher.eval()
+        first = MaskedWords(self.teacher, "teacher", 1, schedule.teacher_steps, schedule.teacher_rate, schedule.warm_up)
+        alone = schedule.strategy == "none"
+        self.stages: list[Stage] = [] if given or alone else [first]
+        self.stages += student_stages(self.student, None if alone else self.teacher, schedule)
+        self.losses: dict[str, list[float]] = {}
+        self.scores: dict[str, MaskedScore] = {}
+        self._stage, self._step, self._tokens = 0, 0, 0
+        self._identity = _identity(student_config, teacher_config, schedule, seed, corpus, vocabulary, given)
 
-    def measure(name: str, model: PreTrainingModel) -> None:
-        scores[name] = score_masked(model, held_out, vocabulary, seed)
+    # ---- the loop --------------------------------------------------------------------------------------------------
 
-    with torch.random.fork_rng(devices=[]):  # initial weights and dropout draw from torch's global generator
-        torch.manual_seed(seed)
-        teacher, student = PreTrainingModel(teacher_config), PreTrainingModel(student_config).eval()
-        losses["teacher"] = train_masked(teacher, batches, schedule, progress)
-        measure("teacher", teacher)
-        copy_from_teacher(student, teacher)
-        measure("student before", student)
-        phases = _phase_steps(schedule.transfer_steps, student_config.num_hidden_layers)
-        for layer, steps in enumerate(phases):
-            losses[f"transfer/{layer + 1}"] = transfer_layer(
-                student, teacher, layer, batches, steps, schedule, progress
+    def run(self) -> Result:
+        """Train to the end, from wherever the checkpoint stands; the same arguments give the same bits on a CPU.
+
+        Raises:
+            DistillationError: a loss no longer finite (the message names stage and step; the last good checkpoint stays).
+        """
+        begun = time.monotonic()
+        state = self._resume()
+        with torch.random.fork_rng(devices=[]):
+            while self._stage < len(self.stages):
+                stage = self.stages[self._stage]
+                if self._step == 0:
+                    self._before(stage)
+                self._train(stage, state)
+                state = None
+                self._after(stage)
+                self._stage, self._step = self._stage + 1, 0
+        student = {n: v.detach().cpu().clone() for n, v in self.student.mobilebert.state_dict().items()}
+        teacher = {n: v.detach().cpu().clone() for n, v in self.teacher.state_dict().items()}
+        losses = {name: tuple(values) for name, values in self.losses.items()}
+        return Result(student, teacher, losses, self.scores, self.schedule, self.seed, time.monotonic() - begun)
+
+    def _before(self, stage: Stage) -> None:
+        if stage.trained is self.student and not self.scores.get("student before"):
+            if self.schedule.strategy != "none":
+                self.scores.setdefault("teacher", score_masked(self.teacher, self.held_out))
+                copy_from_teacher(self.student, self.teacher)
+            self.scores["student before"] = score_masked(self.student, self.held_out)
+
+    def _after(self, stage: Stage) -> None:
+        if stage.trained is self.teacher:
+            self.scores["teacher"] = score_masked(self.teacher, self.held_out)
+        elif stage.name == "transfer":
+            self.scores["student transferred"] = score_masked(self.student, self.held_out)
+        else:
+            self.scores["student"] = score_masked(self.student, self.held_out)
+
+    def _train(self, stage: Stage, optimizer_state: Mapping[str, Tensor] | None) -> None:
+        optimizer = make_optimizer(self.schedule.optimizer, stage.groups())
+        if optimizer_state:
+            _restore_optimizer(optimizer, optimizer_state)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        # The paper's recipe has dropout off while a student follows its teacher, on while a model learns by itself.
+        stage.trained.train(isinstance(stage, MaskedWords))
+        saved = time.monotonic()
+        pace = _Pace()
+        while self._step < stage.steps:
+            for group, rate in zip(optimizer.param_groups, stage.rates(self._step), strict=True):
+                group["lr"] = rate
+            label, loss, norm, tokens = self._descend(stage, optimizer, parameters)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise DistillationError(
+                    f"{label}: the loss is {loss} and the gradient's norm {norm} at step {self._step + 1} of "
+                    f"{stage.steps}; use a lower rate, or a student with normalization_type layer_norm"
+                )
+            optimizer.step()
+            self._step += 1
+            self._tokens += tokens
+            self.losses.setdefault(label, []).append(loss)
+            pace.add(tokens)
+            left = stage.steps - self._step + sum(later.steps for later in self.stages[self._stage + 1 :])
+            self.progress(
+                Tick(label, self._step, stage.steps, loss, self._tokens, pace.tokens_per_s, left * pace.seconds_a_step)
             )
-        measure("student transferred", student)
-        losses["distillation"] = distill_predictions(student, teacher, batches, schedule, progress)
-        measure("student", student)
-    state = {name: value.detach().clone() for name, value in student.mobilebert.state_dict().items()}
-    return Result(state, losses, scores, schedule, seed)
+            if self.folder is not None and time.monotonic() - saved >= self.save_every_s:
+                self.save(optimizer)
+                saved = time.monotonic()
+        stage.trained.eval()
+
+    def _descend(
+        self, stage: Stage, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
+    ) -> tuple[str, float, float, int]:
+        """Gradients of one step, clipped. Returns what it was a step of, its loss, the gradient's norm, its tokens."""
+        batch = self.batches.batch(self._step, stage.number)
+        # A step's dropout depends on where it is, not on how the process came there.
+        torch.manual_seed(_mix(self.seed, stage.number, self._step, self.place.rank))
+        optimizer.zero_grad(set_to_none=True)
+        parts = batch.split(self.schedule.accumulate)
+        total = 0.0
+        for part in parts:
+            with self.precision():
+                loss = stage.loss(part.to(self.place.device), self._step) / len(parts)
+            loss.backward()
+            total += float(loss.detach())
+        total = self._average(parameters, total)
+        norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
+        return stage.label(self._step), total, norm, int(batch.attention_mask.sum()) * self.place.ranks
+
+    def precision(self) -> AbstractContextManager[Any]:
+        if self.schedule.precision == "bfloat16":
+            return torch.autocast(self.place.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _average(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
+        """Means over processes, of the gradients in place and of the loss."""
+        if self.place.ranks == 1:
+            return loss
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients] + [torch.tensor([loss], device=self.place.device)])
+        dist.all_reduce(flat)
+        flat /= self.place.ranks
+        at = 0
+        for gradient in gradients:
+            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+            at += gradient.numel()
+        return float(flat[-1])
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write the checkpoint beside the last one, then in its place: a full disk leaves the last one.
+
+        Raises:
+            DistillationError: it cannot be written.
+        """
+        if self.folder is None or not self.place.first:
+            return
+        tensors = {f"student.{n}": v for n, v in self.student.state_dict().items()}
+        tensors |= {f"teacher.{n}": v for n, v in self.teacher.state_dict().items()}
+        tensors |= _optimizer_tensors(optimizer)
+        tensors |= {f"losses.{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.losses.items()}
+        where = {
+            "identity": self._identity,
+            "stage": self._stage,
+            "step": self._step,
+            "tokens": self._tokens,
+            "scores": {name: asdict(score) for name, score in self.scores.items()},
+        }
+        path = self.folder / CHECKPOINT
+        partial = path.with_suffix(".partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(held, partial, metadata={"where": json.dumps(where)})
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise DistillationError(
+                f"the checkpoint cannot be written to {path}: {getattr(error, 'strerror', None) or error}; the one before is "
+                "still there, so free some space and start again"
+            ) from None
+
+    def _resume(self) -> Mapping[str, Tensor] | None:
+        """Take up the checkpoint of this very run, if there is one. Returns its optimizer's tensors."""
+        path = None if self.folder is None else self.folder / CHECKPOINT
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                where = json.loads(file.metadata()["where"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if where["identity"] != self._identity:
+                raise DistillationError(
+                    f"{path} is of a run with another corpus, seed, schedule or geometry; delete its folder, or use another"
+                )
+            for prefix, model in (("student.", self.student), ("teacher.", self.teacher)):
+                model.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
+            self._stage, self._step, self._tokens = (int(where[key]) for key in ("stage", "step", "tokens"))
+            self.scores = {name: MaskedScore(**score) for name, score in where["scores"].items()}
+            names = [n for n in tensors if n.startswith("losses.")]
+            self.losses = {n.removeprefix("losses."): tensors[n].tolist() for n in sorted(names, key=_stage_order)}
+            return {n: v for n, v in tensors.items() if n.startswith("optimizer.")}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, DistillationError):
+                raise
+            raise DistillationError(f"{path} is damaged ({error}); delete it, and the run begins anew") from None
+
+
+class _Pace:
+    """Speed over the last steps."""
+
+    def __init__(self, steps: int = 50) -> None:
+        self._most = steps
+        self._marks: list[tuple[float, int]] = [(time.monotonic(), 0)]
+
+    def add(self, tokens: int) -> None:
+        self._marks.append((time.monotonic(), self._marks[-1][1] + tokens))
+        del self._marks[: -self._most - 1]
+
+    @property
+    def _span(self) -> tuple[float, int]:
+        (t0, n0), (t1, n1) = self._marks[0], self._marks[-1]
+        return max(t1 - t0, 1e-9), n1 - n0
+
+    @property
+    def tokens_per_s(self) -> float:
+        seconds, tokens = self._span
+        return tokens / seconds
+
+    @property
+    def seconds_a_step(self) -> float:
+        return self._span[0] / max(1, len(self._marks) - 1)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    held = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, state in held.items() for name, v in state.items()}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        _, index, name = key.split(".", 2)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _stage_order(name: str) -> tuple[int, int]:
+    stage, _, part = name.removeprefix("losses.").partition("/")
+    known = ("teacher", "transfer", "distillation", "masked words")
+    return known.index(stage) if stage in known else len(known), int(part or 0)
+
+
+def _mix(*numbers: int) -> int:
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def _identity(
+    student: MobileBertConfig,
+    teacher: MobileBertConfig,
+    schedule: Schedule,
+    seed: int,
+    corpus: TokenCorpus,
+    vocabulary: Vocabulary,
+    given: bool,
+) -> str:
+    """Of two runs that have it in common, one can go on with the other's checkpoint."""
+    content = [student.to_dict(), teacher.to_dict(), asdict(schedule), seed, vocabulary.digest(), given]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(corpus.chunks).tobytes())
+    for shard in corpus.shards:
+        digest.update(np.ascontiguousarray(shard.sentences).tobytes())
+    return digest.hexdigest()
 
 
 def mean_of_last(losses: Mapping[str, tuple[float, ...]], share: float = 0.1) -> dict[str, float]:

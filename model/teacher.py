@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pocketfed.model.checkpoints import CheckpointError, load_folder, save_folder
 from pocketfed.model.config import ConfigError, MobileBertConfig
 from pocketfed.model.mobilebert import MobileBert, activate
+from pocketfed.model.tokenization import Vocabulary
 
 
 class Transform(nn.Module):
@@ -55,6 +59,7 @@ class PreTrainingHeads(nn.Module):
     def __init__(self, config: MobileBertConfig) -> None:
         super().__init__()
         self.predictions = MaskedLanguageHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)  # next sentence: 0, from elsewhere: 1
 
 
 class PreTrainingModel(nn.Module):
@@ -71,9 +76,16 @@ class PreTrainingModel(nn.Module):
         """(M, D) -> (M, V) logits: the head alone, for positions picked from the encoder's output."""
         return self.cls.predictions(hidden, self.mobilebert.embeddings.word_embeddings.weight)  # type: ignore[no-any-return]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, chosen: Tensor) -> Tensor:
-        """(B, T) int64, int64 and bool -> logits (M, V) of the M chosen positions, in row order."""
-        return self.predict(self.mobilebert(input_ids, attention_mask).last[chosen])
+    def relate(self, last: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T, D) -> (B, 2): whether the second segment follows the first, from what task heads read too."""
+        return self.cls.seq_relationship(self.mobilebert.pool(last, attention_mask))  # type: ignore[no-any-return]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, chosen: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) int64, int64, bool, int64 -> logits (M, V) of the M chosen positions in row order, and (B, 2) of pairs."""
+        last = self.mobilebert(input_ids, attention_mask, token_type_ids).last
+        return self.predict(last[chosen]), self.relate(last, attention_mask)
 
 
 def copy_from_teacher(student: PreTrainingModel, teacher: PreTrainingModel) -> None:
@@ -89,3 +101,30 @@ def copy_from_teacher(student: PreTrainingModel, teacher: PreTrainingModel) -> N
     if student.config.normalization_type != teacher.config.normalization_type:
         kept = {name: value for name, value in kept.items() if not name.startswith("mobilebert.embeddings.LayerNorm.")}
     student.load_state_dict(kept, strict=False)
+
+
+def save_pretrained(model: PreTrainingModel, vocabulary: Vocabulary, folder: Path) -> None:
+    """A pre-training model with its heads as a folder, in Hugging Face's names; whole or not at all.
+
+    Raises:
+        CheckpointError: the place is taken by something else, or cannot be written to.
+    """
+    save_folder(folder, model.config, model.state_dict(), vocabulary)
+
+
+def load_pretrained(folder: Path) -> tuple[PreTrainingModel, Vocabulary]:
+    """
+    Raises:
+        CheckpointError: no folder of a model with its pre-training heads.
+    """
+    config, tensors, vocabulary = load_folder(folder)
+    model = PreTrainingModel(config)
+    expected = model.state_dict()
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            raise CheckpointError(
+                f"{folder} has no tensor {name} of shape {tuple(value.shape)}; a teacher needs its pre-training heads, so "
+                "give a folder that `pocketfed distill --keep-teacher` made"
+            )
+    model.load_state_dict({name: tensors[name].float() for name in expected})
+    return model.eval(), vocabulary

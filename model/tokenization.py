@@ -271,6 +271,14 @@ class Tokenizer:
             np.array([row.attention_mask for row in rows], np.int64),  # (B, T)
         )
 
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, whole and without special tokens."""
+        self._pipeline.no_truncation()
+        self._pipeline.no_padding()
+        rows = self._pipeline.encode_batch_fast([_encodable(text) for text in texts], add_special_tokens=False)
+        self._pipeline.enable_padding(pad_id=self.vocabulary.pad_id)
+        return [row.ids for row in rows]
+
 
 def _checked_pairs(texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int) -> Sequence[str | None]:
     """One second text, or None, for each text."""

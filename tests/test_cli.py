@@ -158,7 +158,7 @@ def artifact(quantized: Path, data: Path) -> Path:
 def test_distill_writes_a_model_folder_and_says_what_it_is(data: Path, tmp_path: Path) -> None:
     arguments = ("distill", "--corpus", data, "--preset", "nano", "--steps", 8, "--set", "vocab_size=200", "--json")
     report = json.loads(works(*arguments, "--out", tmp_path / "one"))
-    assert report["corpus"]["lines"] == 21, "60 rows, of 3 × 7 distinct texts"
+    assert report["corpus"]["documents"] == 21, "60 rows, of 3 × 7 distinct texts"
     assert set(report["scores"]) >= {"teacher", "student"}
     assert {p.name for p in (tmp_path / "one").iterdir()} >= {"config.json", "model.safetensors", "vocab.txt"}
     works(*arguments, "--out", tmp_path / "two")
@@ -549,4 +549,4 @@ def test_a_corpus_may_be_several_paths_after_one_option(tmp_path: Path) -> None:
         [sys.executable, "-m", "pocketfed.cli", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "b.txt holds 4 distinct lines" in done.stderr  # those of both
+    assert "b.txt holds 4 distinct sentences" in done.stderr  # those of both

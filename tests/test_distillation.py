@@ -5,44 +5,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from pocketfed.coordinator import pipeline
+from pocketfed.coordinator import distilling, pipeline
 from pocketfed.model.checkpoints import CheckpointError, load, load_student
 from pocketfed.model.config import STUDENTS, TEACHERS, ConfigError, MobileBertConfig
-from pocketfed.model.distillation import (
+from pocketfed.model.corpus import CorpusError
+from pocketfed.model.distillation import CHECKPOINT, Distillation, Result, Tick
+from pocketfed.model.lamb import Lamb, parameter_groups
+from pocketfed.model.objectives import (
+    attention_loss,
+    feature_map_loss,
+    next_sentence_loss,
+    pretraining_distillation_loss,
+)
+from pocketfed.model.planning import plan
+from pocketfed.model.pretraining import NO_PAIR, Batches, MaskedBatch, score_masked
+from pocketfed.model.schedules import (
     DistillationError,
     Schedule,
-    attention_loss,
-    check_pair,
-    distill,
-    feature_map_loss,
+    layer_rates,
     linear_decay,
     phase_decay,
-    pretraining_distillation_loss,
     schedule_for,
-    train_masked,
-    transfer_layer,
 )
-from pocketfed.model.lamb import Lamb, parameter_groups
-from pocketfed.model.pretraining import (
-    CorpusError,
-    TokenCorpus,
-    encode_corpus,
-    epoch,
-    mask_tokens,
-    masked_batches,
-    read_corpus,
-    score_masked,
-    split_held_out,
-)
+from pocketfed.model.stages import MaskedWords, Transfer, check_pair, make_optimizer, student_stages
 from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher
+from pocketfed.model.token_store import TokenCorpus, store_corpus
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
 
 
@@ -87,10 +88,20 @@ QUICK = dataclasses.replace(schedule_for("nano"), teacher_steps=400, transfer_st
 
 
 @pytest.fixture(scope="module")
-def material() -> tuple[TokenCorpus, Vocabulary]:
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenCorpus, Vocabulary]:
     lines = sentences(1500)
     vocabulary = train_vocabulary(lines, 400)
-    return encode_corpus(Tokenizer(vocabulary), lines, 24), vocabulary
+    folder = tmp_path_factory.mktemp("material") / "corpus"
+    return store_corpus([(line,) for line in lines], Tokenizer(vocabulary), folder, 24), vocabulary
+
+
+def distilled(
+    material: tuple[TokenCorpus, Vocabulary], schedule: Schedule, seed: int = 0, **more: Any
+) -> tuple[Distillation, Result]:
+    corpus, vocabulary = material
+    student, teacher = fitted(SMALL, vocabulary), fitted(SMALL_TEACHER, vocabulary)
+    run = Distillation(student, teacher, corpus, vocabulary, schedule, seed, **more)
+    return run, run.run()
 
 
 def fitted(config: MobileBertConfig, vocabulary: Vocabulary) -> MobileBertConfig:
@@ -142,6 +153,13 @@ def test_losses_are_computed_in_float32_whatever_the_model_has() -> None:
     assert pretraining_distillation_loss(x[0], x[0], torch.tensor([0, 1, 2])).dtype == torch.float32
 
 
+def test_next_sentence_loss_counts_pairs_only() -> None:
+    logits = torch.tensor([[0.0, math.log(3.0)], [5.0, 5.0], [0.0, 0.0]])
+    labels = torch.tensor([1, NO_PAIR, 0])
+    assert float(next_sentence_loss(logits, labels)) == pytest.approx((-math.log(0.75) + math.log(2)) / 2)
+    assert float(next_sentence_loss(logits, torch.full((3,), NO_PAIR))) == 0.0
+
+
 # ---- LAMB ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +196,28 @@ def test_rates_warm_up_and_come_down() -> None:
     assert [phase_decay(s, 100, 0.1) for s in (0, 9, 64)] == pytest.approx([0.1, 0.9 + 0.1 * math.sqrt(0.91), 0.96])
 
 
+def test_progressive_rates_are_full_for_the_phases_layer_a_tenth_below_and_nothing_above() -> None:
+    rates = [layer_rates(step, [4, 4, 2], 1.0, 0.5) for step in range(10)]
+    decayed = [0.9 + 0.1 * math.sqrt(0.75), 0.9 + 0.1 * math.sqrt(0.5), 0.9 + 0.1 * math.sqrt(0.25)]
+    expected = [
+        [0.5, 0.0, 0.0],
+        [decayed[0], 0.0, 0.0],
+        [decayed[1], 0.0, 0.0],
+        [decayed[2], 0.0, 0.0],
+        [0.05, 0.5, 0.0],
+        [0.1 * decayed[0], decayed[0], 0.0],
+        [0.1 * decayed[1], decayed[1], 0.0],
+        [0.1 * decayed[2], decayed[2], 0.0],
+        [0.1, 0.1, 1.0],
+        [0.1 * decayed[1], 0.1 * decayed[1], decayed[1]],
+    ]
+    assert [pytest.approx(row) for row in expected] == rates
+
+
 # ---- the head ------------------------------------------------------------------------------------------------------
 
 
-def test_masked_language_logits_are_those_of_hugging_face() -> None:
+def test_logits_of_words_and_pairs_are_those_of_hugging_face() -> None:
     import transformers
 
     config = MobileBertConfig(
@@ -196,7 +232,7 @@ def test_masked_language_logits_are_those_of_hugging_face() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         values = {k: v for k, v in config.to_dict().items() if k not in ("pooling", "head_norm", "mask_style")}
-        theirs = transformers.MobileBertForMaskedLM(transformers.MobileBertConfig(**values))
+        theirs = transformers.MobileBertForPreTraining(transformers.MobileBertConfig(**values))
         for parameter in theirs.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     theirs = theirs.double().eval()
@@ -206,9 +242,10 @@ def test_masked_language_logits_are_those_of_hugging_face() -> None:
     ids = torch.tensor([[3, 4, 5, 6]])
     chosen = torch.tensor([[False, True, False, True]])
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(ids, torch.ones_like(ids), chosen), theirs(input_ids=ids).logits[chosen], rtol=1e-6, atol=1e-9
-        )
+        words, related = ours(ids, torch.ones_like(ids), chosen)
+        expected = theirs(input_ids=ids)
+        torch.testing.assert_close(words, expected.prediction_logits[chosen], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(related, expected.seq_relationship_logits, rtol=1e-6, atol=1e-9)
 
 
 def test_a_student_starts_with_its_teachers_embeddings_and_head_and_an_encoder_of_its_own() -> None:
@@ -230,116 +267,28 @@ def test_embeddings_wider_than_the_hidden_state_are_refused() -> None:
         PreTrainingModel(SMALL.with_changes(embedding_size=64))
 
 
-# ---- corpus and masks ----------------------------------------------------------------------------------------------
-
-
-def test_a_corpus_is_read_from_every_kind_of_file_and_each_line_once(tmp_path: Path) -> None:
-    lines = [f"line number {i}" for i in range(24)]
-    (tmp_path / "a.txt").write_text("\n".join(lines[:8]) + "\n\nword\n" + lines[0] + "\n")
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": line, "id": 1}) for line in lines[8:14]))
-    (tmp_path / "c.csv").write_text("label,text\n" + "\n".join(f'x,"{line}"' for line in lines[14:19]))
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "d.tsv").write_text("sentence\tlabel\n" + "\n".join(f"{line}\ty" for line in lines[19:]))
-    (tmp_path / "ignored.png").write_bytes(b"\x89PNG\0")
-    assert read_corpus([tmp_path]) == tuple(lines)
-
-
-def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path: Path) -> None:
-    rows = "".join(f'he said "number {i}\n' for i in range(20))
-    (tmp_path / "a.tsv").write_text("text\n" + rows)
-    assert len(read_corpus([tmp_path])) == 20
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("empty.txt", b"", "holds 0 distinct lines"),
-        ("short.txt", b"one short line\n", "holds 1 distinct lines of two words or more; pre-training needs at least"),
-        ("latin.txt", b"caf\xe9 au lait\n", "is not UTF-8 text"),
-        ("binary.txt", b"a b\0c d\n", "holds NUL bytes"),
-        ("bad.jsonl", b'{"text": "a b"}\n{"text"\n', "line 2 is not JSON"),
-        ("nokey.jsonl", b'{"txt": "a b"}\n', 'line 1 has no "text"'),
-        ("list.jsonl", b'["a b"]\n', 'line 1 has no "text"'),
-        ("bad.csv", b"id,label\n1,x\n", "has no column named text; its columns are id, label"),
-        ("none.csv", b"", "its columns are none"),
-    ],
-)
-def test_a_bad_corpus_is_refused_in_one_sentence(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(CorpusError) as refusal:
-        read_corpus([path])
-    assert said in str(refusal.value)
-    assert name in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="nowhere does not exist"):
-        read_corpus([tmp_path / "nowhere"])
-    with pytest.raises(CorpusError, match="holds no text"):
-        read_corpus([tmp_path])
-    with pytest.raises(CorpusError, match="no corpus was given"):
-        read_corpus([])
-
-
-def test_a_line_too_long_for_the_model_becomes_several(material: tuple[TokenCorpus, Vocabulary]) -> None:
-    _, vocabulary = material
-    corpus = encode_corpus(Tokenizer(vocabulary), ["cat " * 100], 10)
-    assert len(corpus) == 17  # six words a piece
-    assert corpus.lengths.tolist() == [8] * 16 + [6]
-
-
-def test_masking_hides_fifteen_percent_of_ordinary_tokens_as_bert_does(
-    material: tuple[TokenCorpus, Vocabulary],
-) -> None:
-    corpus, vocabulary = material
-    ids, mask = corpus.rows(np.arange(len(corpus)), vocabulary.pad_id)
-    hidden, chosen = mask_tokens(ids, mask, vocabulary, np.random.default_rng(0))
-    special = [vocabulary.pad_id, vocabulary.unk_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]
-    assert not np.isin(ids[chosen], special).any()
-    assert (hidden == ids)[~chosen].all()
-    ordinary = (mask == 1) & ~np.isin(ids, special)
-    assert (chosen.sum(1) == np.maximum(1, np.rint(0.15 * ordinary.sum(1)))).all()
-    masked = (hidden == vocabulary.mask_id)[chosen].mean()
-    kept = (hidden == ids)[chosen].mean()
-    assert masked == pytest.approx(0.8, abs=0.03)
-    assert kept == pytest.approx(0.1, abs=0.03)
-    again = mask_tokens(ids, mask, vocabulary, np.random.default_rng(0))
-    assert (again[0] == hidden).all()
-
-
-def test_an_epoch_has_each_line_once_in_batches_of_similar_length() -> None:
-    lengths = np.random.default_rng(0).integers(3, 60, 1000)
-    batches = epoch(lengths, 32, np.random.default_rng(1))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(1000))
-    padded = sum(int(lengths[b].max()) * len(b) for b in batches)
-    assert padded < 1.1 * lengths.sum()
-
-
-def test_held_out_lines_are_not_trained_on(material: tuple[TokenCorpus, Vocabulary]) -> None:
-    corpus, _ = material
-    training, held_out = split_held_out(corpus, np.random.default_rng(0))
-    assert (len(training), len(held_out)) == (1425, 75)
-    assert len(training.tokens) + len(held_out.tokens) == len(corpus.tokens)
-
-
 # ---- the stages ----------------------------------------------------------------------------------------------------
 
 
 def test_transfer_moves_only_the_layers_up_to_the_current_one(material: tuple[TokenCorpus, Vocabulary]) -> None:
     corpus, vocabulary = material
-    config = fitted(SMALL, vocabulary)
-    deep = config.with_changes(num_hidden_layers=3)
+    deep = fitted(SMALL, vocabulary).with_changes(num_hidden_layers=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = PreTrainingModel(deep).eval()
         teacher = PreTrainingModel(fitted(SMALL_TEACHER, vocabulary).with_changes(num_hidden_layers=3)).eval()
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    batches = masked_batches(corpus, vocabulary, 16, np.random.default_rng(0))
-    losses = transfer_layer(student, teacher, 1, batches, 5, dataclasses.replace(QUICK, optimizer="lamb"))
+    stage = Transfer(student, teacher, dataclasses.replace(QUICK, optimizer="lamb", transfer_steps=15))
+    optimizer = make_optimizer("lamb", stage.groups())
+    batches = Batches(corpus, vocabulary, 16, 0)
+    for step in range(5, 10):  # the second layer's phase
+        for group, rate in zip(optimizer.param_groups, stage.rates(step), strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        stage.loss(batches.batch(step, stage.number), step).backward()
+        optimizer.step()
+        assert stage.label(step) == "transfer/2"
     moved = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
-    assert len(losses) == 5
     assert {k.split(".")[3] for k in moved} == {"0", "1"}
     assert all(k.startswith("mobilebert.encoder.layer.") for k in moved)
 
@@ -350,18 +299,161 @@ def test_transfer_moves_only_the_layers_up_to_the_current_one(material: tuple[To
     assert change(0) == pytest.approx(0.1 * change(1), rel=0.35)  # a tenth of the rate
 
 
-def test_a_loss_that_is_not_finite_stops_with_stage_and_step(material: tuple[TokenCorpus, Vocabulary]) -> None:
+def test_a_deeper_teacher_is_followed_at_every_second_layer() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = PreTrainingModel(SMALL_TEACHER.with_changes(num_hidden_layers=4)).eval()
+        student = PreTrainingModel(SMALL).eval()
+    schedule = dataclasses.replace(QUICK, strategy="joint", attention=False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    nothing = torch.empty(0, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    batch = MaskedBatch(ids, mask, torch.zeros_like(ids), ids < 0, nothing, torch.tensor([NO_PAIR]))
+    stage = Transfer(student, teacher, schedule)
+    with torch.no_grad():
+        ours, theirs = student.mobilebert(ids, mask), teacher.mobilebert(ids, mask)
+        expected = sum(float(feature_map_loss(ours.hidden[i], theirs.hidden[2 * i + 1], mask)) for i in (0, 1)) / 2
+        assert float(stage.loss(batch, 0)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({}, [("transfer", 200), ("distillation", 200)]),
+        ({"strategy": "joint"}, [("transfer", 200), ("distillation", 200)]),
+        ({"strategy": "auxiliary"}, [("distillation", 400)]),
+        ({"feature_maps": False, "attention": False}, [("distillation", 400)]),
+        ({"strategy": "none"}, [("masked words", 400)]),
+    ],
+)
+def test_every_strategy_gives_the_student_the_same_number_of_steps(
+    changes: dict[str, Any], stages: list[tuple[str, int]]
+) -> None:
+    schedule = dataclasses.replace(QUICK, **changes)
+    made = student_stages(PreTrainingModel(SMALL), PreTrainingModel(SMALL_TEACHER), schedule)
+    assert [(stage.name, stage.steps) for stage in made] == stages
+
+
+@pytest.mark.parametrize("strategy", ["joint", "auxiliary", "none"])
+def test_other_strategies_train_too(material: tuple[TokenCorpus, Vocabulary], strategy: str) -> None:
+    schedule = dataclasses.replace(QUICK.scaled(60, layers=2), strategy=strategy)
+    _, result = distilled(material, schedule)
+    assert result.scores["student"].loss < result.scores["student before"].loss
+    assert ("teacher" in result.scores) == (strategy != "none")
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(material: tuple[TokenCorpus, Vocabulary]) -> None:
     corpus, vocabulary = material
-    model = PreTrainingModel(fitted(SMALL, vocabulary))
-    batches = masked_batches(corpus, vocabulary, 8, np.random.default_rng(0))
+    batch = Batches(corpus, vocabulary, 12, 0).batch(0)
+    assert batch.chosen.sum(1).unique().numel() == 1  # of one length, so that parts weigh the same
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stage = MaskedWords(PreTrainingModel(fitted(SMALL, vocabulary)).eval(), "teacher", 1, 10, 1e-3, 0.1)
+
+    def gradient(parts: int) -> torch.Tensor:
+        stage.trained.zero_grad()
+        for part in batch.split(parts):
+            (stage.loss(part, 0) / parts).backward()
+        return torch.cat([p.grad.flatten() for p in stage.trained.parameters() if p.grad is not None])
+
+    torch.testing.assert_close(gradient(3), gradient(1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_with_stage_and_step(material: tuple[TokenCorpus, Vocabulary]) -> None:
     hopeless = dataclasses.replace(QUICK, teacher_rate=1e30, warm_up=0.0)
     with pytest.raises(DistillationError, match=r"teacher: the loss is .* at step \d+ of 400; use a lower rate"):
-        train_masked(model, batches, hopeless)
+        distilled(material, hopeless)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+) -> None:
+    # With dropout, so that its draws have to be the same too.
+    teacher = fitted(SMALL_TEACHER, material[1]).with_changes(hidden_dropout_prob=0.1)
+    student, schedule = fitted(SMALL, material[1]), QUICK.scaled(24, layers=2)
+
+    def run(folder: Path | None, stop: tuple[str, int] | None) -> Result:
+        def watch(tick: Tick) -> None:
+            if (tick.stage, tick.step) == stop:
+                raise KilledError
+
+        return Distillation(
+            student, teacher, *material, schedule, 5, folder=folder, progress=watch, save_every_s=0.0
+        ).run()
+
+    whole = run(None, None)
+    steps = [("teacher", 3), ("transfer/1", 2), ("transfer/2", 5), ("distillation", 1)]
+    for number, stop in enumerate(steps):
+        folder = tmp_path / str(number)
+        with pytest.raises(KilledError):
+            run(folder, stop)
+        again = run(folder, None)
+        assert all(torch.equal(again.student[k], v) for k, v in whole.student.items()), stop
+        assert again.losses == whole.losses
+        assert again.scores == whole.scores
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+) -> None:
+    def stop(tick: Tick) -> None:
+        if tick.step == 2:
+            raise KilledError
+
+    schedule = QUICK.scaled(10, layers=2)
+    more: dict[str, Any] = {"folder": tmp_path, "save_every_s": 0.0}
+    with pytest.raises(KilledError):
+        distilled(material, schedule, 1, progress=stop, **more)
+    with pytest.raises(DistillationError, match="is of a run with another corpus, seed, schedule or geometry"):
+        distilled(material, schedule, 2, **more)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DistillationError, match=r"is damaged .*; delete it"):
+        distilled(material, schedule, 1, **more)
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+) -> None:
+    kept: list[bytes] = []
+
+    def fill(tick: Tick) -> None:
+        if tick.step == 3:
+            kept.append((tmp_path / CHECKPOINT).read_bytes())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may grow beyond that
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails, as on a full disk
+    try:
+        with pytest.raises(DistillationError, match=r"cannot be written .* the one before is still there"):
+            distilled(material, QUICK.scaled(10, layers=2), 1, folder=tmp_path, save_every_s=0.0, progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    assert (tmp_path / CHECKPOINT).read_bytes() == kept[0]
+
+
+def test_a_plan_counts_steps_and_tokens_and_changes_nothing(material: tuple[TokenCorpus, Vocabulary]) -> None:
+    corpus, vocabulary = material
+    student, teacher = fitted(SMALL, vocabulary), fitted(SMALL_TEACHER, vocabulary)
+    run = Distillation(student, teacher, corpus, vocabulary, QUICK, 0)
+    before = {k: v.clone() for k, v in run.student.state_dict().items()}
+    costs = plan(run)
+    assert [(c.name, c.steps) for c in costs] == [("teacher", 400), ("transfer", 200), ("distillation", 200)]
+    per_text = run.batches.corpus.lengths.mean() + 3
+    assert costs[0].tokens == round(400 * 32 * per_text)
+    assert all(c.hours > 0 and c.flops > 0 for c in costs)
+    assert all(torch.equal(v, before[k]) for k, v in run.student.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"num_hidden_layers": 3}, "num_hidden_layers is 2 and the teacher's is 3"), ({"hidden_size": 48}, "hidden_size")],
+    [({"num_hidden_layers": 3}, "the student has 2 layers and the teacher 3"), ({"hidden_size": 48}, "hidden_size")],
 )
 def test_a_pair_that_does_not_fit_is_refused(change: dict[str, int], said: str) -> None:
     with pytest.raises(DistillationError, match=said):
@@ -384,37 +476,27 @@ def test_a_schedule_scales_in_proportion_and_refuses_too_few_steps() -> None:
 def test_a_distilled_student_follows_its_teacher_and_beats_one_that_never_had_a_teacher(
     material: tuple[TokenCorpus, Vocabulary],
 ) -> None:
-    corpus, vocabulary = material
-    student, teacher = fitted(SMALL, vocabulary), fitted(SMALL_TEACHER, vocabulary)
     seen: list[tuple[str, int, int]] = []
     state = torch.get_rng_state()
-    watch = lambda stage, step, steps, loss: seen.append((stage, step, steps))  # noqa: E731
-    result = distill(student, teacher, corpus, vocabulary, QUICK, 0, watch)
+    run, result = distilled(material, QUICK, progress=lambda tick: seen.append((tick.stage, tick.step, tick.steps)))
     assert torch.equal(torch.get_rng_state(), state)
     assert len(seen) == QUICK.steps
     assert seen[-1] == ("distillation", 200, 200)
     assert list(result.losses) == ["teacher", "transfer/1", "transfer/2", "distillation"]
     for stage in ("transfer/1", "transfer/2"):
         assert np.mean(result.losses[stage][-10:]) < 0.75 * result.losses[stage][0]
-
-    training, held_out = split_held_out(corpus, np.random.default_rng(0))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        alone = PreTrainingModel(student)
-        batches = masked_batches(training, vocabulary, QUICK.batch_size, np.random.default_rng(1))
-        train_masked(alone, batches, dataclasses.replace(QUICK, teacher_steps=QUICK.distillation_steps))
-    without = score_masked(alone, held_out, vocabulary, 0)
+    # The steps of the distillation on the same text, without a teacher.
+    _, alone = distilled(material, dataclasses.replace(QUICK, strategy="none", transfer_steps=0))
     scores = result.scores
     assert scores["student"].loss < scores["student before"].loss
-    assert scores["student"].loss < without.loss  # the same steps on the same text, without a teacher
+    assert scores["student"].loss < alone.scores["student"].loss
     assert scores["student"].loss < scores["teacher"].loss + 0.1
+    assert scores["student"] == score_masked(run.student, run.held_out)
 
 
 def test_the_same_seed_gives_the_same_student_to_the_last_bit(material: tuple[TokenCorpus, Vocabulary]) -> None:
-    corpus, vocabulary = material
-    student, teacher = fitted(SMALL, vocabulary), fitted(SMALL_TEACHER, vocabulary)
     short = QUICK.scaled(20, layers=2)
-    first, second, other = (distill(student, teacher, corpus, vocabulary, short, seed) for seed in (3, 3, 4))
+    first, second, other = (distilled(material, short, seed)[1] for seed in (3, 3, 4))
     assert all(torch.equal(first.student[k], second.student[k]) for k in first.student)
     assert first.losses == second.losses
     assert any(not torch.equal(first.student[k], other.student[k]) for k in first.student)
@@ -433,7 +515,7 @@ def text(tmp_path: Path) -> Path:
 def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": "32", "embedding_size": "16", "teacher.intermediate_size": "64"}
     overrides = {**sizes, "schedule.batch_size": 8}
-    report = pipeline.distill([text], "nano", tmp_path / "student", steps=20, seed=1, overrides=overrides)
+    report = distilling.distill([text], "nano", tmp_path / "student", steps=20, seed=1, overrides=overrides)
     checkpoint = load(tmp_path / "student")
     assert checkpoint.config.hidden_size == 32
     assert checkpoint.config.vocab_size == len(checkpoint.vocabulary)
@@ -462,6 +544,89 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
     assert float(F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0)) > 0.999
 
 
+def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> None:
+    kept = distilling.DistillOptions(keep_teacher=tmp_path / "teacher", licence="CC0-1.0")
+    first = distilling.distill([text], "nano", tmp_path / "one", steps=16, options=kept)
+    again = distilling.DistillOptions(teacher=tmp_path / "teacher")
+    second = distilling.distill([text], "nano", tmp_path / "two", steps=16, seed=1, options=again)
+    assert second["scores"]["teacher"]["tokens"] > 0
+    assert set(first["losses"]) - set(second["losses"]) == {"teacher"}
+    assert load(tmp_path / "two").vocabulary == load(tmp_path / "teacher").vocabulary
+    assert "Licence: CC0-1.0." in (tmp_path / "one" / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="a teacher needs its pre-training heads"):
+        distilling.distill(
+            [text], "nano", tmp_path / "three", steps=16, options=distilling.DistillOptions(teacher=tmp_path / "one")
+        )
+
+
+def test_bfloat16_trains_and_repeats_itself(material: tuple[TokenCorpus, Vocabulary]) -> None:
+    short = dataclasses.replace(QUICK.scaled(40, layers=2), precision="bfloat16")
+    (_, first), (_, second) = distilled(material, short), distilled(material, short)
+    _, exact = distilled(material, dataclasses.replace(short, precision="float32"))
+    assert first.losses == second.losses
+    assert first.losses["teacher"] != exact.losses["teacher"]
+    assert first.scores["student"].loss == pytest.approx(exact.scores["student"].loss, rel=0.05)
+
+
+def test_tensorboard_files_hold_every_steps_loss(text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = distilling.DistillOptions(tensorboard=tmp_path / "events")
+    distilling.distill([text], "nano", tmp_path / "student", steps=10, options=options)
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert {"loss/teacher", "loss/transfer/1", "loss/transfer/2", "loss/distillation"} <= set(events.Tags()["scalars"])
+    assert sum(len(events.Scalars(tag)) for tag in events.Tags()["scalars"] if tag.startswith("loss/")) == 10
+
+
+def command(text: Path, out: Path, *more: str) -> list[str]:
+    sizes = ["hidden_size=32", "embedding_size=16", "teacher.intermediate_size=64", "schedule.batch_size=8"]
+    settings = [part for size in sizes for part in ("--set", size)]
+    arguments = ["distill", "--corpus", str(text), "--out", str(out), "--preset", "nano", *settings, *more]
+    return ["-m", "pocketfed.cli", *arguments]
+
+
+@pytest.mark.slow
+def test_a_distillation_that_is_killed_goes_on_to_the_same_student(text: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    steps = ("--steps", "300", "--save-every", "0")
+    subprocess.run([sys.executable, *command(text, tmp_path / "whole", *steps)], env=environment, check=True)
+    cut = [sys.executable, *command(text, tmp_path / "cut", *steps)]
+    checkpoint = tmp_path / "cut.work" / CHECKPOINT
+    with subprocess.Popen(cut, env=environment) as process:
+        while not checkpoint.exists():
+            assert process.poll() is None
+            os.sched_yield()
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    subprocess.run(cut, env=environment, check=True)
+    assert not checkpoint.exists()
+    name = "model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_train_one_student(text: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = ("--steps", "40", "--json")
+    two = subprocess.run(
+        [*run, *command(text, tmp_path / "two", *more)], env=environment, check=True, capture_output=True, text=True
+    )
+    one = subprocess.run(
+        [sys.executable, *command(text, tmp_path / "one", *more)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    together, alone = json.loads(two.stdout), json.loads(one.stdout)
+    # The same texts a step; a mean of two processes' means weighs hidden tokens a little differently.
+    assert together["scores"]["student"]["loss"] == pytest.approx(alone["scores"]["student"]["loss"], rel=0.01)
+    assert load(tmp_path / "two").config == load(tmp_path / "one").config
+
+
 def test_inspect_knows_a_preset_without_building_it() -> None:
     seen = pipeline.inspect("mobilebert")
     assert seen["parameters"] == 24_581_888
@@ -486,7 +651,7 @@ def test_nothing_is_written_where_something_is_wrong(text: Path, tmp_path: Path)
     for changes, error, said in cases:
         arguments = {"corpus": [text], "preset": "nano", "out": out, "steps": 10, **changes}
         with pytest.raises(error, match=said):
-            pipeline.distill(**arguments)  # type: ignore[arg-type]
-        assert [p.name for p in tmp_path.iterdir()] == ["corpus.txt"]
+            distilling.distill(**arguments)  # type: ignore[arg-type]
+        assert [p.name for p in tmp_path.iterdir()] == ["corpus.txt"]  # nor a work folder without a checkpoint
     with pytest.raises(CheckpointError, match="no quantization scheme 'int3'"):
         pipeline.quantize(out, out, "int3")

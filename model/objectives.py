@@ -1,0 +1,83 @@
+"""What a student is asked to have in common with its teacher (Sun et al. 2020, section 3.5)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pocketfed.model.pretraining import NO_PAIR
+
+# google-research/mobilebert: the feature-map loss taken apart, so that norm-free features can follow normed ones. Its TF1
+# code compares each student layer's statistics with those of all teacher layers; this is its TF2 port, which compares
+# them with the layer's own.
+FEATURE_WEIGHT, MEAN_WEIGHT, VARIANCE_WEIGHT = 100.0, 5000.0, 5.0
+GROUND_TRUTH_SHARE = 0.5
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, T) values over real tokens."""
+    weights = mask.to(values.dtype)
+    return (values * weights).sum() / weights.sum()
+
+
+def feature_map_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Feature map transfer (Sun et al. 2020, eq. 3), as Google's code takes it apart.
+
+    100 * MSE of the features after a LayerNorm without gain, 5000 * squared difference of their means, 5 * absolute
+    difference of their variances; means over real tokens.
+
+    Args:
+        student, teacher: (B, T, D) block outputs. mask: (B, T), 1 on real tokens.
+    """
+    s, t = _wide(student), _wide(teacher)
+    width = (s.shape[-1],)
+    shape = (F.layer_norm(s, width) - F.layer_norm(t, width)).square().mean(-1)  # (B, T)
+    means = (s.mean(-1) - t.mean(-1)).square()
+    variances = (s.var(-1, unbiased=False) - t.var(-1, unbiased=False)).abs()
+    return _over_tokens(FEATURE_WEIGHT * shape + MEAN_WEIGHT * means + VARIANCE_WEIGHT * variances, mask)
+
+
+def attention_loss(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Attention map transfer (Sun et al. 2020, eq. 4): cross-entropy of student and teacher maps, head by head.
+
+    Same gradient as their KL divergence. Mean over examples, heads and real query positions.
+
+    Args:
+        student, teacher: (B, N, T, T) masked scores before the softmax. mask: (B, T), 1 on real tokens.
+    """
+    s, t = _wide(student), _wide(teacher)
+    cross = -(t.softmax(-1) * s.log_softmax(-1)).sum(-1)  # (B, N, T): one a query
+    return _over_tokens(cross.mean(1), mask)
+
+
+def pretraining_distillation_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, ground_truth: float = GROUND_TRUTH_SHARE
+) -> Tensor:
+    """Pre-training distillation (Sun et al. 2020, eq. 5; next sentences are apart).
+
+    Cross-entropy against `ground_truth` of the hidden token and 1 - `ground_truth` of the teacher's prediction.
+
+    Args:
+        student, teacher: (M, V) logits of the hidden positions. targets: (M,) token ids.
+    """
+    s, t = _wide(student), _wide(teacher)
+    log_probabilities = s.log_softmax(-1)
+    hard = F.nll_loss(log_probabilities, targets)
+    soft = -(t.softmax(-1) * log_probabilities).sum(-1).mean()
+    return ground_truth * hard + (1.0 - ground_truth) * soft
+
+
+def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, mean over the (M, V) hidden positions."""
+    return F.cross_entropy(_wide(logits), targets)
+
+
+def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats of (B, 2) against (B,) labels, mean over texts that are pairs; 0 where none is."""
+    loss = F.cross_entropy(_wide(logits), labels, ignore_index=NO_PAIR, reduction="sum")
+    return loss / (labels != NO_PAIR).sum().clamp_min(1)

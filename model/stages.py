@@ -1,0 +1,237 @@
+"""The stages of a distillation: what each trains, by which loss, at which rates (Sun et al. 2020, section 3.6)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocketfed.model.config import MobileBertConfig
+from pocketfed.model.lamb import Lamb, parameter_groups
+from pocketfed.model.mobilebert import Encoded
+from pocketfed.model.objectives import (
+    attention_loss,
+    feature_map_loss,
+    masked_language_loss,
+    next_sentence_loss,
+    pretraining_distillation_loss,
+)
+from pocketfed.model.pretraining import MaskedBatch
+from pocketfed.model.schedules import (
+    DistillationError,
+    Schedule,
+    layer_rates,
+    linear_decay,
+    phase_decay,
+    phase_of,
+    phase_steps,
+)
+from pocketfed.model.teacher import PreTrainingModel
+
+# What must be alike for features and attention maps to be compared, and for embeddings and heads to be copied.
+SHARED = (
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "embedding_size",
+    "trigram_input",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
+def check_pair(student: MobileBertConfig, teacher: MobileBertConfig) -> None:
+    """Raises DistillationError unless each student layer has a layer of the teacher to follow."""
+    for name in SHARED:
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise DistillationError(
+                f"the student's {name} is {ours} and the teacher's is {theirs}; transfer needs them equal, so set both"
+            )
+    if teacher.num_hidden_layers % student.num_hidden_layers:
+        raise DistillationError(
+            f"the student has {student.num_hidden_layers} layers and the teacher {teacher.num_hidden_layers}; give the "
+            "student as many, or a divisor of them"
+        )
+
+
+class Stage(ABC):
+    """Some steps on one model. `groups` are the optimizer's; `rates(step)` gives one rate a group."""
+
+    name: str
+    number: int  # keeps the stages' batches apart
+    steps: int
+    trained: PreTrainingModel
+
+    @abstractmethod
+    def groups(self) -> list[dict[str, Any]]: ...
+
+    @abstractmethod
+    def rates(self, step: int) -> list[float]: ...
+
+    @abstractmethod
+    def loss(self, batch: MaskedBatch, step: int) -> Tensor: ...
+
+    def label(self, step: int) -> str:
+        """The stage, and what of it a step belongs to."""
+        return self.name
+
+
+@dataclass
+class MaskedWords(Stage):
+    """Pre-training without a teacher: hidden tokens and, where there are pairs, next sentences."""
+
+    trained: PreTrainingModel
+    name: str
+    number: int
+    steps: int
+    peak: float
+    warm_up: float
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.trained.named_parameters(), self.peak)
+
+    def rates(self, step: int) -> list[float]:
+        return [self.peak * linear_decay(step, self.steps, self.warm_up)] * len(self.groups())
+
+    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+        words, pairs = self.trained(batch.input_ids, batch.attention_mask, batch.chosen, batch.token_type_ids)
+        return masked_language_loss(words, batch.targets) + next_sentence_loss(pairs, batch.next_sentence)
+
+
+@dataclass
+class Transfer(Stage):
+    """Knowledge transfer of block outputs and attention maps: layer after layer (progressive) or all at once (joint).
+
+    Progressive: only blocks up to the phase's run; its block learns at the full rate, lower ones at a tenth, higher ones,
+    embeddings and heads rest.
+    """
+
+    trained: PreTrainingModel
+    teacher: PreTrainingModel
+    schedule: Schedule
+    number: int = 2
+    name: str = "transfer"
+
+    def __post_init__(self) -> None:
+        self.steps = self.schedule.transfer_steps
+        self.layers = self.trained.config.num_hidden_layers
+        self.phases = phase_steps(self.steps, self.layers)
+        self.progressive = self.schedule.strategy == "progressive"
+        self._of_layer: list[int] = []  # the layer of each group
+        if self.progressive and self.steps < self.layers:
+            raise DistillationError(
+                f"{self.steps} transfer steps are too few for {self.layers} layers; give each layer at least one"
+            )
+
+    def label(self, step: int) -> str:
+        return f"{self.name}/{phase_of(step, self.phases)[0] + 1}" if self.progressive else self.name
+
+    def groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        self._of_layer = []
+        for layer, block in enumerate(self.trained.mobilebert.encoder.layer):
+            mine = parameter_groups(block.named_parameters(), self.schedule.transfer_rate)
+            groups += mine
+            self._of_layer += [layer] * len(mine)
+        return groups
+
+    def rates(self, step: int) -> list[float]:
+        peak, warm_up = self.schedule.transfer_rate, self.schedule.warm_up
+        if not self.progressive:
+            return [peak * phase_decay(step, self.steps, warm_up)] * len(self._of_layer)
+        of_layer = layer_rates(step, self.phases, peak, warm_up)
+        return [of_layer[layer] for layer in self._of_layer]
+
+    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+        if not self.progressive:
+            ours, theirs = encode_both(self.trained, self.teacher, batch)
+            return transfer_loss(ours, theirs, batch.attention_mask, self.schedule, range(self.layers))
+        layer, _ = phase_of(step, self.phases)
+        ours, theirs = encode_both(self.trained, self.teacher, batch, layer + 1)
+        return transfer_loss(ours, theirs, batch.attention_mask, self.schedule, [layer])
+
+
+@dataclass
+class Predictions(Stage):
+    """Pre-training distillation: everything in the student learns to predict as the teacher does, dropout off in both.
+
+    With `transfer` the losses of all layers are added (auxiliary knowledge transfer).
+    """
+
+    trained: PreTrainingModel
+    teacher: PreTrainingModel
+    schedule: Schedule
+    steps: int
+    transfer: bool = False
+    number: int = 3
+    name: str = "distillation"
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.trained.named_parameters(), self.schedule.distillation_rate)
+
+    def rates(self, step: int) -> list[float]:
+        rate = self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)
+        return [rate] * len(self.groups())
+
+    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+        ours, theirs = encode_both(self.trained, self.teacher, batch)
+        with torch.no_grad():
+            target = self.teacher.predict(theirs.last[batch.chosen])
+        words = self.trained.predict(ours.last[batch.chosen])
+        related = self.trained.relate(ours.last, batch.attention_mask)
+        loss = pretraining_distillation_loss(words, target, batch.targets)
+        loss = loss + next_sentence_loss(related, batch.next_sentence)
+        if self.transfer:
+            layers = range(self.trained.config.num_hidden_layers)
+            loss = loss + transfer_loss(ours, theirs, batch.attention_mask, self.schedule, layers)
+        return loss
+
+
+def encode_both(
+    student: PreTrainingModel, teacher: PreTrainingModel, batch: MaskedBatch, depth: int | None = None
+) -> tuple[Encoded, Encoded]:
+    """Student and, without gradient, teacher on a batch, up to the student's block `depth`."""
+    ratio = teacher.config.num_hidden_layers // student.config.num_hidden_layers
+    inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    with torch.no_grad():
+        theirs = teacher.mobilebert(*inputs, depth=None if depth is None else depth * ratio)
+    return student.mobilebert(*inputs, depth=depth), theirs
+
+
+def transfer_loss(ours: Encoded, theirs: Encoded, mask: Tensor, schedule: Schedule, layers: Sequence[int]) -> Tensor:
+    """Feature-map and attention losses, mean over `layers`; of a deeper teacher every r-th layer is followed."""
+    ratio = len(theirs.hidden) // len(ours.hidden)
+    total = ours.last.new_zeros(())
+    for layer in layers:
+        source = (layer + 1) * ratio - 1
+        if schedule.feature_maps:
+            total = total + feature_map_loss(ours.hidden[layer], theirs.hidden[source], mask)
+        if schedule.attention:
+            total = total + attention_loss(ours.scores[layer], theirs.scores[source], mask)
+    return total / len(layers)
+
+
+def make_optimizer(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if kind == "lamb":
+        return Lamb(groups, lr=0.0)  # each group brings its own rate
+    plain = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
+    # 0.98: a run of hundreds of steps is over before an average over a thousand has settled.
+    return torch.optim.AdamW(plain, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True)
+
+
+def student_stages(student: PreTrainingModel, teacher: PreTrainingModel | None, schedule: Schedule) -> list[Stage]:
+    """What a student goes through after its teacher is ready, by the schedule's strategy."""
+    if teacher is None or schedule.strategy == "none":
+        peak, warm_up = schedule.distillation_rate, schedule.warm_up
+        return [MaskedWords(student, "masked words", 3, schedule.student_steps, peak, warm_up)]
+    if schedule.strategy == "auxiliary":
+        return [Predictions(student, teacher, schedule, schedule.student_steps, transfer=True)]
+    after: list[Stage] = [Predictions(student, teacher, schedule, schedule.distillation_steps)]
+    if not (schedule.feature_maps or schedule.attention) or not schedule.transfer_steps:
+        return [Predictions(student, teacher, schedule, schedule.student_steps)]
+    return [Transfer(student, teacher, schedule), *after]
