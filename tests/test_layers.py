@@ -25,11 +25,14 @@ ONLY_IN = {
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
     "executorch": ("model/executorch_export.py",),
-    "cryptography": ("client_sdk/trust.py", "coordinator/signing.py", "coordinator/tls.py"),
+    "cryptography": ("coordinator/signing.py", "coordinator/tls.py"), "nacl": ("client_sdk/trust.py",),
+    "typer": ("cli/",), "rich": ("cli/output.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")
-AT_TOP_ONLY_IN = {"torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": ()}
+AT_TOP_ONLY_IN = {
+    "torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": (), "nacl": (), "rich": (),
+}  # fmt: skip
 NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
 
 
