@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "protos": (), "model": (), "client_sdk": ("protos", "model.parameters"), "coordinator": ("protos", "model"),
+    "protos": (), "model": (), "client_sdk": ("protos", "model.parameters", "model.runtime"), "coordinator": ("protos", "model"),
     "dashboard": ("coordinator.store",), "simulations": ("client_sdk", "coordinator", "model"),
     "cli": ("protos", "model", "client_sdk", "coordinator", "dashboard", "simulations"),
 }  # fmt: skip
@@ -26,14 +26,15 @@ ONLY_IN = {
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
     "executorch": ("model/executorch_export.py",),
     "cryptography": ("coordinator/signing.py", "coordinator/tls.py"), "nacl": ("client_sdk/trust.py",),
-    "typer": ("cli/",), "rich": ("cli/output.py",),
+    "onnxruntime": ("model/runtime.py",), "typer": ("cli/",), "rich": ("cli/output.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")
 AT_TOP_ONLY_IN = {
     "torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": (), "nacl": (), "rich": (),
+    "onnxruntime": (),
 }  # fmt: skip
-NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
+NUMPY_ONLY = ("model/parameters.py", "model/runtime.py", "model/tasks.py")  # what a device may meet
 
 
 def modules() -> list[str]:
