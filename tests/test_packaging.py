@@ -138,6 +138,30 @@ def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
     assert times[-1] < HELP_SECONDS
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_base_dependency_has_a_wheel_for_linux_on_arm64(python: str, tmp_path: Path) -> None:
+    glibc = [word for minor in (17, 26, 27, 28) for word in ("--platform", f"manylinux_2_{minor}_aarch64")]
+    done = run(
+        sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--target", tmp_path / "none",
+        "--python-version", python, "--implementation", "cp", "--only-binary=:all:", *glibc,
+        "--platform", "manylinux2014_aarch64", "--report", tmp_path / "report.json", *PROJECT["project"]["dependencies"],
+    )  # fmt: skip
+    if done.returncode:
+        index = run(
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path / "x86", "packaging"
+        )
+        if index.returncode:
+            pytest.skip(f"pip has no package index here: {index.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    wheels = [
+        entry["download_info"]["url"].rsplit("/", 1)[-1]
+        for entry in json.loads((tmp_path / "report.json").read_text())["install"]
+    ]
+    assert [name for name in wheels if not name.endswith(("aarch64.whl", "-none-any.whl"))] == []
+    assert len(wheels) >= len(PROJECT["project"]["dependencies"])
+
+
 # ---- a device's install ----------------------------------------------------------------------------------------------
 
 
