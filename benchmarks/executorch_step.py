@@ -80,10 +80,11 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def step_of(engine: str, arguments: argparse.Namespace, folder: Path) -> Callable[[], Any]:
     from safetensors.numpy import load_file
 
+    from pocketfed.model.runtime import load_onnxruntime
+
     batch = load_file(folder / BATCH)
     if engine == "onnxruntime":
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = onnxruntime.InferenceSession(str(folder / ONNX), options, providers=["CPUExecutionProvider"])
@@ -106,7 +107,9 @@ def step_of(engine: str, arguments: argparse.Namespace, folder: Path) -> Callabl
 
 def measure(engine: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     if engine == "onnxruntime":
-        import onnxruntime  # noqa: F401
+        from pocketfed.model.runtime import load_onnxruntime
+
+        load_onnxruntime()
     else:
         import torch  # noqa: F401
     if engine == "executorch":

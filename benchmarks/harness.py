@@ -80,6 +80,7 @@ def run_once(command: Sequence[str], threads: int = 1) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
     }
     done = subprocess.run(list(command), env=environment, capture_output=True, text=True, check=False)
     shown = " ".join(command)

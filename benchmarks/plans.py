@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 
@@ -26,11 +25,13 @@ from pocketfed.model.adapters import get_theta, layout_of, select
 from pocketfed.model.config import STUDENTS
 from pocketfed.model.heads import TextClassifier
 from pocketfed.model.plans import Backbone, build_plans, verify_plans
+from pocketfed.model.runtime import load_onnxruntime
 
 LABELS, SEPARATOR = 7, 3
 
 
 def open_session(path: Path) -> Any:
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -1,4 +1,4 @@
-"""publish, serve, device, dashboard: what concerns a fleet."""
+"""publish, serve, dashboard: what concerns a fleet."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from pocketfed.cli.output import (
     check_database,
     check_json,
     format_bytes,
-    format_skipped,
     print_json,
     print_round,
     print_round_header,
     write_json,
 )
+from pocketfed.cli.stopping import on_termination, wait
 
 if TYPE_CHECKING:
-    import threading
-
     from pocketfed.coordinator.config import RunConfig
     from pocketfed.coordinator.grid import FleetGrid
     from pocketfed.coordinator.server import CoordinatorServer
@@ -199,7 +197,7 @@ def serve(
     store = Store(database)
     try:
         stopping = threading.Event()
-        _on_termination(stopping.set)
+        on_termination(stopping.set)
         place = spool or default_spool(store)
         with lead(store, place, _tell_waiting, stopping.is_set) as leadership:
             if leadership is None:
@@ -222,7 +220,7 @@ def serve(
                     _drive(store, server, None, config, test, json, stopping.is_set)
                 if not (configs and exit_when_done):
                     print("serving until Ctrl-C", flush=True)
-                    _wait(stopping)
+                    wait(stopping)
     finally:
         store.close()
 
@@ -374,60 +372,6 @@ def _test_set(
     return lambda theta: evaluate(trainer, theta, examples)
 
 
-def device(
-    coordinator: Annotated[str, typer.Option(help="HOST:PORT")],
-    data: Annotated[Path, typer.Option(help="This device's labelled texts; they stay here.")],
-    home: Annotated[Path, typer.Option(help="A folder for this device alone.")],
-    name: Annotated[str | None, typer.Option(help="Unique in the fleet; by default a random one.")] = None,
-    channel: Annotated[str, typer.Option(help="Whose releases to follow.")] = "stable",
-    enrolment_key: Annotated[str, typer.Option(envvar="POCKETFED_ENROLMENT_KEY")] = "",
-    max_memory_mb: Annotated[
-        float, typer.Option(min=0, help="Keep the process below it while it computes; 0: no limit.")
-    ] = 0.0,
-    ca: Annotated[
-        Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
-    ] = None,
-    publisher: Annotated[
-        str, typer.Option(help="The publisher's root key to trust; by default the first one that is met.")
-    ] = "",
-    allow_plaintext_off_loopback: Annotated[
-        bool,
-        typer.Option(
-            "--allow-plaintext-off-loopback", help="No TLS to another machine: who is in between reads along."
-        ),
-    ] = False,
-) -> None:
-    """Be a device: take part in rounds with the texts in --data, until told to stop."""
-    import threading
-    from collections import Counter
-
-    from pocketfed.client_sdk import Device
-    from pocketfed.model.tasks import read_dataset
-
-    dataset = read_dataset(data, labelled=False)
-    stopping = threading.Event()
-    _on_termination(stopping.set)
-    with Device(
-        coordinator,
-        home,
-        name=name,
-        channel=channel,
-        enrolment_key=enrolment_key,
-        max_memory_mb=max_memory_mb,
-        ca=ca,
-        publisher=publisher,
-        allow_plaintext_off_loopback=allow_plaintext_off_loopback,
-        on_status=lambda status: print(status, flush=True),
-    ) as member:
-        member.examples.forget()  # the file is the truth: home's copy is made anew
-        added = member.add_examples((e.text, e.label, e.text_pair) for e in dataset.train)
-        skipped = dict(Counter(dataset.skipped) + Counter(added.skipped))
-        note = f", {format_skipped(skipped)}" if skipped else ""
-        print(f"{member.name}: {member.examples.count(labelled=True)} labelled examples{note}", flush=True)
-        member.start()
-        _wait(stopping)
-
-
 def dashboard(
     database: Database,
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8501,
@@ -450,7 +394,7 @@ def dashboard(
     _check_free(f"{address}:{port}")
     print(f"dashboard on http://{address}:{port}", flush=True)
     process = subprocess.Popen(command(port, address), env=environment(database))
-    _on_termination(process.terminate)
+    on_termination(process.terminate)
     raise typer.Exit(max(0, process.wait()))
 
 
@@ -474,17 +418,3 @@ def _check_free(listen: str) -> str:
         why = (error.strerror or str(error)).lower()
         raise CommandError(f"cannot listen on {listen}: {why}; choose another port or address") from None
     return host
-
-
-def _wait(stopping: threading.Event) -> None:
-    """Until it is set. In short waits: a signal that comes just before a long one would be heard only when that ends."""
-    while not stopping.wait(0.5):
-        pass
-
-
-def _on_termination(stop: Callable[[], object]) -> None:
-    """Ctrl-C and SIGTERM end the command in good order."""
-    import signal
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop())

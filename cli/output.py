@@ -23,6 +23,10 @@ class CommandError(ValueError):
     """What is asked cannot be done."""
 
 
+class UsageError(CommandError):
+    """It was not asked rightly: an option, or what stands for one, is wrong."""
+
+
 def console(stderr: bool = False) -> Console:
     from rich.console import Console
 

@@ -3,6 +3,7 @@
 from pocketfed.client_sdk import Device
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from pocketfed.client_sdk.errors import (
@@ -33,6 +34,9 @@ __all__ = [
     "TrainingStopped",
     "UntrustedError",
 ]
+
+
+logging.getLogger("pocketfed").addHandler(logging.NullHandler())  # what is logged goes where the app wants it
 
 
 def __getattr__(name: str) -> Any:

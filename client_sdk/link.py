@@ -28,7 +28,6 @@ HANDSHAKE_FAILED = ("CERTIFICATE_VERIFY_FAILED", "ostname", "WRONG_VERSION_NUMBE
 DECLINE_TIMEOUT_S = 2.0  # a courtesy: the lease ends the assignment anyway
 
 log = logging.getLogger("pocketfed")
-log.addHandler(logging.NullHandler())
 
 
 def is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from pocketfed.client_sdk.budget import Budget
 from pocketfed.client_sdk.errors import ArtifactError
 from pocketfed.client_sdk.trainer import Batch, Ids
 from pocketfed.model.parameters import Vector
+from pocketfed.model.runtime import load_onnxruntime
 
 
 def open_plan(path: Path, threads: int, compact: bool = False) -> Any:
@@ -27,8 +28,7 @@ def open_plan(path: Path, threads: int, compact: bool = False) -> Any:
     Raises:
         ArtifactError: the runtime refuses the plan.
     """
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketfed.model.runtime import load_onnxruntime
+
 END_OF_TEXT = 0x110000  # what closes each text in the plan's input
 CODE_POINTS_PER_RUN = 1 << 15  # of all texts of one run together, unless one text alone is longer
 
@@ -42,8 +44,7 @@ class PlanTokenizer:
     def __init__(
         self, plan_path: Path, pad_id: int | None = None, cls_id: int | None = None, sep_id: int | None = None
     ) -> None:
-        import onnxruntime
-
+        onnxruntime = load_onnxruntime()
         if not Path(plan_path).is_file():
             raise FileNotFoundError(f"there is no tokenize plan at {plan_path}; fetch the artifact again")
         options = onnxruntime.SessionOptions()

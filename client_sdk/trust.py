@@ -242,10 +242,10 @@ def _statement(signed: Signed, kind: str) -> dict[str, Any]:
 
 
 def _verify(public: str, signed: Signed, what: str) -> None:
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from nacl.exceptions import BadSignatureError
+    from nacl.signing import VerifyKey
 
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(signed.signature, signed.statement)
-    except (InvalidSignature, ValueError):
+        VerifyKey(bytes.fromhex(public)).verify(signed.statement, signed.signature)
+    except (BadSignatureError, ValueError):  # the latter: not of an Ed25519 key's or signature's length
         raise UntrustedError(f"{what} is not signed by {key_id(public) or public[:16]!r}; it is not used") from None

@@ -52,6 +52,7 @@ from pocketfed.model.lowering import (
 )
 from pocketfed.model.parameters import Parameter, Vector, total_size
 from pocketfed.model.quantization import dequantize, is_quantized_name, quantize_per_channel
+from pocketfed.model.runtime import load_onnxruntime
 
 BACKBONE_FILE = "backbone.bin"
 ALIGNMENT = 64
@@ -418,8 +419,7 @@ def verify_plans(
 
 
 def _open(path: Path) -> Any:
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

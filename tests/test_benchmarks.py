@@ -51,6 +51,21 @@ def test_the_examples_in_the_harness_are_true(harness: ModuleType) -> None:
     assert doctest.testmod(harness).failed == 0
 
 
+def test_what_weight_measures_is_the_memory_and_time_of_that_code_alone(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = load("weight", monkeypatch)
+    empty, large = (
+        harness.run_once(printing(weight.MEASURED.format(code=code)))
+        for code in ("pass", "held = bytearray(b'1') * 50_000_000")
+    )
+    assert 45 < large["rss_mb"] - empty["rss_mb"] < 60
+    assert large["peak_mb"] >= large["rss_mb"] - 1
+    assert 0 <= empty["cpu_s"] < large["cpu_s"]
+    for code in weight.VARIANTS.values():
+        compile(code, "variant", "exec")
+
+
 def test_variants_run_in_turn_each_in_a_fresh_process(harness: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = "import json, os; open({!r}, 'a').write({!r}); print('words'); print(json.dumps({{'pid': os.getpid()}}))"

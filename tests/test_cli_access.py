@@ -140,7 +140,8 @@ def test_fault_20_serve_does_not_go_where_others_can_come_without_certificates(d
 def test_the_commands_of_the_security_page_exist() -> None:
     import typer
 
-    from pocketfed.cli.main import app
+    from pocketfed.cli.commands import app
+    from pocketfed.cli.device import parser
 
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "SECURITY.md").read_text(), re.DOTALL)
     used = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
@@ -150,6 +151,8 @@ def test_the_commands_of_the_security_page_exist() -> None:
         while hasattr(command, "commands"):
             command = command.commands[words.pop(0)]
         known = {name for parameter in command.params for name in parameter.opts}
+        if command.name == "device":
+            known |= {name for action in parser()._actions for name in action.option_strings}
         assert {word for word in words if word.startswith("--")} <= known, words
 
 

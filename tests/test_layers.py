@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "protos": (), "model": (), "client_sdk": ("protos", "model.parameters"), "coordinator": ("protos", "model"),
+    "protos": (), "model": (), "client_sdk": ("protos", "model.parameters", "model.runtime"), "coordinator": ("protos", "model"),
     "dashboard": ("coordinator.store",), "simulations": ("client_sdk", "coordinator", "model"),
     "cli": ("protos", "model", "client_sdk", "coordinator", "dashboard", "simulations"),
 }  # fmt: skip
@@ -25,12 +25,16 @@ ONLY_IN = {
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
     "executorch": ("model/executorch_export.py",),
-    "cryptography": ("client_sdk/trust.py", "coordinator/signing.py", "coordinator/tls.py"),
+    "cryptography": ("coordinator/signing.py", "coordinator/tls.py"), "nacl": ("client_sdk/trust.py",),
+    "onnxruntime": ("model/runtime.py",), "typer": ("cli/",), "rich": ("cli/output.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")
-AT_TOP_ONLY_IN = {"torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": ()}
-NUMPY_ONLY = ("model/parameters.py", "model/tasks.py")  # what a device may meet
+AT_TOP_ONLY_IN = {
+    "torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": (), "nacl": (), "rich": (),
+    "onnxruntime": (),
+}  # fmt: skip
+NUMPY_ONLY = ("model/parameters.py", "model/runtime.py", "model/tasks.py")  # what a device may meet
 
 
 def modules() -> list[str]:

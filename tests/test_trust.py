@@ -669,9 +669,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "double": st.floats(),
     "uint32": WHOLE.filter(lambda n: n < 2**32),
     "uint64": WHOLE,
+    "bool": st.booleans(),
     "enum": st.sampled_from([0, 1, 2, 3, 77, -1]),
 }
-KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 14: "enum"}
+KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 8: "bool", 14: "enum"}
 
 
 def messages(descriptor: Any) -> st.SearchStrategy[Any]:

@@ -1,0 +1,1 @@
+"""pocketfed as a Flower app."""
