@@ -15,8 +15,8 @@ from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences
 # isort: split
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from pocketfed.coordinator.assignments import Assignments
 from pocketfed.coordinator import grid as module
+from pocketfed.coordinator.assignments import Assignments
 from pocketfed.coordinator.grid import FAILED, Cohort, FleetGrid
 from pocketfed.coordinator.store import Artifact, Assignment, Run, Store, Update, device_named
 from pocketfed.coordinator.strategy import THETA
