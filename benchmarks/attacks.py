@@ -92,6 +92,10 @@ class Fleet:
             self.trained[key] = Sent(done.delta, len(self.local[name]))
         return self.trained[key]
 
+    def forget_after(self, number: int) -> None:
+        """Of later rounds, which no other cell begins with."""
+        self.trained = {key: sent for key, sent in self.trained.items() if key[1] <= number}
+
     def measure(self, theta: Vector) -> tuple[float, float]:
         """Test accuracy, and how often the trigger makes the target of another label."""
         key = hashlib.sha256(theta.tobytes()).hexdigest()
@@ -314,6 +318,7 @@ def run_cell(
         given = replies(theta, sent, ours)
         theta = aggregate(strategy, theta, guard(given, theta, sent, bad) if ours else given)
     accuracy, fooled = fleet.measure(theta)
+    fleet.forget_after(first)
     return {
         "accuracy": accuracy,
         "fooled": fooled,
