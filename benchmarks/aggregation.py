@@ -3,24 +3,27 @@
     python benchmarks/aggregation.py --devices 1000 --mb 0.35 --repeats 5
     python benchmarks/aggregation.py --devices 1000 --mb 1 --memory
 
-"sum": what arithmetic takes, from files to new parameters, finiteness and norms included. "ours": the coordinator's way,
-the same through Flower's messages, the screen and StreamingFedAvg. "Flower": the same values as the 96 tensors that a
-Flower client sends, through stock FedAvg with its list of replies. No database in any of them. CPU seconds of this process.
+"sum": what arithmetic takes, from files to new parameters, finiteness and norms included. "ours": the same through Flower's
+messages, the screen and StreamingFedAvg. "grid": all that the coordinator does once the last update is in, so with the
+database, too: SQLite with a row a device. "Flower": the same values as the 96 tensors that a Flower client sends, through
+stock FedAvg with its list of replies, no database and no check of what they hold. CPU seconds of this process.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import sqlalchemy as sa
 
 from pocketfed.coordinator import flwr_compat
 
@@ -28,8 +31,11 @@ from pocketfed.coordinator import flwr_compat
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 
 from pocketfed.coordinator.aggregation import Delta, RunningMean, apply, norm
+from pocketfed.coordinator.assignments import Assignments
 from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.grid import Cohort, FleetGrid
 from pocketfed.coordinator.screening import Tally, screen
+from pocketfed.coordinator.store import Artifact, Assignment, Run, Store, Update, device_named
 from pocketfed.coordinator.strategy import THETA, DeltaArray, make_strategy
 from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector, encode_vector
@@ -71,6 +77,39 @@ def ours(paths: list[Path], theta: Vector) -> Vector:
             yield reply(i, arrays, ConfigRecord({"bytes": 0, "digest": str(i)}))
 
     passed = screen(replies(), theta, Limits.of(len(theta), RunConfig()), Tally())
+    arrays, _ = make_strategy("StreamingFedAvg", {}).aggregate_train(1, passed)
+    return np.asarray(arrays[THETA].numpy())
+
+
+def asked_of_all(folder: Path, paths: list[Path], theta: Vector) -> FleetGrid:
+    """A coordinator's grid in whose database every device was asked, and has handed in its file."""
+    store = Store(str(folder / "fleet.db"))
+    with store.write() as session:
+        session.add(Artifact(version="v", manifest={}, bytes=0))
+        session.flush()
+        made = Run(name="r", channel="c", config={}, artifact_version="v", trainable_set="s", seed=0, rounds_planned=1)
+        session.add(made)
+        session.flush()
+        run_id, nodes = made.id, {device_named(session, f"d{i:05}").id: f"d{i:05}" for i in range(len(paths))}
+    grid = FleetGrid(Assignments(store, folder / "spool"), run_id, dict, len(theta), lease_s=3600.0)
+    grid.enter(Cohort(1, 1, nodes))
+    content = RecordDict({"arrays": ArrayRecord({THETA: Array(theta)}), "config": ConfigRecord({"server-round": 1})})
+    ids = list(grid.push_messages(Message(content, node, MessageType.TRAIN) for node in nodes))
+    for status in ("accepted", "uploaded"):
+        with store.write() as session:
+            for row in session.scalars(sa.select(Assignment)).all():
+                row.status = status
+    told = {"loss": 1.0, "accuracy": 0.5}
+    with store.write() as session:
+        for i, row_id in enumerate(ids):
+            session.add(Update(assignment_id=row_id, num_examples=10 + i % 7, bytes=0, digest=str(i), metrics=told))
+    for row_id, path in zip(ids, paths, strict=True):
+        os.link(path, grid.assignments.upload_path(row_id))
+    return grid
+
+
+def whole(grid: FleetGrid, theta: Vector) -> Vector:
+    passed = screen(grid.replies(dict(grid._sent)), theta, Limits.of(len(theta), RunConfig()), Tally())
     arrays, _ = make_strategy("StreamingFedAvg", {}).aggregate_train(1, passed)
     return np.asarray(arrays[THETA].numpy())
 
@@ -140,6 +179,8 @@ def main() -> None:
         files = {"sum": ours_files, "ours": ours_files, "Flower": flower_files}
         results = {name: way(files[name], theta) for name, way in ways.items()}
         assert results["sum"].tobytes() == results["ours"].tobytes()
+        grid = asked_of_all(Path(scratch), ours_files, theta)
+        assert whole(grid, theta).tobytes() == results["ours"].tobytes()
         print(f"largest difference from Flower's: {np.abs(results['ours'] - results['Flower']).max():.1e}")
         if arguments.memory:
             for name in ways:
@@ -147,11 +188,15 @@ def main() -> None:
                 command += ["--devices", str(arguments.devices), "--mb", str(arguments.mb)]
                 told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
                 print(f"{name}: {told} MB above what it had before")
+            grid.store.close()
             return
-        taken: dict[str, list[float]] = {name: [] for name in ways}
+        runs = {name: partial(way, files[name], theta) for name, way in ways.items()}
+        runs["grid"] = partial(whole, grid, theta)
+        taken: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(arguments.repeats):
-            for name, way in ways.items():
-                taken[name].append(measure_cpu(lambda way=way, name=name: way(files[name], theta)))
+            for name, work in runs.items():
+                taken[name].append(measure_cpu(work))
+        grid.store.close()
         for name, values in taken.items():
             ratios = [f / v for f, v in zip(taken["Flower"], values, strict=True)]
             print(

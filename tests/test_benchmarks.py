@@ -176,3 +176,43 @@ def test_an_unknown_peer_is_named_in_one_sentence() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("peers.py: there is no peer 'nobody'; there are hf-full")
+
+
+# ---- the coordinator's ---------------------------------------------------------------------------------------------
+
+
+def run_script(name: str, *words: object) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_attacks_meet_aggregators_and_only_ours_survives_a_nan(tiny_dataset: Dataset, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        lines = [json.dumps({"text": e.text, "label": e.label}) for e in getattr(tiny_dataset, name)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    words = ("--devices", 10, "--examples", 96, "--warm-up", 1, "--rounds", 1, "--seeds", "0", "--partition", "iid")
+    words += ("--attacks", "none,NaN,colluders", "--aggregators", "StreamingFedAvg,Flower: FedAvg")
+    told = run_script("attacks.py", "--data", tmp_path, *words, "--out", tmp_path / "out.json")
+    (run,) = json.loads((tmp_path / "out.json").read_text())
+    cells = run["cells"]
+    assert len(cells) == 2 * 9
+    assert cells["Flower: FedAvg | NaN"]["accuracy"] == 0.0
+    assert cells["ours: StreamingFedAvg | NaN"]["accuracy"] > 0.0
+    assert (cells["ours: StreamingFedAvg | NaN"]["flagged"], cells["ours: StreamingFedAvg | NaN"]["sent"]) == (1, 1)
+    assert cells["ours: StreamingFedAvg | colluders: against"]["sent"] == 2
+    assert {cell["refused"] for cell in cells.values()} == {0}
+    assert "| flagged by our screen | 0/0 | 1/1 |" in told
+
+
+def test_the_benchmark_of_aggregation_compares_ways_with_the_same_bits() -> None:
+    told = run_script("aggregation.py", "--devices", 5, "--mb", 0.01, "--repeats", 1).splitlines()
+    assert [line.split(":")[0] for line in told[1:]] == ["sum", "ours", "Flower", "grid"]
+    assert float(told[0].split()[-1]) < 1e-5
+
+
+def test_the_benchmark_of_the_gate_tells_what_it_adds() -> None:
+    told = run_script("gate.py", "--devices", 3, "--calls", 50)
+    assert told.count("p99") == 3
+    assert "the gate adds" in told

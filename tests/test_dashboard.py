@@ -140,7 +140,7 @@ def test_models_shows_sizes_and_where_each_came_from(filled: Path) -> None:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_missing_database_is_named_and_not_made(database: Path, view: str) -> None:
+def test_fault_35_a_missing_database_is_named_and_not_made(database: Path, view: str) -> None:
     text = html_of(drawn(view))
     assert "There is no database" in text
     assert database.name in text
@@ -148,7 +148,7 @@ def test_a_missing_database_is_named_and_not_made(database: Path, view: str) -> 
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_an_empty_database_says_what_to_do(database: Path, view: str) -> None:
+def test_fault_35_an_empty_database_says_what_to_do(database: Path, view: str) -> None:
     Store(str(database)).close()
     text = html_of(drawn(view))
     assert any(f"No {noun} yet" in text for noun in ("run", "device", "model"))
@@ -165,13 +165,13 @@ def test_a_database_of_a_newer_schema_asks_for_an_upgrade(database: Path, view: 
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_file_that_is_no_database_is_called_so(database: Path, view: str) -> None:
+def test_fault_35_a_file_that_is_no_database_is_called_so(database: Path, view: str) -> None:
     database.write_bytes(b"not a database " * 99)
     assert "file is not a database" in html_of(drawn(view))
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_tables_that_vanish_are_answered_with_a_sentence(filled: Path, view: str) -> None:
+def test_fault_35_tables_that_vanish_are_answered_with_a_sentence(filled: Path, view: str) -> None:
     drawn(view)  # the store is open now, and stays so
     with sqlite3.connect(filled) as connection:
         for name in ("runs", "artifacts", "devices"):
@@ -197,7 +197,7 @@ def test_a_database_made_anew_in_the_same_place_is_read_anew(database: Path, vie
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_a_page_is_drawn_while_another_process_writes(filled: Path, view: str) -> None:
+def test_fault_35_a_page_is_drawn_while_another_process_writes(filled: Path, view: str) -> None:
     writer = sqlite3.connect(filled)
     try:
         writer.execute("BEGIN IMMEDIATE")
@@ -210,7 +210,7 @@ def test_a_page_is_drawn_while_another_process_writes(filled: Path, view: str) -
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_no_page_writes_to_the_database(filled: Path, view: str) -> None:
+def test_fault_35_no_page_writes_to_the_database(filled: Path, view: str) -> None:
     def contents() -> list[str]:
         with sqlite3.connect(filled) as connection:
             lines = list(connection.iterdump())
@@ -224,7 +224,7 @@ def test_no_page_writes_to_the_database(filled: Path, view: str) -> None:
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_text_is_shown_as_short_plain_text(filled: Path, view: str, name: str) -> None:
+def test_fault_35_hostile_text_is_shown_as_short_plain_text(filled: Path, view: str, name: str) -> None:
     store = Store(str(filled))
     with store.write() as session:
         session.execute(sa.update(Run).values(name=name, reason=name, channel=name))
