@@ -17,6 +17,10 @@ class UntrustedError(ArtifactError):
     """An artifact that the pinned publisher has not signed, or no longer stands for; the model in use is kept."""
 
 
+class StorageError(PocketfedError):
+    """The device's own examples cannot be read or written now: the disk is full, or the file locked or forbidden."""
+
+
 class LinkError(PocketfedError):
     """The coordinator cannot be reached, or refused."""
 

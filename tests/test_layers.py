@@ -25,7 +25,7 @@ ONLY_IN = {
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
     "executorch": ("model/executorch_export.py",),
-    "cryptography": ("client_sdk/trust.py", "coordinator/signing.py", "coordinator/tls.py"),
+    "cryptography": ("client_sdk/trust.py", "client_sdk/sealing.py", "coordinator/signing.py", "coordinator/tls.py"),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
 }  # fmt: skip
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")

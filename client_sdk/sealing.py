@@ -1,0 +1,53 @@
+"""Text that only who has the key can read: AES-256-GCM."""
+
+from __future__ import annotations
+
+import os
+
+from pocketfed.client_sdk.errors import ConfigurationError
+
+KEY_BYTES = 32
+NONCE_BYTES = 12  # random: good for some billions of texts under one key
+BLOCK_BYTES = 64  # texts are filled up to a multiple of it, or a label would be known by its length
+
+
+class Unreadable(Exception):  # noqa: N818 - of one text, not of the store
+    """Sealed with another key, for another place, or changed since."""
+
+
+class Seal:
+    """One key, held in memory only.
+
+    Args:
+        key: 32 random bytes.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            given = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+            raise ConfigurationError(f"the key is {given}; give {KEY_BYTES} random bytes, as secrets.token_bytes makes")
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        self._cipher = AESGCM(key)
+
+    def seal(self, text: str, place: str) -> bytes:
+        """Nonce, then ciphertext and tag. `text` holds no NUL; it can be opened as of the same `place` only."""
+        data = text.encode()
+        nonce = os.urandom(NONCE_BYTES)
+        return nonce + self._cipher.encrypt(nonce, data + bytes(-len(data) % BLOCK_BYTES), place.encode())
+
+    def open(self, sealed: bytes, place: str) -> str:
+        """
+        Raises:
+            Unreadable: it is not what `seal` gave for this key and place.
+        """
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            data = self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], place.encode())
+            return data.rstrip(b"\0").decode()
+        except (InvalidTag, ValueError) as error:
+            raise Unreadable(place) from error
