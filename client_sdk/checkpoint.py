@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from safetensors.numpy import save_file
 if TYPE_CHECKING:
     from pocketfed.client_sdk.trainer import Examples, TrainConfig, _State
     from pocketfed.model.parameters import Vector
+
+log = logging.getLogger("pocketfed")
 
 FIELDS = (
     "epoch",
@@ -68,7 +71,14 @@ class Checkpoint:
         return True
 
     def save(self, state: _State) -> None:
-        """Write it as a whole or not at all."""
+        """Write it as a whole or not at all; a disk that is full costs the checkpoint, not the training."""
+        self._saved_at = time.monotonic()
+        try:
+            self._write(state)
+        except (OSError, SafetensorError) as error:
+            log.warning("%s is not written: %s", self.path, error)
+
+    def _write(self, state: _State) -> None:
         steps, moments = state.optimizer.state()
         values: dict[str, Any] = {name: getattr(state, name) for name in FIELDS}
         values |= {"optimizer_steps": steps, "moments": len(moments)}
@@ -77,11 +87,11 @@ class Checkpoint:
         partial = self.path.with_name(self.path.name + ".partial")
         told = json.dumps(values)
         metadata = {"fingerprint": self._fingerprint, "state": told, "digest": _digest(told, arrays)}
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # it was made of the user's text
         save_file(arrays, str(partial), metadata)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, self.path)
-        self._saved_at = time.monotonic()
 
     def tick(self, state: _State) -> None:
         """Write it if it is time to."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from pocketfed.client_sdk.errors import ConfigurationError
 from pocketfed.client_sdk.examples import Added, ExampleStore
-from pocketfed.client_sdk.home import claim, release
+from pocketfed.client_sdk.home import claim, release, writing
 from pocketfed.client_sdk.identity import Identity
 from pocketfed.client_sdk.link import Link, is_loopback, log
 from pocketfed.client_sdk.models import Model, Models
@@ -30,11 +30,12 @@ from pocketfed.client_sdk.trust import Trust
 
 @dataclass(frozen=True)
 class Prediction:
-    """probability: of the label, 0 to 1; probabilities: of all labels."""
+    """probability: of the label, 0 to 1; probabilities: of all labels; example_id: the text's, 0 where it was not kept."""
 
     label: str
     probability: float
     probabilities: dict[str, float]
+    example_id: int = 0
 
 
 class Device:
@@ -51,10 +52,14 @@ class Device:
         allow_plaintext_off_loopback: no TLS to another machine.
         threads: for ONNX Runtime; with 1 an update is bit-reproducible.
         max_memory_mb: the process stays below it while it computes, or says what it would need; 0: no limit.
+        examples_key: 32 bytes that the app keeps in a safe place; the examples are encrypted with it.
+        max_examples: so many are kept, the oldest go first; by default all.
+        max_age_days: older examples go; by default none do.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
 
     Raises:
-        ConfigurationError: an address without port, a home that cannot be written, or one used by another process.
+        ConfigurationError: an address without port, a home that cannot be written, or one used by another process;
+            a key that is not the one of the examples there.
     """
 
     def __init__(
@@ -70,6 +75,9 @@ class Device:
         allow_plaintext_off_loopback: bool = False,
         threads: int = 1,
         max_memory_mb: float = 0.0,
+        examples_key: bytes | None = None,
+        max_examples: int | None = None,
+        max_age_days: float | None = None,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.home = Path(home).expanduser()
@@ -81,7 +89,7 @@ class Device:
             # What lies on this machine's own disk may be unsigned: a simulation's, or a first try.
             own_machine = is_loopback(coordinator.rpartition(":")[0])
             self._trust = Trust(self.home / "trust.json", publisher, unsigned=own_machine)
-            self.examples = ExampleStore(self.home / "examples.db")
+            self.examples = ExampleStore(self.home / "examples.db", examples_key, max_examples, max_age_days)
         except BaseException:
             release(self._lock_file)
             raise
@@ -107,17 +115,46 @@ class Device:
     def add_examples(self, examples: Iterable[tuple[str, str | None] | tuple[str, str | None, str | None]]) -> Added:
         """Keep (text, label) or (text, label, second text) on this device. Unusable ones are skipped and counted.
 
+        The label is None where it is not known yet; `correct` gives it later, by the id that this returns.
+
         Raises:
             ConfigurationError: a text instead of a list of examples, or the device was closed.
         """
         self._require_open()
         return self.examples.add(examples)
 
-    def predict(self, text: str, text_pair: str | None = None) -> Prediction:
+    def correct(self, example_id: int, label: str | None) -> bool:
+        """What the user says an example's label is (None: unknown). False if it is not there, or the label cannot be one."""
+        self._require_open()
+        return self.examples.correct(example_id, label)
+
+    def forget(self, example_id: int | None = None) -> int:
+        """Delete one example, or all, from the disk too. Returns how many were deleted.
+
+        Raises:
+            StorageError: nothing was deleted; free some space and ask again.
+        """
+        self._require_open()
+        return self.examples.forget(example_id)
+
+    def count(self, labelled: bool = False) -> int:
+        """How many examples are kept.
+
+        Raises:
+            StorageError: the disk is full or the file is locked, and they cannot be read now.
+        """
+        self._require_open()
+        return self.examples.count(labelled)
+
+    def predict(self, text: str, text_pair: str | None = None, *, keep: bool = False) -> Prediction:
         """The label of a text, by the newest model on the device (fetched now if there is none yet).
+
+        Args:
+            keep: among the examples, still without a label, so that `correct(prediction.example_id, label)` can give it one.
 
         Raises:
             LinkError: no model yet and no coordinator to get one from.
+            StorageError: no model yet and no space for one.
             ConfigurationError: the device was closed.
         """
         self._require_open()
@@ -128,29 +165,36 @@ class Device:
         shares /= shares.sum()
         labels = model.trainer.artifact.manifest.labels
         best = int(shares.argmax())
-        return Prediction(labels[best], float(shares[best]), dict(zip(labels, map(float, shares), strict=True)))
+        example = self.examples.add([(text, None, text_pair)]).ids[0] if keep else 0
+        return Prediction(
+            labels[best], float(shares[best]), dict(zip(labels, map(float, shares), strict=True)), example
+        )
 
     def enrol(self) -> None:
         """Make the device known to the coordinator now; otherwise it is when it first needs to be.
 
         Raises:
             LinkError: unreachable, or refused (the name is another device's, the enrolment key is wrong).
+            StorageError: the disk is full.
         """
         self._require_open()
-        self._participation.ensure_enrolled()
+        with writing(self.home):
+            self._participation.ensure_enrolled()
 
     def fetch(self) -> bool:
         """Fetch the channel's newest release now, if it is newer than what the device holds. True if it was.
 
         Raises:
             LinkError: unreachable, or nothing is released. ArtifactError: what came is not what was promised.
+            StorageError: the disk is full; the next call goes on where this one stopped.
         """
         self.enrol()
         newest = self._link.latest(self.channel).release
         if newest.id <= self._models.held_release_id():
             return False
         self._say("fetching a new model")
-        self._models.adopt(newest)
+        with writing(self.home):
+            self._models.adopt(newest)
         return True
 
     def start(self) -> None:
@@ -209,7 +253,8 @@ class Device:
                 model = self._models.current()  # the background thread may have fetched one meanwhile
                 if model is None:
                     self._say("fetching a new model")
-                    model = self._models.adopt(self._link.latest(self.channel).release)
+                    with writing(self.home):
+                        model = self._models.adopt(self._link.latest(self.channel).release)
         return model
 
     def _say(self, status: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pocketfed.client_sdk.errors import ConfigurationError
+from pocketfed.client_sdk.errors import ConfigurationError, StorageError
 
 
 def claim(home: Path) -> Any:
     """Make home and hold its lock, so that one process at a time works in it. What is returned is for `release`."""
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         stream = (home / "lock").open("a+b")
     except OSError as error:
         raise ConfigurationError(
@@ -35,6 +37,20 @@ def claim(home: Path) -> Any:
 
 def release(stream: Any) -> None:
     stream.close()
+
+
+@contextlib.contextmanager
+def writing(home: Path) -> Iterator[None]:
+    """
+    Raises:
+        StorageError: instead of what the operating system raises where the disk is full or forbids it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {home}: {error.strerror or error}; free some space, the next call goes on"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

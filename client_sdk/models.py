@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketfed.client_sdk.artifacts import Artifact, Source, fetch, open_artifact
+from pocketfed.client_sdk.artifacts import MANIFEST, Artifact, Source, fetch, open_artifact, parse_manifest
 from pocketfed.client_sdk.errors import ArtifactError, UntrustedError
 from pocketfed.client_sdk.home import read_json, write_bytes, write_json
 from pocketfed.client_sdk.link import Link, log
@@ -50,6 +50,7 @@ class Models:
         self._home, self._channel, self._link, self._trust, self._lock = home, channel, link, trust, lock
         self._threads, self._max_memory_mb = threads, max_memory_mb
         self._model: Model | None = None
+        self._labels: tuple[str, tuple[str, ...]] = ("", ())  # of which version
         self._model_lock = threading.Lock()
         self._trainers: dict[tuple[str, str], PlanTrainer] = {}
 
@@ -57,6 +58,18 @@ class Models:
 
     def held_release_id(self) -> int:
         return int(read_json(self._home / "release.json").get("id", 0))
+
+    def labels(self) -> tuple[str, ...]:
+        """Of the model in use, read without opening its plans; none where there is no model yet."""
+        held = read_json(self._home / "release.json")
+        version = str(held.get("artifact", ""))
+        if self._labels[0] != version:
+            try:
+                manifest = parse_manifest((self._home / "artifacts" / version / MANIFEST).read_bytes())
+            except (OSError, ArtifactError):
+                return ()
+            self._labels = (version, tuple(manifest.labels))
+        return self._labels[1]
 
     def current(self) -> Model | None:
         """The model in use, opened from disk if this process has not yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import threading
 import time
@@ -16,18 +17,20 @@ from pocketfed.client_sdk.alive import LONGEST_WAIT_S, Alive, bounded
 from pocketfed.client_sdk.checkpoint import Checkpoint
 from pocketfed.client_sdk.errors import ArtifactError, PocketfedError, TrainingStopped, UntrustedError
 from pocketfed.client_sdk.examples import ExampleStore
+from pocketfed.client_sdk.home import writing
 from pocketfed.client_sdk.identity import Identity
 from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, log
 from pocketfed.client_sdk.models import Models
 from pocketfed.client_sdk.perform import Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained
+from pocketfed.client_sdk.trainer import Examples, Ids, TrainConfig, Trained
 from pocketfed.client_sdk.trust import Trust
 from pocketfed.model.parameters import encode_vector
 from pocketfed.protos import fleet_pb2 as fleet
 
 CHECK_IN_S = 20.0  # how long a long poll stays open
 BACKOFF_S = (0.2, 30.0)  # shortest and longest pause after a failure
+ENCODED_AT_ONCE = 256  # texts: they need not all be in memory
 RESUMABLE = ("OUT_OF_RANGE", "DATA_LOSS")  # an upload's refusals after which to ask where it stands and go on
 
 
@@ -61,8 +64,9 @@ class Participation:
         jitter, pause = random.Random(), BACKOFF_S[0]
         while not self.stopping.is_set():
             try:
-                self.ensure_enrolled()
-                wait_s = self.ask_for_work()
+                with writing(self._home):
+                    self.ensure_enrolled()
+                    wait_s = self.ask_for_work()
                 pause, self.failing = BACKOFF_S[0], False
             except (Cancelled, TrainingStopped):
                 wait_s = pause  # ends at once if it was stop()
@@ -81,12 +85,13 @@ class Participation:
 
     def ask_for_work(self) -> float:
         """One check-in and what follows from it. Returns how many seconds to wait before the next."""
+        examples, missing = self._usable()
         if not self.failing:
-            self._say("waiting for work")
+            self._say(f"waiting for work; not eligible: {missing}" if missing else "waiting for work")
         held = self._models.held_release_id()
         refused, why = self._refused
         call = self._link.begin_check_in(
-            self._examples.count(labelled=True),
+            examples,
             max(held, refused),
             0.0 if self.failing else CHECK_IN_S,
             key_list=self._trust.list_sequence,
@@ -110,6 +115,20 @@ class Participation:
             self._work(reply.assignment)
             return 0.0
         return float(reply.wait.retry_after_s)
+
+    def _usable(self) -> tuple[int, str]:
+        """How many examples the model in use can learn from; 0 where it cannot, and why.
+
+        Of one label alone a model learns only to answer it always.
+        """
+        self._examples.expire()
+        known = self._models.labels() or self._examples.label_counts().keys()
+        usable = self._examples.usable(known)
+        if usable.labels > 1 or (usable.labels and len(self._models.labels()) == 1):
+            return usable.examples, ""
+        if usable.labels:
+            return 0, f"all {usable.examples} examples that it can learn from have the same label"
+        return 0, f"none of {usable.unknown} labels is one of the model's" if usable.unknown else "no labelled examples"
 
     def _adopt(self, release: Any) -> None:
         self._say("fetching a new model")
@@ -171,10 +190,14 @@ class Participation:
         key = (self._examples.state(), trainer.artifact.manifest.version, max_length)
         if self._encoded is None or self._encoded[0] != key:
             index = {label: i for i, label in enumerate(trainer.artifact.manifest.labels)}
-            usable = [e for e in self._examples.labelled() if e.label in index]
-            rows = trainer.encode([e.text for e in usable], [e.text_pair for e in usable], max_length) if usable else ()
-            labels = np.array([index[e.label] for e in usable if e.label is not None], np.int64)
-            self._encoded = (key, Examples(rows, labels, truncated=getattr(rows, "truncated", 0)))
+            usable = (e for e in self._examples.labelled() if e.label in index)
+            rows, labels, truncated = list[Ids](), list[int](), 0
+            while some := list(itertools.islice(usable, ENCODED_AT_ONCE)):
+                ids = trainer.encode([e.text for e in some], [e.text_pair for e in some], max_length)
+                rows += ids
+                truncated += ids.truncated
+                labels += [index[str(e.label)] for e in some]
+            self._encoded = (key, Examples(tuple(rows), np.array(labels, np.int64), truncated=truncated))
         return self._encoded[1]
 
     def _hand_in(self, assignment: fleet.Assignment, reply: Trained) -> None:
