@@ -130,7 +130,7 @@ def _open(seal: Seal | None, place: str, cell: str | bytes | None) -> str | None
         Unreadable: plain where it should be sealed, sealed where it should be plain, or with another key.
     """
     if cell is None or (seal is None and isinstance(cell, str)):
-        return cell  # type: ignore[return-value]
+        return cell
     if seal is None or not isinstance(cell, bytes):
         raise Unreadable(place)
     return seal.open(cell, place)
