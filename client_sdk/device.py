@@ -132,7 +132,7 @@ class Device:
         """Delete one example, or all, from the disk too. Returns how many were deleted.
 
         Raises:
-            StorageError: nothing was deleted; free some space and ask again.
+            StorageError: it may still be there; free some space and ask again.
         """
         self._require_open()
         return self.examples.forget(example_id)

@@ -156,11 +156,13 @@ class ExampleStore:
     def forget(self, example_id: int | None = None) -> int:
         """Delete one example, or all and what was set aside of damaged stores. Returns how many were deleted.
 
+        Where a full disk has no room for the change, all are forgotten by overwriting and deleting the file.
+
         Raises:
-            StorageError: nothing was deleted; free some space and ask again.
+            StorageError: it may still be there; free some space and ask again.
         """
         if example_id is None:
-            count = self._file.write(lambda db: db.execute("delete from examples").rowcount)
+            count = self._forget_all()
             self._file.drop_damaged()
         elif _is_id(example_id):
             count = self._file.write(lambda db: db.execute("delete from examples where id = ?", (example_id,)).rowcount)
@@ -168,6 +170,15 @@ class ExampleStore:
             return 0
         self._file.scrub()
         return count
+
+    def _forget_all(self) -> int:
+        count = 0
+        try:
+            count = self.count()
+            return self._file.write(lambda db: db.execute("delete from examples").rowcount)
+        except StorageError:
+            self._file.discard()
+            return count
 
     def expire(self) -> int:
         """Delete what is over the limits, the oldest first. Returns how many were deleted."""

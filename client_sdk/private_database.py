@@ -18,6 +18,7 @@ log = logging.getLogger("pocketfed")
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
+ZEROS = 1 << 16
 PARTS = ("", "-wal", "-shm")  # the log belongs to the file
 
 
@@ -79,6 +80,22 @@ class PrivateDatabase:
             if old.exists() and old.stat().st_mtime < before:
                 old.unlink()
 
+    def discard(self) -> None:
+        """Overwrite and delete the file itself, which needs no space; it is begun anew with the next call.
+
+        Raises:
+            StorageError: it may still be there.
+        """
+        with self._lock:
+            try:
+                if self._connection is not None:
+                    self._connection.close()
+                    self._connection = None
+                for part in PARTS:
+                    _shred(self.path.with_name(self.path.name + part))
+            except (sqlite3.Error, OSError) as error:
+                raise StorageError(f"{self.path} cannot be deleted: {error}; close what else uses it") from error
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -137,6 +154,16 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """Not a full, locked or forbidden disk: then the content is fine, and is kept."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return isinstance(error, Damaged) or code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _shred(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        with path.open("r+b", buffering=0) as file:
+            size = path.stat().st_size
+            for start in range(0, size, ZEROS):
+                file.write(bytes(min(ZEROS, size - start)))
+            os.fsync(file.fileno())
+        path.unlink()
 
 
 def _make_private(path: Path) -> None:
