@@ -15,11 +15,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+log = logging.getLogger("pocketfed")
+
 if TYPE_CHECKING:
     from pocketfed.client_sdk.trainer import Examples, TrainConfig, _State
     from pocketfed.model.parameters import Vector
-
-log = logging.getLogger("pocketfed")
 
 FIELDS = (
     "epoch",
@@ -71,20 +71,21 @@ class Checkpoint:
         return True
 
     def save(self, state: _State) -> None:
-        """Write it as a whole or not at all; a disk that is full costs the checkpoint, not the training."""
+        """Write it as a whole or not at all: a full disk costs the checkpoint, not the training."""
         self._saved_at = time.monotonic()
+        partial = self.path.with_name(self.path.name + ".partial")
         try:
-            self._write(state)
+            self._write(state, partial)
         except (OSError, SafetensorError) as error:
-            log.warning("%s is not written: %s", self.path, error)
+            log.warning("the training cannot be written down, it goes on without: %s", error)
+            partial.unlink(missing_ok=True)
 
-    def _write(self, state: _State) -> None:
+    def _write(self, state: _State, partial: Path) -> None:
         steps, moments = state.optimizer.state()
         values: dict[str, Any] = {name: getattr(state, name) for name in FIELDS}
         values |= {"optimizer_steps": steps, "moments": len(moments)}
         arrays = {"current": state.current, "best": state.best} | {f"moment_{i}": m for i, m in enumerate(moments)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
         told = json.dumps(values)
         metadata = {"fingerprint": self._fingerprint, "state": told, "digest": _digest(told, arrays)}
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))  # it was made of the user's text

@@ -9,6 +9,7 @@ device.stop()
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -17,15 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketfed.client_sdk.errors import ConfigurationError
+from pocketfed.client_sdk.clock import Clock
+from pocketfed.client_sdk.conditions import MB, Conditions, Readings
+from pocketfed.client_sdk.errors import ConfigurationError, LinkError, StorageError
 from pocketfed.client_sdk.examples import Added, ExampleStore
-from pocketfed.client_sdk.home import claim, release, writing
+from pocketfed.client_sdk.forks import refuse_after_fork, remember
+from pocketfed.client_sdk.home import check_room, claim, release, writing
 from pocketfed.client_sdk.identity import Identity
-from pocketfed.client_sdk.link import Link, is_loopback, log
+from pocketfed.client_sdk.link import Link, is_loopback
+from pocketfed.client_sdk.local import LocalExamples, check_holdout
 from pocketfed.client_sdk.models import Model, Models
-from pocketfed.client_sdk.participation import Participation
+from pocketfed.client_sdk.participation import Participation, Parts
+from pocketfed.client_sdk.status import Progress, State, Voice
 from pocketfed.client_sdk.trainer import pad
 from pocketfed.client_sdk.trust import Trust
+from pocketfed.client_sdk.usage import Usage
+from pocketfed.client_sdk.watch import Watch, home_bytes
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,16 @@ class Prediction:
 class Device:
     """One device of a fleet. Works from several threads; `start()` and `stop()` may be called more than once.
 
+    After a fork the child has to make a Device of its own; see docs/sdk.md.
+
     Args:
         coordinator: HOST:PORT.
         home: a folder for this device alone; everything the SDK writes lies in it.
         name: unique in the fleet, kept in home; by default a random one.
         channel: whose releases to follow.
         enrolment_key: where the coordinator asks for one.
+        conditions: when it may train and transfer; by default always.
+        readings: tells what the sensors say, asked at most once a second, from the background thread; by default we look.
         ca: a PEM file with the authority that signed the coordinator's certificate; by default the system's are asked.
         publisher: the root key (64 hex digits) whose artifacts to run; by default the first that is met is pinned.
         allow_plaintext_off_loopback: no TLS to another machine.
@@ -55,7 +67,12 @@ class Device:
         examples_key: 32 bytes that the app keeps in a safe place; the examples are encrypted with it.
         max_examples: so many are kept, the oldest go first; by default all.
         max_age_days: older examples go; by default none do.
+        holdout: share of the examples that is never trained on: a new model is judged by them, if there are at least 8.
+        fallback_margin: how much less accuracy on those a new model may have before the device goes back to the one before.
+        checkpoint_s: how often training is written down while it goes on; a stop always does.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
+        on_progress: told how far a round is, at most ten times a second.
+        clock: what time it is; for tests.
 
     Raises:
         ConfigurationError: an address without port, a home that cannot be written, or one used by another process;
@@ -70,6 +87,8 @@ class Device:
         name: str | None = None,
         channel: str = "stable",
         enrolment_key: str = "",
+        conditions: Conditions | None = None,
+        readings: Callable[[], Readings] | None = None,
         ca: str | os.PathLike[str] | None = None,
         publisher: str = "",
         allow_plaintext_off_loopback: bool = False,
@@ -78,14 +97,23 @@ class Device:
         examples_key: bytes | None = None,
         max_examples: int | None = None,
         max_age_days: float | None = None,
+        holdout: float = 0.2,
+        fallback_margin: float = 0.1,
+        checkpoint_s: float = 30.0,
         on_status: Callable[[str], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        check_holdout(holdout)
+        refuse_after_fork()
+        clock, asked = clock or Clock(), conditions or Conditions()
         self.home = Path(home).expanduser()
         self._setup = threading.RLock()  # predict() and the background thread enrol and fetch one after the other
         self._lock_file = claim(self.home)
         try:
-            self._identity = Identity(self.home, name, channel, enrolment_key, self._setup)
-            self._link = Link(coordinator, self._identity.token, ca, allow_plaintext_off_loopback)
+            identity = Identity(self.home, name, channel, enrolment_key, self._setup)
+            usage = Usage(self.home / "usage.json", clock)
+            self._link = Link(coordinator, identity.token, ca, allow_plaintext_off_loopback, usage.add)
             # What lies on this machine's own disk may be unsigned: a simulation's, or a first try.
             own_machine = is_loopback(coordinator.rpartition(":")[0])
             self._trust = Trust(self.home / "trust.json", publisher, unsigned=own_machine)
@@ -93,16 +121,29 @@ class Device:
         except BaseException:
             release(self._lock_file)
             raise
-        self.name, self.channel = self._identity.name, channel
-        self._models = Models(self.home, channel, self._link, self._trust, self._setup, threads, max_memory_mb)
-        self._participation = Participation(
-            self.home, self._identity, self._link, self._trust, self._models, self.examples, self._setup, self._say
+        self.name, self.channel = identity.name, channel
+        self._models = Models(
+            self.home,
+            channel,
+            self._link,
+            self._trust,
+            self._setup,
+            threads,
+            max_memory_mb,
+            lambda count: check_room(self.home, count, home_bytes(self.home), asked.max_disk_mb * MB),
         )
-        self._on_status = on_status
-        self._status = "not started"
+        self._local = LocalExamples(self.examples, holdout)
+        self._watch = Watch(asked, readings, usage, self.home, clock)
+        self._voice, self._usage = Voice(self.name, on_status, on_progress), usage
+        parts = Parts(
+            self.home, identity, self._link, self._trust, self._models, self._local, self._watch, usage, self._voice,
+            clock, self._setup,
+        )  # fmt: skip
+        self._participation = Participation(parts, fallback_margin, checkpoint_s)
         self._thread: threading.Thread | None = None
         self._lifecycle = threading.Lock()
-        self._closed = False
+        self._closed = self._forked = False
+        remember(self)
 
     # ---- for the app -----------------------------------------------------------------------------------------------------
 
@@ -189,12 +230,13 @@ class Device:
             StorageError: the disk is full; the next call goes on where this one stopped.
         """
         self.enrol()
+        self._require_transfer()
         newest = self._link.latest(self.channel).release
         if newest.id <= self._models.held_release_id():
             return False
-        self._say("fetching a new model")
+        self._voice.say("fetching a new model")
         with writing(self.home):
-            self._models.adopt(newest)
+            self._models.adopt(newest, self._require_transfer)
         return True
 
     def start(self) -> None:
@@ -212,7 +254,17 @@ class Device:
                 )
                 self._thread.start()
 
+    def reconsider(self) -> None:
+        """Something has changed that the readings show (plugged in, on Wi-Fi): look now, not within ten seconds."""
+        self._require_open()
+        self._participation.reconsider()
+
     def _require_open(self) -> None:
+        if self._forked:
+            raise ConfigurationError(
+                f"device {self.name!r} belongs to the process that this one was forked from; start processes that use "
+                'pocketfed with the method "spawn", and make their devices there'
+            )
         if self._closed:
             raise ConfigurationError(f"device {self.name!r} was closed; make a new one")
 
@@ -221,7 +273,9 @@ class Device:
 
         Calls to the coordinator that are under way end, a `predict()` that fetches its first model among them.
         """
-        self._participation.stopping.set()
+        if self._forked:
+            return
+        self._participation.stop()
         thread = self._thread
         if thread is threading.current_thread():  # from a callback: the thread ends when that returns
             return
@@ -233,37 +287,61 @@ class Device:
 
     def close(self) -> None:
         """Stop, and let go of home."""
-        if not self._closed:
+        if not self._closed and not self._forked:
             self.stop()
             self._closed = True
             self._link.close()
             self.examples.close()
+            self._usage.save()
             release(self._lock_file)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of home's lock, which the parent goes on holding, and refuse every call."""
+        self._forked = True
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, self._lock_file.fileno())
+        os.close(nowhere)
 
     def status(self) -> str:
         """What the device does or waits for, in words."""
-        return self._status
+        return self._voice.status
+
+    def state(self) -> State:
+        """The same and more, for an app to show."""
+        self._require_open()
+        shelf, examples = self._models.shelf, 0
+        with contextlib.suppress(StorageError):  # `last_error` has it
+            examples = self.examples.count(labelled=True)
+        return State(
+            status=self._voice.status,
+            waits_for=self._voice.waits_for,
+            progress=self._voice.progress,
+            release=shelf.in_use.id if shelf is not None else 0,
+            artifact=shelf.in_use.artifact if shelf is not None else "",
+            examples=examples,
+            bytes_today=self._usage.bytes_today(),
+            last_error=self._voice.last_error,
+        )
 
     def _model(self) -> Model:
         """The model in use; fetched now if there is none yet."""
         model = self._models.current()
         if model is None:
+            self._require_transfer()
             with self._setup:
                 self.enrol()
                 model = self._models.current()  # the background thread may have fetched one meanwhile
                 if model is None:
-                    self._say("fetching a new model")
+                    self._voice.say("fetching a new model")
                     with writing(self.home):
-                        model = self._models.adopt(self._link.latest(self.channel).release)
+                        model = self._models.adopt(self._link.latest(self.channel).release, self._require_transfer)
         return model
 
-    def _say(self, status: str) -> None:
-        status = "".join(c if c.isprintable() else " " for c in status)  # some of it the coordinator wrote
-        if status != self._status:
-            self._status = status
-            log.info("%s: %s", self.name, status)
-            if self._on_status is not None:
-                try:
-                    self._on_status(status)
-                except Exception:
-                    log.exception("the app's on_status callback failed")
+    def _require_transfer(self, _fraction: float = 0.0) -> None:
+        """
+        Raises:
+            LinkError: the network may not be used now.
+        """
+        missing = self._watch.look().transfer
+        if missing:
+            raise LinkError(f"no model is fetched now: the device waits for {', '.join(missing.values())}")

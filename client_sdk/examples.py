@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,12 +142,6 @@ class ExampleStore:
             self._counted = (state, self._file.read(lambda db: rows.count_labels(db, self._seal)))
         return self._counted[1]
 
-    def usable(self, known: Iterable[str]) -> Usable:
-        """For a model that knows these labels."""
-        counts = self.label_counts()
-        mine = [counts[label] for label in set(known) & counts.keys()]
-        return Usable(sum(mine), len(mine), sum(counts.values()) - sum(mine))
-
     def state(self) -> int:
         """Changes whenever a labelled example is added, changed or deleted."""
         query = "select value from facts where name = 'changes'"
@@ -223,6 +217,16 @@ class ExampleStore:
     def _prepare(self, db: sqlite3.Connection) -> None:
         if rows.prepare(db, self._file.path, self._seal):
             self._file.drop_damaged()  # it could be read without the key
+
+
+def usable(counts: Mapping[str, int], known: Collection[str]) -> Usable:
+    """What of these labels a model can learn from that knows those.
+
+    >>> usable({"music": 2, "of an older model": 1}, ("alarm", "music"))
+    Usable(examples=2, labels=1, unknown=1)
+    """
+    mine = [counts[label] for label in set(known) & counts.keys()]
+    return Usable(sum(mine), len(mine), sum(counts.values()) - sum(mine))
 
 
 def _checked(example: object) -> rows.Row | str:

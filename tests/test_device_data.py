@@ -106,12 +106,12 @@ def test_a_label_that_was_corrected_in_place_is_read_again(fleet: Fleet) -> None
     device = fleet.device()
     (first, _) = device.add_examples([("play some jazz", "alarm"), ("wake me at noon", "alarm")]).ids
     trainer = device._model().trainer
-    before = device._participation._local(trainer, 32)
-    assert device._participation._local(trainer, 32) is before, "it is kept while nothing changes"
+    before = device._local.training(trainer, 32)
+    assert device._local.training(trainer, 32) is before, "it is kept while nothing changes"
     device.predict("dim the hall light", keep=True)
-    assert device._participation._local(trainer, 32) is before, "what has no label is not trained on"
+    assert device._local.training(trainer, 32) is before, "what has no label is not trained on"
     device.correct(first, "music")
-    after = device._participation._local(trainer, 32)
+    after = device._local.training(trainer, 32)
     assert (list(before.labels), list(after.labels)) == ([0, 0], [2, 0])
 
 
@@ -155,7 +155,7 @@ def test_fault_27_only_examples_with_a_label_that_the_model_knows_are_reported_a
     fleet.drive()
     assert (fleet.trained_on(), fleet.reported()) == ([7], 7)
     assert device.count(labelled=True) == 10
-    examples = device._participation._local(device._model().trainer, 32)
+    examples = device._local.training(device._model().trainer, 32)
     assert (examples.truncated, max(map(len, examples.rows))) == (2, 32)
 
 
@@ -185,8 +185,8 @@ def test_with_a_key_no_file_in_home_has_the_text_and_none_is_for_others(fleet: F
     contents = [p.read_bytes() for p in files]
     assert not any(e.text.encode() in content for e in tiny_dataset.train[:8] for content in contents)
     assert fleet.home.stat().st_mode & 0o777 == 0o700
-    public = {p.relative_to(fleet.home).parts[0] for p in files if p.stat().st_mode & 0o077}
-    assert public <= {"artifacts", "lock", "trust.json"}, "models, nothing, and whom to trust"
+    public = {p.relative_to(fleet.home).parts[0].split("-")[0] for p in files if p.stat().st_mode & 0o077}
+    assert public <= {"artifacts", "theta", "lock", "trust.json"}, "models, a process's number, and whom to trust"
 
 
 def test_the_wrong_key_is_refused_and_leaves_home_free_for_the_right_one(fleet: Fleet) -> None:
@@ -261,7 +261,7 @@ def test_fault_27_a_device_on_a_full_disk_says_so_and_goes_on_when_there_is_spac
         assert child.stdin is not None
         assert child.stdout is not None
         said = iter(child.stdout.readline, "")
-        full = f"cannot write to {folder / 'home'}: No space left on device; free some space, the next call goes on\n"
+        full = f"the disk of {folder / 'home'} does not take it: No space left on device; free some space\n"
         assert full in said, child.stderr and child.stderr.read()
         assert f"will try again: {full}" in said
         child.stdin.write("there is space\n")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pocketfed.client_sdk.errors import ConfigurationError, StorageError
-from pocketfed.client_sdk.examples import MAX_TEXT, Added, ExampleStore, Usable
+from pocketfed.client_sdk.examples import MAX_TEXT, Added, ExampleStore, Usable, usable
 
 
 @pytest.fixture
@@ -249,9 +249,9 @@ def test_fault_27_a_label_that_cannot_be_one_leaves_the_one_before(label: Any, s
 
 def test_fault_27_labels_that_a_model_does_not_know_are_kept_and_counted_apart(store: ExampleStore) -> None:
     store.add([("a", "music"), ("b", "music"), ("c", "lights"), ("d", "of an older model"), ("e", None)])
-    assert store.usable(("music", "lights", "alarm")) == Usable(examples=3, labels=2, unknown=1)
-    assert store.usable(("of an older model",)) == Usable(1, 1, 3)
-    assert store.usable(()) == Usable(0, 0, 4)
+    assert usable(store.label_counts(), ("music", "lights", "alarm")) == Usable(examples=3, labels=2, unknown=1)
+    assert usable(store.label_counts(), ("of an older model",)) == Usable(1, 1, 3)
+    assert usable(store.label_counts(), ()) == Usable(0, 0, 4)
 
 
 # ---- retention -----------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_with_a_key_no_text_pair_or_label_is_in_any_file(tmp_path: Path) -> None
     assert "examples.db-wal" in {p.name for p in tmp_path.iterdir()}, "the log is looked at while it is written"
     assert [in_files(tmp_path, s) for s in (*SECRETS, KEY.decode("latin-1"))] == [[]] * 4
     assert [(e.text, e.text_pair, e.label) for e in store.labelled()] == [SECRETS] * 2
-    assert store.usable([label]) == Usable(2, 1, 0)
+    assert usable(store.label_counts(), [label]) == Usable(2, 1, 0)
     store.close()
     again = ExampleStore(tmp_path / "examples.db", KEY)
     assert texts(again) == [text] * 2
