@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from pocketfed.coordinator import fleet
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.grid import FleetGrid
@@ -60,7 +61,8 @@ class Coordinator:
 
 
 @pytest.fixture
-def coordinator(tmp_path: Path, nano_built: BuiltArtifact) -> Iterator[Coordinator]:
+def coordinator(tmp_path: Path, nano_built: BuiltArtifact, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coordinator]:
+    monkeypatch.setattr(fleet, "MAX_WAIT_S", 1.0)  # an app that had nothing to learn from is heard again soon
     made = Coordinator(tmp_path, nano_built)
     yield made
     made.server.stop()

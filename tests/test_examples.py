@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from pocketfed.client_sdk.errors import ConfigurationError, StorageError
+from pocketfed.client_sdk.example_rows import reseal
 from pocketfed.client_sdk.examples import MAX_TEXT, Added, ExampleStore, Usable, usable
+from pocketfed.client_sdk.sealing import Seal
 
 
 @pytest.fixture
@@ -536,6 +538,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from pocketfed.client_sdk.examples import ExampleStore
+from pocketfed.client_sdk.sealing import Seal
 
 path, key = Path(sys.argv[1]), bytes(32) if sys.argv[2] == "key" else None
 store = ExampleStore(path, key)
@@ -571,3 +574,44 @@ def test_fault_27_files_that_cannot_grow_cost_the_new_examples_only(kind: str, t
     )
     assert done.returncode == 0, done.stderr
     assert "not stored: " in done.stdout
+
+
+# ---- a process that is killed ----------------------------------------------------------------------------------------------
+
+
+def test_killed_before_old_pages_were_overwritten_it_is_done_when_next_opened(tmp_path: Path) -> None:
+    path = tmp_path / "examples.db"
+    store = ExampleStore(path)
+    store.add([(f"marmalade {i} " + "and toast " * 30, "breakfast") for i in range(300)])
+    store.close()
+    killed = sqlite3.connect(path, isolation_level=None)
+    killed.execute("pragma secure_delete=off")
+    reseal(killed, None, Seal(KEY))
+    killed.close()
+    assert in_files(tmp_path, "marmalade") == ["examples.db"]
+    again = ExampleStore(path, KEY)
+    assert in_files(tmp_path, "marmalade") == []
+    assert len(texts(again)) == 300
+    again.close()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from pocketfed.client_sdk.examples import ExampleStore
+from pocketfed.client_sdk.sealing import Seal
+
+store = ExampleStore(Path(sys.argv[1]))
+store.add([("marmalade", "x"), ("honey", "x")])
+store._file.scrub = lambda: os.kill(os.getpid(), 9)
+store.forget(1)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
+def test_killed_after_it_forgot_the_log_is_emptied_when_next_opened(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "examples.db")], check=False)
+    assert (done.returncode, in_files(tmp_path, "marmalade")) == (-9, ["examples.db-wal"])
+    store = ExampleStore(tmp_path / "examples.db")
+    assert (texts(store), in_files(tmp_path, "marmalade")) == (["honey"], [])
+    store.close()
