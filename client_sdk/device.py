@@ -117,7 +117,7 @@ class Device:
             # What lies on this machine's own disk may be unsigned: a simulation's, or a first try.
             own_machine = is_loopback(coordinator.rpartition(":")[0])
             self._trust = Trust(self.home / "trust.json", publisher, unsigned=own_machine)
-            self.examples = ExampleStore(self.home / "examples.db", examples_key, max_examples, max_age_days)
+            self.examples = ExampleStore(self.home / "examples.db", examples_key, max_examples, max_age_days, clock)
         except BaseException:
             release(self._lock_file)
             raise

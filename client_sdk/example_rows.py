@@ -88,12 +88,12 @@ def _unlock(path: Path, check: bytes, seal: Seal | None) -> None:
         ) from None
 
 
-def insert(db: sqlite3.Connection, seal: Seal | None, rows: list[Row]) -> list[int]:
-    """Returns their ids."""
+def insert(db: sqlite3.Connection, seal: Seal | None, rows: list[Row], added_at: float) -> list[int]:
+    """Returns their ids. added_at: seconds since 1970."""
     (last,) = db.execute("select coalesce(max(seq), 0) from sqlite_sequence where name = 'examples'").fetchone()
     ids = list(range(last + 1, last + 1 + len(rows)))
-    cells = ((i, *_close_row(seal, i, row)) for i, row in zip(ids, rows, strict=True))
-    db.executemany("insert into examples (id, text, text_pair, label) values (?, ?, ?, ?)", cells)
+    cells = ((i, *_close_row(seal, i, row), added_at) for i, row in zip(ids, rows, strict=True))
+    db.executemany("insert into examples values (?, ?, ?, ?, ?)", cells)
     return ids
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from pocketfed.client_sdk import example_rows as rows
+from pocketfed.client_sdk.clock import Clock
 from pocketfed.client_sdk.errors import ConfigurationError, StorageError
 from pocketfed.client_sdk.private_database import PrivateDatabase
 from pocketfed.client_sdk.sealing import Seal, Unreadable
@@ -59,6 +59,7 @@ class ExampleStore:
         key: 32 bytes that the app keeps; examples are encrypted with it, those that are there already too.
         max_examples: so many are kept, the oldest go first; by default all.
         max_age_days: older ones go; by default none do.
+        clock: what time it is; for tests.
 
     Raises:
         ConfigurationError: the key is not the one of this store, a limit below 1, or a newer version's store.
@@ -70,12 +71,14 @@ class ExampleStore:
         key: bytes | None = None,
         max_examples: int | None = None,
         max_age_days: float | None = None,
+        clock: Clock | None = None,
     ) -> None:
         if max_examples is not None and max_examples < 1:
             raise ConfigurationError(f"max_examples is {max_examples}; give 1 or more, or None for no limit")
         if max_age_days is not None and not max_age_days > 0:
             raise ConfigurationError(f"max_age_days is {max_age_days}; give more than 0, or None for no limit")
         self._max_examples, self._max_age_days = max_examples, max_age_days
+        self._clock = clock or Clock()
         self._seal = None if key is None else Seal(key)
         self._counted: tuple[int, Mapping[str, int]] | None = None
         self._file = PrivateDatabase(path, self._prepare)
@@ -96,7 +99,7 @@ class ExampleStore:
         skipped = Counter(reason for reason in checked if isinstance(reason, str))
         usable = [row for row in checked if not isinstance(row, str)]
         try:
-            new = iter(self._file.write(lambda db: rows.insert(db, self._seal, usable)))
+            new = iter(self._file.write(lambda db: rows.insert(db, self._seal, usable, self._now())))
         except StorageError as error:
             log.warning("%d examples are not kept: %s", len(usable), error)
             skipped[f"not stored: {error.__cause__}"] += len(usable)
@@ -176,7 +179,7 @@ class ExampleStore:
 
     def expire(self) -> int:
         """Delete what is over the limits, the oldest first. Returns how many were deleted."""
-        now, count = time.time(), self._max_examples
+        now, count = self._now(), self._max_examples
 
         def over(db: sqlite3.Connection) -> int:
             deleted = 0
@@ -213,6 +216,10 @@ class ExampleStore:
 
     def close(self) -> None:
         self._file.close()
+
+    def _now(self) -> float:
+        """Seconds since 1970."""
+        return self._clock.now().timestamp()
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         if rows.prepare(db, self._file.path, self._seal):

@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pocketfed.client_sdk.clock import Clock
 from pocketfed.client_sdk.errors import ConfigurationError, StorageError
 from pocketfed.client_sdk.example_rows import reseal
 from pocketfed.client_sdk.examples import MAX_TEXT, Added, ExampleStore, Usable, usable
+from pocketfed.client_sdk.local import LocalExamples
 from pocketfed.client_sdk.sealing import Seal
 
 
@@ -264,10 +267,13 @@ def in_files(folder: Path, text: str) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if text.encode() in p.read_bytes())
 
 
-def age(path: Path, days: float, example: int) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute("update examples set added_at = added_at - ? where id = ?", (86400 * days, example))
-    db.close()
+class Days(Clock):
+    """A clock that is moved by days."""
+
+    day = 0.0
+
+    def now(self) -> datetime:
+        return datetime(2026, 3, 1, 12) + timedelta(days=self.day)
 
 
 def test_the_oldest_go_when_there_are_too_many_and_their_text_is_overwritten(tmp_path: Path) -> None:
@@ -282,21 +288,24 @@ def test_the_oldest_go_when_there_are_too_many_and_their_text_is_overwritten(tmp
 
 
 def test_what_is_too_old_goes_at_opening_when_one_is_added_and_when_asked(tmp_path: Path) -> None:
-    path = tmp_path / "examples.db"
-    store = ExampleStore(path)
-    ids = store.add([(f"marmalade {i}", "x") for i in range(5)]).ids
+    path, clock = tmp_path / "examples.db", Days()
+    store = ExampleStore(path, clock=clock)
+    for day in (0, 20, 30, 39):
+        clock.day = day
+        store.add([(f"marmalade {day}", "x")])
     store.close()
-    for example, days in zip(ids, (40, 20, 20, 29.9, 0), strict=True):
-        age(path, days, example)
-    store = ExampleStore(path, max_age_days=30)
-    assert texts(store) == ["marmalade 1", "marmalade 2", "marmalade 3", "marmalade 4"]
-    age(path, 20, ids[1])
-    store.add([("new", "x")])
-    assert texts(store) == ["marmalade 2", "marmalade 3", "marmalade 4", "new"]
-    age(path, 20, ids[2])
+    clock.day = 40
+    store = ExampleStore(path, max_age_days=30, clock=clock)
+    assert texts(store) == ["marmalade 20", "marmalade 30", "marmalade 39"]
+    clock.day = 51
+    store.add([("new", "x"), ("and another", "y")])
+    assert texts(store) == ["marmalade 30", "marmalade 39", "new", "and another"]
+    clock.day = 61
+    assert LocalExamples(store, 0.0).eligible(("x", "y")) == (3, ""), "as a device does at each check-in"
+    clock.day = 71
     assert (store.expire(), store.expire()) == (1, 0)
     store.close()
-    assert [in_files(tmp_path, f"marmalade {i}") for i in range(5)] == [[], [], [], ["examples.db"], ["examples.db"]]
+    assert [in_files(tmp_path, f"marmalade {day}") for day in (0, 20, 30, 39)] == [[]] * 4
 
 
 def test_a_limit_that_is_none_is_the_callers_mistake(tmp_path: Path) -> None:
