@@ -27,7 +27,7 @@ variable or setting is wrong, 1 when it cannot go on; standard output has what t
 PREFIX = "POCKETFED_"
 DEFAULTS = {
     "name": None, "channel": "stable", "enrolment_key": "", "enrolment_key_file": None, "ca": None, "publisher": "",
-    "allow_plaintext_off_loopback": False, "max_memory_mb": 0.0, "status_file": None, "log_level": "warning",
+    "allow_plaintext_off_loopback": False, "max_memory_mb": 0.0, "holdout": 0.2, "status_file": None, "log_level": "warning",
 }  # fmt: skip
 REQUIRED = ("coordinator", "data", "home")
 LEVELS = ("debug", "info", "warning", "error")
@@ -58,6 +58,8 @@ def parser() -> Parser:
         help="No TLS to another machine: who is in between reads along.")  # fmt: skip
     add("--max-memory-mb", metavar="MB", type=_megabytes,
         help="Keep the process below it while it computes; 0: no limit. [default: 0]")  # fmt: skip
+    add("--holdout", metavar="SHARE", type=_share,
+        help="Share of the texts that a new model is judged by, never trained on. [default: 0.2]")  # fmt: skip
     add("--status-file", metavar="FILE", type=Path, help="Keep what the device does here as JSON, for health checks.")
     add("--log-level", choices=LEVELS, help="What goes to standard error. [default: warning]")
     add("--config", metavar="FILE", type=Path, help="A TOML file with any of these.")
@@ -71,6 +73,16 @@ def _megabytes(text: str) -> float:
         value = -1.0
     if not 0 <= value < 1e9:  # NaN too
         raise argparse.ArgumentTypeError(f"{text!r} is no number of MB; give 0 or more")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 0.5:  # NaN too
+        raise argparse.ArgumentTypeError(f"{text!r} is no share; give a number from 0 to 0.5")
     return value
 
 
@@ -164,6 +176,7 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
         channel=options.channel,
         enrolment_key=options.enrolment_key,
         max_memory_mb=options.max_memory_mb,
+        holdout=options.holdout,
         ca=options.ca,
         publisher=options.publisher,
         allow_plaintext_off_loopback=options.allow_plaintext_off_loopback,

@@ -120,6 +120,7 @@ class DiskCache:
         self._width, self._tokens, self._precision = width, tokens, precision
         self._format = f"{width}/{int(tokens)}/{precision}"
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(0o600)
         try:
             self._open(path)
         except sqlite3.DatabaseError:

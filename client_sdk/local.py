@@ -1,0 +1,119 @@
+"""The device's labelled examples as a model reads them: those it trains on, and those it holds out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pocketfed.client_sdk.errors import ConfigurationError
+from pocketfed.client_sdk.examples import ExampleStore, Stored, usable
+from pocketfed.client_sdk.plan_trainer import PlanTrainer
+from pocketfed.client_sdk.trainer import Examples, Ids
+
+AT_LEAST = 8  # held-out examples; fewer judge nothing
+ENCODED_AT_ONCE = 256  # texts: they need not all be in memory
+AT_MOST = 256  # of them a model is judged by
+
+
+def check_holdout(share: float) -> float:
+    """
+    Raises:
+        ConfigurationError: not a share that could be held out.
+    """
+    if not 0 <= share <= 0.5:
+        raise ConfigurationError(f"holdout is {share!r}; give the share of examples to hold out, 0 to 0.5")
+    return share
+
+
+class LocalExamples:
+    """Tokenized once for as long as neither the examples nor the model change.
+
+    Args:
+        holdout: share that is never trained on, by a hash of the text; nothing is held out before it comes to AT_LEAST examples.
+    """
+
+    def __init__(self, store: ExampleStore, holdout: float) -> None:
+        self._store, self._holdout = store, holdout
+        # Of a state: how many to train on have each label, and the ids of those held out.
+        self._split: tuple[Any, Mapping[str, int], list[int]] | None = None
+        self._encoded: tuple[Any, Examples] | None = None
+
+    def count(self) -> int:
+        """Labelled examples that could be trained on."""
+        return sum(self._parts()[0].values())
+
+    def eligible(self, labels: Collection[str]) -> tuple[int, str]:
+        """How many a model with these labels can be trained on; 0 where it cannot, and why. No labels: none are known yet.
+
+        Of one label alone a model learns only to answer it always.
+        """
+        self._store.expire()
+        counts = self._parts()[0]
+        found = usable(counts, labels or counts)
+        if found.labels > 1 or (found.labels and len(labels) == 1):
+            return found.examples, ""
+        if found.labels:
+            return 0, f"all {found.examples} examples that it can learn from have the same label"
+        return 0, f"none of {found.unknown} labels is one of the model's" if found.unknown else "no labelled examples"
+
+    def count_held_out(self) -> int:
+        return len(self._parts()[1])
+
+    def training(self, trainer: PlanTrainer, max_length: int) -> Examples:
+        """Those with a label of the model, oldest first."""
+        key = (self._store.state(), trainer.artifact.manifest.version, max_length)
+        if self._encoded is None or self._encoded[0] != key:
+            apart = set(self._parts()[1])
+            self._encoded = (
+                key,
+                _encode((e for e in self._store.labelled() if e.id not in apart), trainer, max_length),
+            )
+        return self._encoded[1]
+
+    def held_out(self, trainers: Sequence[PlanTrainer]) -> list[Examples]:
+        """The same held-out examples as each of the models reads them; none where fewer than AT_LEAST have labels of all."""
+        order = {example_id: place for place, example_id in enumerate(self._parts()[1])}
+        known = set.intersection(*(set(t.artifact.manifest.labels) for t in trainers))
+        usable = [e for e in self._store.labelled() if e.id in order and e.label in known] if order else []
+        usable = sorted(usable, key=lambda e: order[e.id])[:AT_MOST]
+        if len(usable) < AT_LEAST:
+            return []
+        return [_encode(usable, t, t.artifact.manifest.max_length) for t in trainers]
+
+    def _parts(self) -> tuple[Mapping[str, int], list[int]]:
+        """Which labels to train on, and the ids of those held out, always in the same order. No text is kept in memory."""
+        state = self._store.state()
+        if self._split is None or self._split[0] != state:
+            counts, held = self._store.label_counts(), list[int]()
+            if self._holdout:
+                places = {e.id: (_place(e), str(e.label)) for e in self._store.labelled()}
+                held = sorted((i for i, (place, _) in places.items() if place < self._holdout), key=places.__getitem__)
+                held = held if len(held) >= AT_LEAST else []
+                counts = Counter(counts) - Counter(places[i][1] for i in held)
+            self._split = (state, counts, held)
+        return self._split[1], self._split[2]
+
+
+def _place(example: Stored) -> float:
+    """From 0 to 1, always the same for a text: the same words are never on both sides."""
+    digest = hashlib.sha256(f"{example.text}\0{example.text_pair or ''}".encode("utf-8", "replace")).digest()
+    return math.ldexp(int.from_bytes(digest[:8], "big"), -64)
+
+
+def _encode(examples: Iterable[Stored], trainer: PlanTrainer, max_length: int) -> Examples:
+    """Those with a label of the model."""
+    index = {label: i for i, label in enumerate(trainer.artifact.manifest.labels)}
+    known = (e for e in examples if e.label in index)
+    rows, labels, truncated = list[Ids](), list[int](), 0
+    while some := list(itertools.islice(known, ENCODED_AT_ONCE)):
+        ids = trainer.encode([e.text for e in some], [e.text_pair for e in some], max_length)
+        rows += ids
+        truncated += ids.truncated
+        labels += [index[str(e.label)] for e in some]
+    return Examples(tuple(rows), np.array(labels, np.int64), truncated=truncated)
