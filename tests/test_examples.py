@@ -359,9 +359,8 @@ def test_labels_of_different_lengths_cannot_be_told_by_their_length(tmp_path: Pa
     store.add([("on", "yes"), ("turn off the light", "no, never")])
     store.close()
     with sqlite3.connect(tmp_path / "examples.db") as db:
-        assert (
-            db.execute("select length(text), length(label) from examples").fetchall() == [(92, 92)] * 2
-        )  # 12 + 64 + 16
+        lengths = db.execute("select length(text), length(label) from examples").fetchall()
+    assert lengths == [(24 + 64 + 16,) * 2] * 2  # nonce, padded text, tag
     db.close()
 
 
