@@ -48,7 +48,7 @@ def test_every_option_can_be_given_in_the_environment(tmp_path: Path) -> None:
     key.write_text("secret\n")
     texts = {
         "coordinator": "c:1", "data": "d", "home": "h", "name": "ann", "channel": "beta", "enrolment_key_file": str(key),
-        "ca": "ca.pem", "publisher": "ab" * 32, "allow_plaintext_off_loopback": "1", "max_memory_mb": "150.5",
+        "ca": "ca.pem", "publisher": "ab" * 32, "allow_plaintext_off_loopback": "1", "max_memory_mb": "150.5", "holdout": "0.1",
         "status_file": "s.json", "log_level": "info",
     }  # fmt: skip
     options = vars(read_options([], {f"POCKETFED_{name.upper()}": value for name, value in texts.items()}))
