@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from pocketfed.client_sdk.checkpoint import Checkpoint
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained, Trainer, derive_seed, evaluate, train
+from pocketfed.client_sdk.order import derive_seed
+from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained, Trainer, evaluate, train
 from pocketfed.model.parameters import Vector
 
 Kind = Literal["train", "evaluate"]
