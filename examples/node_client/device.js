@@ -92,7 +92,7 @@ export class Device {
     };
     const { keys, release, assignment, wait } = await this.link.call('CheckIn', request, { seconds: waitS + 30, signal });
     if (keys) this.trust.learnKeys(keys);
-    if (release && Number(release.id) > known) await this.#consider(release, assignment !== null, signal);
+    if (release && Number(release.id) > known) await this.#consider(release, Boolean(assignment), signal);
     if (!assignment) {
       if (wait?.reason) this.say(wait.reason);
       return wait?.retry_after_s ?? 0;
@@ -161,7 +161,7 @@ export class Device {
       try {
         const tell = (at) => this.say(`uploading from byte ${at} of ${data.length}`);
         const receipt = await this.link.upload(header, data, tell);
-        rmSync(this.#path('update.json'));
+        for (const name of ['update.json', 'update.bin']) rmSync(this.#path(name), { force: true });
         this.say(receipt.accepted ? `handed in round ${round}` : `round ${round} not taken: ${receipt.reason}`);
         return;
       } catch (error) {

@@ -21,7 +21,7 @@ export class Plans {
 
   constructor(folder, manifest, setName) {
     Object.assign(this, { folder, manifest, set: setNamed(manifest, setName) });
-    this.tokenizer = new Tokenizer(this.#read(manifest.plans.tokenize), manifest.max_length);
+    this.tokenizer = new Tokenizer(new Uint8Array(this.#read(manifest.plans.tokenize)), manifest.max_length);
   }
 
   // Of examples { text, pair, label }, those with a known label: ids of each, its class, and how many texts were cut.
