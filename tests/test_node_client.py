@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 
 from pocketfed.client_sdk import Device
 from pocketfed.client_sdk.artifacts import Artifact
+from pocketfed.client_sdk.order import epoch_order, split
 from pocketfed.client_sdk.perform import Kind, Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained
+from pocketfed.client_sdk.trainer import Examples, TrainConfig
 from pocketfed.coordinator import signing
 from pocketfed.coordinator import store as tables
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
@@ -143,6 +145,24 @@ def test_it_computes_the_numbers_of_the_page(tmp_path: Path) -> None:
     assert (found["bytes"], found["sha256"], found["decoded"]) == (vector["bytes"], vector["sha256"], vector["delta"])
     assert found["refused"] == ["Untrusted"] * 4
     assert found["sequence"] == 1
+
+
+ORDERS = """
+import { epochOrder, split } from './order.js';
+const [lengths, batchSize, seed, epochs, share] = JSON.parse(process.argv[1]);
+const orders = Array.from({ length: epochs }, (_, epoch) => epochOrder(lengths, batchSize, BigInt(seed), epoch));
+console.log(JSON.stringify([orders, split(lengths.length, share, BigInt(seed))]));
+"""
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 1), (333, 4), (2000, 16)])
+def test_it_orders_many_examples_as_python_does(count: int, batch_size: int) -> None:
+    lengths = np.random.default_rng(count).integers(3, 40, count).tolist()
+    seed = 2**64 - 1 - count
+    orders, (held, rest) = script(ORDERS, json.dumps([lengths, batch_size, str(seed), 3, 0.3]))
+    assert orders == [[b.tolist() for b in epoch_order(lengths, batch_size, seed, epoch)] for epoch in range(3)]
+    assert [held, rest] == [places.tolist() for places in split(count, 0.3, seed)]
 
 
 REFUSE = """
@@ -297,13 +317,22 @@ class Fleet:
     def drive(self, should_stop: Callable[[], bool] = lambda: False, **settings: Any) -> int:
         """A run from its beginning to its end; its number."""
         standard: dict[str, Any] = {"rounds": 2, "seed": 3, "wait_s": PATIENCE_S, "local": LOCAL, "release": False}
-        config = RunConfig(**(standard | {"retain_updates": True} | settings))
-        self.run_id = create_run(self.store, config)
-        name = config.trainable_set or "full"
-        size = int(self.built.manifest["trainable_sets"][name]["size"])
-        grid = FleetGrid(self.server.assignments, self.run_id, lambda: self.server.online("stable"), size, 5.0)
-        drive_run(self.store, self.run_id, grid, config, should_stop=should_stop)
+        self.config = RunConfig(**(standard | {"retain_updates": True} | settings))
+        self.run_id = create_run(self.store, self.config)
+        self.go_on(should_stop)
         return self.run_id
+
+    def go_on(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        size = int(self.built.manifest["trainable_sets"][self.config.trainable_set or "full"]["size"])
+        grid = FleetGrid(self.server.assignments, self.run_id, lambda: self.server.online("stable"), size, 5.0)
+        drive_run(self.store, self.run_id, grid, self.config, should_stop=should_stop)
+
+    def restart(self) -> None:
+        """The coordinator ends and comes again, at the same address."""
+        self.server.stop()
+        config = dataclasses.replace(self.server.config, listen=f"127.0.0.1:{self.port}")
+        self.server = CoordinatorServer(self.store, config, self.folder / "spool")
+        self.server.start()
 
     def assignments(self, name: str = NAME) -> list[Assignment]:
         """Of the newest run."""
@@ -364,7 +393,7 @@ def three(fleet: Fleet, texts: tuple[Example, ...]) -> Fleet:
     return fleet
 
 
-def in_python(fleet: Fleet, artifact: Artifact, found: Assignment, set_name: str, texts: Sequence[Example]) -> Trained:
+def in_python(fleet: Fleet, artifact: Artifact, found: Assignment, set_name: str, texts: Sequence[Example]) -> Any:
     """What the Python device makes of the same assignment, name and examples."""
     trainer = PlanTrainer(artifact, set_name)
     config = TrainConfig.from_mapping(found.config)
@@ -572,6 +601,25 @@ def test_a_client_killed_while_it_uploads_goes_on_without_training_again(
     assert int(again.line("uploading from byte").split()[3]) > 0
     accepted_whole(own_fleet)
     assert not any("training on" in line or "enrolled" in line for line in again.lines)
+
+
+def test_a_coordinator_that_ends_and_comes_again_gets_the_same_update(
+    own_fleet: Fleet, nano_artifact: Artifact, texts: tuple[Example, ...]
+) -> None:
+    node = own_fleet.node(texts)
+    local = LocalTraining(epochs=40, batch_size=4, learning_rate=1e-4, max_length=32)
+    thread, stop = running(own_fleet, **ONE, trainable_set="norms", local=local)
+    node.line("training on 23 examples")
+    stop.set()
+    thread.join(PATIENCE_S)
+    own_fleet.restart()
+    own_fleet.go_on()
+    accepted_whole(own_fleet)
+    (mine,) = own_fleet.assignments()
+    wanted = in_python(own_fleet, nano_artifact, mine, "norms", texts)
+    data = own_fleet.server.assignments.upload_path(mine.id).read_bytes()
+    assert np.abs(decode_vector("delta", data, wanted.delta.size) - wanted.delta).max() < CLOSE
+    assert sum("training on" in line for line in node.lines) == 1
 
 
 def test_a_chunk_with_another_digest_is_not_kept_and_the_download_goes_on_once_it_is_right(
