@@ -22,14 +22,14 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from pocketfed.client_sdk import Device
-from pocketfed.client_sdk.artifacts import Artifact
+from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.order import epoch_order, split
 from pocketfed.client_sdk.perform import Kind, Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
-from pocketfed.client_sdk.trainer import Examples, TrainConfig
+from pocketfed.client_sdk.trainer import Examples, TrainConfig, train
 from pocketfed.coordinator import signing
 from pocketfed.coordinator import store as tables
-from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
+from pocketfed.coordinator.artifacts import BuiltArtifact, build_artifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.grid import FleetGrid
 from pocketfed.coordinator.operators import audit_lines
@@ -38,14 +38,18 @@ from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
 from pocketfed.coordinator.store import Assignment, Chunk, Round, Run, Store, Update, get_blob
 from pocketfed.coordinator.store import Device as DeviceRow
 from pocketfed.coordinator.tls import make_certificates
+from pocketfed.model.config import STUDENTS
 from pocketfed.model.parameters import decode_vector, encode_vector
 from pocketfed.model.tasks import Dataset, Example
+from pocketfed.model.tokenization import train_vocabulary
 from pocketfed.simulations.run import encode_examples
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "node_client"
 PACKAGE: dict[str, Any] = json.loads((EXAMPLE / "package.json").read_text())
-NUMBERS: dict[str, Any] = json.loads((ROOT / "docs" / "protocol.md").read_text().split("```json\n")[1].split("```")[0])
+NUMBERS: dict[str, Any] = json.loads(
+    (ROOT / "docs" / "protocol.md").read_text().rsplit("```json\n", 1)[1].split("```")[0]
+)
 CLOSE = 1e-4  # two builds of ONNX Runtime, and sums in another order
 PATIENCE_S = 60.0
 NAME = "node-device"
@@ -496,6 +500,58 @@ def test_it_predicts_with_the_release_it_has_adopted(
     logits = [trainer.logits(trainer.initial_theta(), r[None], np.ones((1, len(r)), np.int64))[0] for r in rows]
     labels = [nano_artifact.manifest.labels[int(row.argmax())] for row in logits]
     assert script(code, three.folder / "node", json.dumps(asked)) == labels
+
+
+UPPER = "norms@1"  # of the upper one of two blocks: the prefix keeps a row a token
+
+
+@pytest.fixture(scope="module")
+def upper(tiny_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    vocabulary = train_vocabulary((e.text for e in tiny_dataset.train), 256)
+    built = build_artifact(
+        tmp_path_factory.mktemp("upper") / "artifact",
+        config=STUDENTS["nano"].with_changes(vocab_size=len(vocabulary)),
+        state={},
+        vocabulary=vocabulary,
+        labels=tiny_dataset.labels,
+        trainable_sets=(UPPER,),
+        quantized=True,
+        max_length=32,
+        seed=5,
+    )
+    return open_artifact(built.folder, built.version)
+
+
+TRAIN = """
+import { readFileSync, writeFileSync } from 'node:fs';
+import { Plans } from './plans.js';
+import { train } from './training.js';
+import { decodeVector, encodeVector } from './vector.js';
+const [, folder, set, asked, out] = process.argv;
+const { examples, config, seed } = JSON.parse(asked);
+const manifest = JSON.parse(readFileSync(folder + '/manifest.json'));
+const plans = new Plans(folder, manifest, set);
+const theta = decodeVector('theta', readFileSync(folder + '/' + plans.set.initial), plans.set.size);
+const { delta } = await train(plans, theta, plans.encode(examples, 32), config, BigInt(seed), () => null);
+writeFileSync(out, encodeVector('delta', delta));
+console.log(JSON.stringify(plans.set.keeps_tokens));
+"""
+
+
+@pytest.mark.usefixtures("packages")
+def test_with_a_prefix_that_keeps_tokens_it_trains_the_suffix_alike(
+    upper: Artifact, texts: tuple[Example, ...], tmp_path: Path
+) -> None:
+    config = TrainConfig(epochs=2, batch_size=5, learning_rate=0.01, holdout=0.2, seed=2**63, max_length=32)
+    known = [e for e in texts if e.label in upper.manifest.labels]
+    trainer = PlanTrainer(upper, UPPER)
+    wanted = train(trainer, trainer.initial_theta(), encode_examples(trainer, known, 32), config).delta
+    examples = [{"text": e.text, "label": e.label, "pair": e.text_pair} for e in known]
+    asked = json.dumps({"examples": examples, "config": dataclasses.asdict(config), "seed": str(config.seed)})
+    assert script(TRAIN, upper.folder, UPPER, asked, tmp_path / "delta") is True
+    got = decode_vector("delta", (tmp_path / "delta").read_bytes(), trainer.size)
+    assert np.abs(got - wanted).max() < CLOSE
+    assert np.abs(wanted).max() > 20 * CLOSE
 
 
 # ---- what breaks -----------------------------------------------------------------------------------------------------

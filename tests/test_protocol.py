@@ -19,7 +19,7 @@ from pocketfed.client_sdk.trust import Trust
 from pocketfed.model.parameters import Vector, encode_vector
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "protocol.md"
-NUMBERS: dict[str, Any] = json.loads(PAGE.read_text().split("```json\n")[1].split("```")[0])
+NUMBERS: dict[str, Any] = json.loads(PAGE.read_text().rsplit("```json\n", 1)[1].split("```")[0])
 
 
 def test_the_order() -> None:

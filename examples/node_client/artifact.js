@@ -41,7 +41,8 @@ export function setNamed(manifest, name) {
 // The files that are needed to train and predict with one trainable set.
 export function filesOf(manifest, setName) {
   const set = setNamed(manifest, setName);
-  const named = [set.train, set.evaluate, set.predict, manifest.plans.tokenize];
+  const training = set.prefix ? [set.prefix, set.train_suffix, set.evaluate_suffix] : [set.train, set.evaluate];
+  const named = [...training, set.predict, manifest.plans.tokenize];
   const wanted = manifest.files['backbone.bin'] ? [...named, 'backbone.bin'] : named;
   for (const name of wanted)
     if (!Object.hasOwn(manifest.files, name)) throw new Error(`the manifest uses the file ${name} without listing it`);
@@ -62,7 +63,8 @@ export async function fetchFiles(manifest, names, folder, download, tell) {
     tell(name, at);
     if (at < file.chunks.length)
       for await (const data of download(file.sha256, at)) {
-        if (sha256(data) !== file.chunks[at]) throw new Error(`chunk ${at} of ${name} has another digest; it was not kept`);
+        if (sha256(data) !== file.chunks[at])
+          throw new Error(`chunk ${at} of ${name} has another digest; it was not kept`);
         appendFileSync(partial, data, { flush: true });
         tell(name, (at += 1));
       }

@@ -33,7 +33,8 @@ async function main() {
   const device = new Device({ ...values, key: values['enrolment-key'], examples, say });
   if (values.predict !== undefined) return console.log(await device.predict(values.predict));
   const stop = new AbortController();
-  for (const name of ['SIGTERM', 'SIGINT']) process.once(name, () => stop.abort(new Error('the app stopped the device')));
+  for (const name of ['SIGTERM', 'SIGINT'])
+    process.once(name, () => stop.abort(new Error('the app stopped the device')));
   await device.live(stop.signal);
 }
 

@@ -90,7 +90,10 @@ export class Device {
       refused_release: this.#refused.id,
       refusal: this.#refused.why.slice(0, 500),
     };
-    const { keys, release, assignment, wait } = await this.link.call('CheckIn', request, { seconds: waitS + 30, signal });
+    const { keys, release, assignment, wait } = await this.link.call('CheckIn', request, {
+      seconds: waitS + 30,
+      signal,
+    });
     if (keys) this.trust.learnKeys(keys);
     if (release && Number(release.id) > known) await this.#consider(release, Boolean(assignment), signal);
     if (!assignment) {
@@ -142,7 +145,13 @@ export class Device {
         ? await train(plans, start, examples, config, seed, goOn)
         : { metrics: await measure(plans, start, examples, goOn) };
     const { data, told } = formed(form, delta, metrics);
-    const header = { assignment_id: id, total_bytes: data.length, digest: sha256(data), num_examples: count, metrics: told };
+    const header = {
+      assignment_id: id,
+      total_bytes: data.length,
+      digest: sha256(data),
+      num_examples: count,
+      metrics: told,
+    };
     writeWhole(this.#path('update.bin'), data); // a process that is killed need not train again
     writeJson(this.#path('update.json'), header);
     return { header, data };
@@ -298,6 +307,7 @@ class Heartbeat {
 }
 
 // An unexpected error may quote an example: only its name is told.
-const reasonOf = (error) => (error.constructor === Error || error instanceof Untrusted || error instanceof CallError ? error.message : error.name);
+const reasonOf = (error) =>
+  error.constructor === Error || error instanceof Untrusted || error instanceof CallError ? error.message : error.name;
 
 const rest = (seconds, signal) => sleep(1000 * seconds, null, { signal }).catch(() => null);

@@ -37,8 +37,14 @@ export class Link {
   // Plaintext on loopback without `ca`; else TLS, by the system's authorities or those in the file `ca`.
   constructor(coordinator, ca) {
     const encrypted = ca || !isLoopback(coordinator);
-    const credentials = encrypted ? grpc.credentials.createSsl(ca ? readFileSync(ca) : null) : grpc.credentials.createInsecure();
-    const options = { 'grpc.enable_http_proxy': 0, 'grpc.initial_reconnect_backoff_ms': 200, 'grpc.max_reconnect_backoff_ms': 5000 };
+    const credentials = encrypted
+      ? grpc.credentials.createSsl(ca ? readFileSync(ca) : null)
+      : grpc.credentials.createInsecure();
+    const options = {
+      'grpc.enable_http_proxy': 0,
+      'grpc.initial_reconnect_backoff_ms': 200,
+      'grpc.max_reconnect_backoff_ms': 5000,
+    };
     const { Fleet, Distribution } = services();
     this.#clients = [Fleet, Distribution].map((Client) => new Client(coordinator, credentials, options));
     this.#metadata.set('pocketfed-instance', randomBytes(8).toString('hex'));
@@ -92,13 +98,17 @@ export class Link {
 
   // Hand in `data`, from where an earlier try ended. `tell` hears where that is.
   async upload(header, data, tell) {
-    const { received_bytes: received, receipt } = await this.call('GetUploadStatus', { assignment_id: header.assignment_id });
+    const { received_bytes: received, receipt } = await this.call('GetUploadStatus', {
+      assignment_id: header.assignment_id,
+    });
     if (receipt) return receipt;
     const offset = Number(received);
     tell(offset);
     return new Promise((resolve, reject) => {
       const call = this.#start('Upload', TIMES_S.Upload, (send, options) =>
-        send(this.#metadata, options, (error, reply) => (error ? reject(new CallError('Upload', error)) : resolve(reply))),
+        send(this.#metadata, options, (error, reply) =>
+          error ? reject(new CallError('Upload', error)) : resolve(reply),
+        ),
       );
       call.write({ header: { ...header, offset } });
       let at = offset;

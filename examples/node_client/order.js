@@ -27,7 +27,12 @@ export function epochOrder(lengths, batchSize, seed, epoch) {
   const order = permutation(lengths.length, derive(seed, epoch, 'examples'));
   const batches = [];
   for (const piece of portions(order, batchSize * BUCKET_BATCHES))
-    batches.push(...portions(piece.sort((a, b) => lengths[a] - lengths[b]), batchSize)); // sort() is stable
+    batches.push(
+      ...portions(
+        piece.sort((a, b) => lengths[a] - lengths[b]),
+        batchSize,
+      ),
+    ); // sort() is stable
   return permutation(batches.length, derive(seed, epoch, 'batches')).map((i) => batches[i]);
 }
 

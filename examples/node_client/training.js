@@ -6,7 +6,13 @@ import { epochOrder, portions, range, split } from './order.js';
 
 const f = Math.fround;
 const MEASURED_AT_ONCE = 64;
-const WHOLE = { epochs: [1, 1000], batch_size: [1, 4096], max_length: [3, 65536], max_steps: [0, 1e9], patience: [0, 1000] };
+const WHOLE = {
+  epochs: [1, 1000],
+  batch_size: [1, 4096],
+  max_length: [3, 65536],
+  max_steps: [0, 1e9],
+  patience: [0, 1000],
+};
 const NUMBERS = {
   learning_rate: [0, 100],
   momentum: [0, 1],
@@ -25,7 +31,8 @@ export function checkConfig(config) {
     if (!(config[name] >= low && config[name] <= high) || (name in WHOLE && !Number.isInteger(config[name])))
       throw new Error(`${name} is ${config[name]}; this client takes ${low} to ${high}`);
   for (const [name, known] of Object.entries(WORDS))
-    if (!known.includes(config[name])) throw new Error(`${name} is "${config[name]}"; this client knows ${known.join(', ')}`);
+    if (!known.includes(config[name]))
+      throw new Error(`${name} is "${config[name]}"; this client knows ${known.join(', ')}`);
   if (config.patience && !config.holdout) throw new Error(`patience is ${config.patience}, but nothing is held out`);
 }
 

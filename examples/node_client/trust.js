@@ -24,7 +24,9 @@ export class Trust {
     if (publisher && !KEY.test(publisher))
       throw new Error(`the publisher ${publisher} is not a key of 64 hexadecimal digits; ask the operator for it`);
     if (publisher && ![publisher, ''].includes(this.#held.publisher))
-      throw new Error(`this home has pinned the publisher ${this.#held.publisher}; to trust another, give a new --home`);
+      throw new Error(
+        `this home has pinned the publisher ${this.#held.publisher}; to trust another, give a new --home`,
+      );
     this.#held.publisher ||= publisher;
   }
 
@@ -40,7 +42,8 @@ export class Trust {
     const named = Object.entries(keys ?? {});
     if (named.length > MAX_KEYS || named.some(([id, key]) => !KEY.test(key?.public) || keyId(key.public) !== id))
       throw new Untrusted("the publisher's list of keys names a key wrongly, or too many; it is not used");
-    if (!signs(publisher, signed)) throw new Untrusted(`the list of keys is not signed by ${publisher}; it is not used`);
+    if (!signs(publisher, signed))
+      throw new Untrusted(`the list of keys is not signed by ${publisher}; it is not used`);
     if (sequence(list.sequence) <= this.#held.sequence) return;
     const usable = named.filter(([, key]) => key.revoked === false).map(([id, key]) => [id, key.public]);
     Object.assign(this.#held, { publisher, sequence: list.sequence, keys: Object.fromEntries(usable) });
@@ -50,9 +53,12 @@ export class Trust {
   learnWord(version, channel, signed) {
     const word = statement(signed, ARTIFACT_TYPE);
     const key = Object.keys(this.#held.keys).find((id) => signs(this.#held.keys[id], signed));
-    if (key === undefined) throw new Untrusted(`artifact ${version} is signed by no key of its publisher; it is not used`);
+    if (key === undefined)
+      throw new Untrusted(`artifact ${version} is signed by no key of its publisher; it is not used`);
     if (word.version !== version || word.channel !== channel)
-      throw new Untrusted(`the signature is for ${word.version} on ${word.channel}, not for ${version}; it is not used`);
+      throw new Untrusted(
+        `the signature is for ${word.version} on ${word.channel}, not for ${version}; it is not used`,
+      );
     const known = this.#held.words[version];
     const oldest = Math.min(sequence(word.oldest), sequence(word.sequence));
     if (!known || word.sequence > known.sequence || !(known.key in this.#held.keys))
@@ -89,7 +95,8 @@ export class Trust {
 const keyId = (key) => createHash('sha256').update(Buffer.from(key, 'hex')).digest('hex').slice(0, 16);
 
 function sequence(value) {
-  if (!Number.isSafeInteger(value) || value < 1) throw new Untrusted(`${value} is no sequence; the statement is not used`);
+  if (!Number.isSafeInteger(value) || value < 1)
+    throw new Untrusted(`${value} is no sequence; the statement is not used`);
   return value;
 }
 

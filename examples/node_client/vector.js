@@ -8,7 +8,9 @@ export const sha256 = (bytes) => createHash('sha256').update(bytes).digest('hex'
 export const vectorBytes = (size) => 4 * size + 4096;
 
 export function encodeVector(name, vector) {
-  const stated = JSON.stringify({ [name]: { dtype: 'F32', shape: [vector.length], data_offsets: [0, 4 * vector.length] } });
+  const stated = JSON.stringify({
+    [name]: { dtype: 'F32', shape: [vector.length], data_offsets: [0, 4 * vector.length] },
+  });
   const header = stated.padEnd(Math.ceil(stated.length / 8) * 8);
   const bytes = Buffer.alloc(8 + header.length + 4 * vector.length);
   bytes.writeBigUInt64LE(BigInt(header.length));
