@@ -234,8 +234,10 @@ def _streams(strategy: Strategy) -> bool:
 
 
 def local_config(config: RunConfig) -> ConfigRecord:
-    """The message's config: TrainConfig's fields, and the run's seed (devices mix in their name and the round)."""
-    return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed})
+    """The message's config: TrainConfig's fields, the run's seed (devices mix in their name and the round), UpdateForm's."""
+    form = {f"update.{k}": v for k, v in dataclasses.asdict(config.update).items()}
+    lists = {k: list(v) if isinstance(v, tuple) else v for k, v in form.items()}
+    return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed, **lists})
 
 
 def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dict[str, float]:
