@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pocketfed.client_sdk.consent import Accept, Consent
 from pocketfed.client_sdk.errors import ConfigurationError
 from pocketfed.client_sdk.examples import Added, ExampleStore
 from pocketfed.client_sdk.home import claim, release
 from pocketfed.client_sdk.identity import Identity
+from pocketfed.client_sdk.keeping import Keeping
 from pocketfed.client_sdk.link import Link, is_loopback, log
 from pocketfed.client_sdk.models import Model, Models
 from pocketfed.client_sdk.participation import Participation
@@ -51,6 +53,8 @@ class Device:
         allow_plaintext_off_loopback: no TLS to another machine.
         threads: for ONNX Runtime; with 1 an update is bit-reproducible.
         max_memory_mb: the process stays below it while it computes, or says what it would need; 0: no limit.
+        accept: given what a run declares before anything is fetched for it; True to take part, False or a reason not to.
+            Asked once a run, from the background thread. By default every run is accepted.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
 
     Raises:
@@ -70,6 +74,7 @@ class Device:
         allow_plaintext_off_loopback: bool = False,
         threads: int = 1,
         max_memory_mb: float = 0.0,
+        accept: Accept | None = None,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
         self.home = Path(home).expanduser()
@@ -86,9 +91,19 @@ class Device:
             release(self._lock_file)
             raise
         self.name, self.channel = self._identity.name, channel
-        self._models = Models(self.home, channel, self._link, self._trust, self._setup, threads, max_memory_mb)
+        keeping = Keeping(self.home, self._link.taken)
+        self._models = Models(self.home, channel, self._link, self._trust, keeping, self._setup, threads, max_memory_mb)
         self._participation = Participation(
-            self.home, self._identity, self._link, self._trust, self._models, self.examples, self._setup, self._say
+            self.home,
+            self._identity,
+            self._link,
+            self._trust,
+            self._models,
+            self.examples,
+            keeping,
+            Consent(self.home, accept),
+            self._setup,
+            self._say,
         )
         self._on_status = on_status
         self._status = "not started"

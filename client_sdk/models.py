@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 from pocketfed.client_sdk.artifacts import Artifact, Source, fetch, open_artifact
 from pocketfed.client_sdk.errors import ArtifactError, UntrustedError
 from pocketfed.client_sdk.home import read_json, write_bytes, write_json
+from pocketfed.client_sdk.keeping import Keeping
 from pocketfed.client_sdk.link import Link, log
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trust import Trust
@@ -21,11 +23,12 @@ from pocketfed.model.parameters import ParametersError, Vector, decode_vector, v
 
 @dataclass(frozen=True)
 class Model:
-    """What the device predicts with."""
+    """What the device predicts with. theta: the release's, `released`, with the device's own private parameters in it."""
 
     trainer: PlanTrainer
     theta: Vector
     release_id: int
+    released: Vector
 
 
 class Models:
@@ -33,6 +36,7 @@ class Models:
 
     Args:
         home: the device's folder.
+        keeping: has the device's private parameters.
         lock: held while fetching and swapping; predict() and the background thread do that one after the other.
         threads, max_memory_mb: as `PlanTrainer` has them.
     """
@@ -43,11 +47,13 @@ class Models:
         channel: str,
         link: Link,
         trust: Trust,
+        keeping: Keeping,
         lock: threading.RLock,
         threads: int = 1,
         max_memory_mb: float = 0.0,
     ) -> None:
         self._home, self._channel, self._link, self._trust, self._lock = home, channel, link, trust, lock
+        self._keeping = keeping
         self._threads, self._max_memory_mb = threads, max_memory_mb
         self._model: Model | None = None
         self._model_lock = threading.Lock()
@@ -79,7 +85,7 @@ class Models:
             }
             self._trust.adopt(release.artifact_version, self._channel)
             write_json(self._home / "release.json", held)  # from here on it is the model in use
-            model = Model(trainer, theta, release.id)
+            model = Model(trainer, self._keeping.personal(trainer, theta), release.id, theta)
             with self._model_lock:
                 self._model = model
             self._forget_others(release.artifact_version, self._theta_file(release.parameters_digest))
@@ -93,7 +99,14 @@ class Models:
             theta = _checked_vector(self._theta_file(held["digest"]).read_bytes(), held["digest"], trainer.size)
         except (KeyError, OSError, ArtifactError):
             return None
-        return Model(trainer, theta, int(held["id"]))
+        return Model(trainer, self._keeping.personal(trainer, theta), int(held["id"]), theta)
+
+    def refresh(self) -> None:
+        """The device's private parameters have changed."""
+        with self._model_lock:
+            if self._model is not None:
+                theta = self._keeping.personal(self._model.trainer, self._model.released)
+                self._model = dataclasses.replace(self._model, theta=theta)
 
     def _theta_file(self, digest: str) -> Path:
         return self._home / f"theta-{digest[:16]}.safetensors"

@@ -14,16 +14,18 @@ import numpy as np
 
 from pocketfed.client_sdk.alive import LONGEST_WAIT_S, Alive, bounded
 from pocketfed.client_sdk.checkpoint import Checkpoint
+from pocketfed.client_sdk.consent import Consent, RunDescription
 from pocketfed.client_sdk.errors import ArtifactError, PocketfedError, TrainingStopped, UntrustedError
 from pocketfed.client_sdk.examples import ExampleStore
 from pocketfed.client_sdk.identity import Identity
+from pocketfed.client_sdk.keeping import Keeping, Part
 from pocketfed.client_sdk.link import Cancelled, Link, Refused, Unreachable, log
 from pocketfed.client_sdk.models import Models
-from pocketfed.client_sdk.perform import Task, perform
+from pocketfed.client_sdk.outgoing import UpdateForm
+from pocketfed.client_sdk.perform import Reply, Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained
+from pocketfed.client_sdk.trainer import Examples, TrainConfig
 from pocketfed.client_sdk.trust import Trust
-from pocketfed.model.parameters import encode_vector
 from pocketfed.protos import fleet_pb2 as fleet
 
 CHECK_IN_S = 20.0  # how long a long poll stays open
@@ -35,6 +37,8 @@ class Participation:
     """A device's part in rounds. `run` is the body of its background thread; it ends soon after `stopping` is set.
 
     Args:
+        keeping: what stays of a run on the device.
+        consent: whether the app lets it take part.
         lock: held while enrolling, fetching and learning keys.
         say: told, in words, what the device does or waits for.
     """
@@ -47,11 +51,14 @@ class Participation:
         trust: Trust,
         models: Models,
         examples: ExampleStore,
+        keeping: Keeping,
+        consent: Consent,
         lock: threading.RLock,
         say: Callable[[str], None],
     ) -> None:
         self._home, self._identity, self._link, self._trust = home, identity, link, trust
         self._models, self._examples, self._lock, self._say = models, examples, lock, say
+        self._keeping, self._consent = keeping, consent
         self.stopping = threading.Event()
         self.failing = False  # the last attempt to talk to the coordinator failed
         self._refused: tuple[int, str] = (0, "")  # a release that is not taken, and why
@@ -150,8 +157,11 @@ class Participation:
             alive.phase = fleet.HeartbeatRequest.UPLOADING
             self._hand_in(assignment, reply)
 
-    def _perform(self, assignment: fleet.Assignment, alive: Alive) -> Trained:
+    def _perform(self, assignment: fleet.Assignment, alive: Alive) -> Reply:
         self._say(f"preparing round {assignment.round}")
+        form = _form(assignment)
+        described = RunDescription(assignment.run, assignment.artifact_version, assignment.trainable_set, form)
+        self._consent.require(described)
         trainer = self._models.trainer(assignment.artifact_version, assignment.trainable_set, alive.go_on)
         theta = self._models.parameters(assignment.parameters_digest, trainer.size)
         c = assignment.config
@@ -162,9 +172,17 @@ class Participation:
         self._say(
             f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples"
         )
-        task = Task(kind, theta, config, assignment.round, self._identity.name)  # type: ignore[arg-type]
-        kept = Checkpoint(self._home / "training.safetensors")  # of the last round that was broken off, if any
-        return perform(trainer, task, examples, alive.should_stop, alive.tell, kept)
+        part = Part(assignment.id, assignment.parameters_digest, assignment.run, form, theta)
+        made = self._keeping.reply(part) if kind == "train" else None
+        if made is not None:
+            return made
+        kept = self._keeping.before(trainer, part)
+        task = Task(kind, theta, config, assignment.round, self._identity.name, form)  # type: ignore[arg-type]
+        broken_off = Checkpoint(self._home / "training.safetensors")  # of the last round that was, if any
+        reply = perform(trainer, task, examples, alive.should_stop, alive.tell, broken_off, kept)
+        if kind == "train":
+            self._keeping.hold(trainer, part, reply)
+        return reply
 
     def _local(self, trainer: PlanTrainer, max_length: int) -> Examples:
         """The labelled examples, tokenized once for as long as neither they nor the model change."""
@@ -177,13 +195,14 @@ class Participation:
             self._encoded = (key, Examples(rows, labels, truncated=getattr(rows, "truncated", 0)))
         return self._encoded[1]
 
-    def _hand_in(self, assignment: fleet.Assignment, reply: Trained) -> None:
-        data = encode_vector("delta", reply.delta) if assignment.kind == fleet.Assignment.TRAIN else b""
-        digest = hashlib.sha256(data).hexdigest()
+    def _hand_in(self, assignment: fleet.Assignment, reply: Reply) -> None:
+        digest = hashlib.sha256(reply.data).hexdigest()
         end, pause = time.monotonic() + bounded(assignment.deadline_s, 0.0, 86400.0), BACKOFF_S[0]
         while True:
             try:
-                receipt = self._link.upload(assignment.id, data, digest, reply.num_examples, reply.metrics)
+                receipt = self._link.upload(assignment.id, reply.data, digest, reply.num_examples, reply.metrics)
+                self._keeping.settle(assignment.id, receipt.accepted)
+                self._models.refresh()
                 self._say("handed in" if receipt.accepted else f"not taken: {receipt.reason}")
                 return
             except (Unreachable, Cancelled, Refused) as error:
@@ -198,3 +217,14 @@ class Participation:
             self._link.decline(assignment_id, reason)
         except PocketfedError as error:
             log.info("%s: could not decline: %s", self._identity.name, error)
+
+
+def _form(assignment: fleet.Assignment) -> UpdateForm:
+    """
+    Raises:
+        ConfigurationError: a form that this version does not know: a newer one, or one that cannot be.
+    """
+    if not assignment.HasField("form"):
+        return UpdateForm()
+    form = assignment.form
+    return UpdateForm.from_mapping({f.name: getattr(form, f.name) for f in form.DESCRIPTOR.fields})

@@ -103,6 +103,10 @@ class UpdateForm:
             if name not in METRICS:
                 raise RunConfigError(f"update.metrics has {name!r}; devices know {', '.join(METRICS)}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """With lists, as JSON has them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
     @property
     def plain(self) -> bool:
         """Devices that know nothing of forms send just this."""
@@ -203,7 +207,10 @@ class RunConfig:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"strategy_options": dict(self.strategy_options)}
+        return dataclasses.asdict(self) | {
+            "strategy_options": dict(self.strategy_options),
+            "update": self.update.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
