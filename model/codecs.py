@@ -184,9 +184,11 @@ def _unpack_places(found: Mapping[str, NDArray[Any]], count: int, low: int, size
     if high.size != count:
         raise ParametersError(f"the update has {high.size} indices; expected {count}")
     bits = np.unpackbits(found["low"], count=count * low, bitorder="little").reshape(count, low)
-    places = (high - np.arange(count)) << low
+    places = high
+    places -= np.arange(count)
+    places <<= low
     for bit in range(low):
         places |= bits[:, bit].astype(np.int64) << bit
-    if places[-1] >= size or (np.diff(places) <= 0).any():
+    if places[-1] >= size or (places[1:] <= places[:-1]).any():
         raise ParametersError(f"the update's indices are not ascending from 0 to {size - 1}")
     return places
