@@ -265,7 +265,9 @@ def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfi
 
     _, size = starting_theta(store, run_id)
     offer_s = min(config.lease_s, OFFER_S)
-    return FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, offer_s)
+    return FleetGrid(
+        server.assignments, run_id, lambda: server.online(config.channel, not config.update.plain), size, offer_s
+    )
 
 
 def _check_run(config: RunConfig) -> Sequence[Example]:

@@ -11,6 +11,7 @@ from pocketfed.client_sdk.errors import (
     LinkError,
     NoExamples,
     PocketfedError,
+    RunRefused,
     TrainingDiverged,
     TrainingError,
     TrainingStopped,
@@ -18,6 +19,7 @@ from pocketfed.client_sdk.errors import (
 )
 
 if TYPE_CHECKING:
+    from pocketfed.client_sdk.consent import RunDescription
     from pocketfed.client_sdk.device import Device, Prediction
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "NoExamples",
     "PocketfedError",
     "Prediction",
+    "RunDescription",
+    "RunRefused",
     "TrainingDiverged",
     "TrainingError",
     "TrainingStopped",
@@ -41,4 +45,8 @@ def __getattr__(name: str) -> Any:
         from pocketfed.client_sdk import device
 
         return getattr(device, name)
+    if name == "RunDescription":
+        from pocketfed.client_sdk import consent
+
+        return consent.RunDescription
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,10 @@ class UntrustedError(ArtifactError):
     """An artifact that the pinned publisher has not signed, or no longer stands for; the model in use is kept."""
 
 
+class RunRefused(PocketfedError):  # noqa: N818 - an answer, not a fault
+    """The app does not take part in a run."""
+
+
 class LinkError(PocketfedError):
     """The coordinator cannot be reached, or refused."""
 

@@ -229,6 +229,16 @@ class Link:
 
         return self._call(self._fleet.Upload, parts(), TRANSFER_TIMEOUT_S)  # type: ignore[no-any-return]
 
+    def taken(self, assignment_id: str) -> bool | None:
+        """Whether an update of this device counted; None where the coordinator knows no such assignment any more."""
+        try:
+            status = self._call(self._fleet.GetUploadStatus, fleet.UploadStatusRequest(assignment_id=assignment_id))
+        except Refused as error:
+            if error.code == "NOT_FOUND":
+                return None
+            raise
+        return bool(status.receipt.accepted)
+
     # ---- artifacts: this is an `artifacts.Source` ----------------------------------------------------------------------------
 
     def describe(self, version: str) -> distribution.GetManifestReply:

@@ -16,7 +16,7 @@ from pocketfed.client_sdk.checkpoint import Checkpoint, fingerprint
 from pocketfed.client_sdk.errors import ConfigurationError, NoExamples, TrainingDiverged, TrainingStopped
 from pocketfed.client_sdk.optimizers import OPTIMIZERS, Optimizer, make_optimizer
 from pocketfed.client_sdk.order import epoch_order, split
-from pocketfed.model.parameters import Vector
+from pocketfed.model.parameters import Parameter, Vector
 
 SCHEDULES = ("constant", "linear", "cosine")
 Ids = NDArray[np.int64]
@@ -151,6 +151,7 @@ class Trainer(Protocol):
 
     identity: str  # of the model and its trainable set: what a checkpoint must be of
     size: int  # of theta
+    layout: tuple[Parameter, ...]  # what theta's values are called
     task: str  # classification, regression, tokens or spans
     outputs: int  # labels of the head
 
@@ -437,7 +438,34 @@ def evaluate(
     batch_size: int = 64,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Mean loss and, but for regression, accuracy over the examples.
+    """Mean loss and, but for regression, accuracy over the examples. Raises as `count` does."""
+    counted = count(trainer, theta, examples, batch_size, should_stop)
+    measured = {"loss": counted.loss_sum / (counted.weight or 1.0)}
+    return measured if trainer.task == "regression" else measured | {"accuracy": counted.accuracy}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What theta makes of examples. weight: what a mean of `loss_sum` is over; answers: that can be right or wrong."""
+
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    right: int = 0
+    answers: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.answers)
+
+
+def count(
+    trainer: Trainer,
+    theta: Vector,
+    examples: Examples,
+    batch_size: int = 64,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Counted:
+    """Sums over the examples.
 
     Raises:
         NoExamples: nothing to evaluate on.
@@ -457,5 +485,4 @@ def evaluate(
         loss, correct, weight = trainer.evaluate(theta, batch)
         loss_sum, total = loss_sum + loss * weight, total + weight
         right, answers = right + correct, answers + batch.answers
-    measured = {"loss": loss_sum / (total or 1.0)}
-    return measured if trainer.task == "regression" else measured | {"accuracy": right / max(1, answers)}
+    return Counted(loss_sum, total, right, answers)

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.assignments import OPEN, Assignments
-from pocketfed.coordinator.store import Assignment, Device, Round, Store, Update, now, put_blob
+from pocketfed.coordinator.forms import Form, read_form
+from pocketfed.coordinator.store import Artifact, Assignment, Device, Round, Run, Store, Update, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.model.parameters import Vector, encode_vector
 
@@ -29,6 +31,7 @@ UNREADABLE = 400  # Error.code of a reply whose update is not what it should be:
 FAILED = 500  # Error.code of a device that gave up
 LOOK_S = 1.0  # how often somebody who waits for devices looks whether to stop
 RETURN_S = 60.0  # after a restart devices have so long to come back: they ask every 30 s at least
+ROWS = 500  # answers read from the store at a time; SQLite takes 999 values in a query
 NEVER = datetime(9999, 1, 1, tzinfo=UTC)
 ENOUGH = "the round has all the updates it asked for"
 
@@ -80,6 +83,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         self.should_stop: Callable[[], bool] = lambda: False  # asked while replies are awaited
         self._sent: dict[str, Message] = {}
         self._theta: Vector = np.zeros(0, np.float32)  # what the newest messages hold
+        self._arrays: ArrayRecord | None = None  # where it was read from
         flwr_compat.enter_run(run_id)
 
     @abstractmethod
@@ -168,11 +172,12 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         names = dict(self.cohort.devices or self.available())
         busy = self.working() if self.cohort.buffered else {}
         ordered = sorted(messages, key=lambda m: names[m.metadata.dst_node_id])
+        self._arrays = None  # a strategy may have put other parameters into the same record
         with self.store.write() as session:
             known = self._known(session)
             digests: dict[int, str] = {}
             for message in ordered:
-                self._theta = message.content["arrays"][THETA].numpy()
+                self._theta = self._start(message)
                 row_id = self._row_id(message)
                 if row_id not in known:
                     if message.metadata.dst_node_id in busy:
@@ -181,6 +186,13 @@ class RecordedGrid(Grid):  # type: ignore[misc]
                 sent[row_id] = flwr_compat.name_message(message, row_id)
         self._sent |= sent
         return list(sent)
+
+    def _start(self, message: Message) -> Vector:
+        """What a message asks to start from. Strategies share one record among all messages: its bytes are read once."""
+        arrays = message.content["arrays"]
+        if arrays is not self._arrays:
+            self._arrays, self._theta = arrays, arrays[THETA].numpy()
+        return self._theta
 
     def _known(self, session: Session) -> set[str]:
         mine = sa.select(Assignment.id).where(Assignment.run_id == self.run_id, Assignment.round == self.cohort.round)
@@ -240,6 +252,14 @@ class FleetGrid(RecordedGrid):
         self.offer_s = lease_s
         self.assignments, self.size, self._online = assignments, size, online
 
+    @cached_property
+    def _form(self) -> Form:
+        """What this run's updates are."""
+        with self.store.read() as session:
+            run = session.get_one(Run, self.run_id)
+            manifest = session.get_one(Artifact, run.artifact_version).manifest
+        return read_form(run.config, manifest["trainable_sets"][run.trainable_set])
+
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self._online().items() if node not in self.set_aside}
 
@@ -277,11 +297,16 @@ class FleetGrid(RecordedGrid):
         if training and self.cohort.buffered:
             yield from self._buffered_replies()
             return
-        self._wait(list(sent), self.cohort.enough if training else 0)
-        for row_id, message in sent.items():
-            reply = self._reply(row_id, message)
-            if reply is not None:
-                yield reply
+        ids = list(sent)
+        self._wait(ids, self.cohort.enough if training else 0)
+        for low in range(0, len(ids), ROWS):
+            asked = ids[low : low + ROWS]
+            with self.store.read() as session:
+                found = {row.id: row for row in session.execute(_ANSWERS.where(Assignment.id.in_(asked)))}
+            for row_id in asked:
+                reply = self._reply(found.get(row_id), sent[row_id])
+                if reply is not None:
+                    yield reply
 
     def _wait(self, ids: list[str], enough: int) -> None:
         mine = Assignment.id.in_(ids) if len(ids) < 1000 else Assignment.run_id == self.run_id
@@ -327,15 +352,14 @@ class FleetGrid(RecordedGrid):
         it (Nguyen et al. 2022, algorithm 1).
         """
         self._wait_buffer()
-        first = sa.select(Assignment, Update, Device.name).join(Update).join(Device)
-        first = first.where(Assignment.run_id == self.run_id, Assignment.counted_in.is_(None))
-        first = first.where(Assignment.status == "uploaded", Assignment.kind == "train")
+        first = _ANSWERS.where(Assignment.run_id == self.run_id, Assignment.counted_in.is_(None))
+        first = first.where(Assignment.status == "uploaded", Assignment.kind == "train", Update.bytes.is_not(None))
         with self.store.read() as session:
             found = session.execute(first.order_by(Update.received_at, Assignment.id).limit(self.cohort.enough)).all()
-        for row, _, _ in sorted(found, key=lambda item: (item.name, item.Assignment.round)):
+        for row in sorted(found, key=lambda row: (row.device, row.round)):
             stub = Message(content=RecordDict(), message_type=MessageType.TRAIN, dst_node_id=row.device_id)
             weight = self.cohort.staleness_weight(row.round)
-            reply = self._reply(row.id, flwr_compat.name_message(stub, row.id), self._theta, weight)
+            reply = self._reply(row, flwr_compat.name_message(stub, row.id), self._theta, weight)
             if reply is not None:
                 yield reply
 
@@ -354,29 +378,34 @@ class FleetGrid(RecordedGrid):
 
     # ---- one reply ---------------------------------------------------------------------------------------------------
 
-    def _reply(self, row_id: str, message: Message, theta: Vector | None = None, weight: float = 1.0) -> Message | None:
-        """`theta`: what the difference is laid on, if not on what the device was sent."""
-        with self.store.read() as session:
-            row, update = session.get(Assignment, row_id), session.get(Update, row_id)
+    def _reply(self, row: Any, message: Message, theta: Vector | None = None, weight: float = 1.0) -> Message | None:
+        """`row`: of _ANSWERS; `theta`: what the difference is laid on, if not on what the device was sent."""
         if row is None or row.status == "expired":
             return None
-        if update is None:
+        if row.bytes is None:
             return Message(Error(FAILED, row.error or row.status), reply_to=message)
-        metrics = MetricRecord(
-            {**update.metrics, "num-examples": update.num_examples}
-        )  # last: no metric takes its place
+        metrics = MetricRecord({**row.metrics, "num-examples": row.num_examples})  # last: no metric takes its place
         if row.kind == "evaluate":
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
-        if theta is None:
-            theta = message.content["arrays"][THETA].numpy()
+        start = self._start(message) if theta is None else theta
         arrays = ArrayRecord()
-        arrays[THETA] = DeltaArray(theta, Delta(self.assignments.upload_path(row_id), self.size, weight))
+        arrays[THETA] = DeltaArray(start, Delta(self.assignments.upload_path(row.id), self.size, weight, self._form))
         content = {
             "arrays": arrays,
             "metrics": metrics,
-            "update": ConfigRecord({"bytes": update.bytes, "digest": update.digest}),
+            "update": ConfigRecord({"bytes": row.bytes, "digest": row.digest}),
         }
         return Message(RecordDict(content), reply_to=message)
+
+
+# What a reply is made of, in one query for many; no `bytes` where there is no update. Columns: rows, not objects.
+_ANSWERS = (
+    sa.select(Assignment.id, Assignment.device_id, Assignment.round, Assignment.kind, Assignment.status)
+    .add_columns(Assignment.error, Device.name.label("device"))
+    .add_columns(Update.num_examples, Update.bytes, Update.digest, Update.metrics)
+    .join(Device, Device.id == Assignment.device_id)
+    .outerjoin(Update, Update.assignment_id == Assignment.id)
+)
 
 
 def _end(row: Any) -> datetime:

@@ -43,8 +43,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def replies_of(thetas: Sequence[Vector], weights: Sequence[float]) -> list[Message]:
+@pytest.fixture(autouse=True)
+def in_a_run() -> None:
+    """A message belongs to a run, which Flower keeps in a process-global: a grid sets it, here there often is none."""
     flwr_compat.enter_run(1)
+
+
+def replies_of(thetas: Sequence[Vector], weights: Sequence[float]) -> list[Message]:
     replies = []
     for node, (theta, weight) in enumerate(zip(thetas, weights, strict=True), start=1):
         asked = flwr_compat.name_message(Message(RecordDict(), node, MessageType.TRAIN), f"m{node}")

@@ -288,9 +288,9 @@ class Fleet:
 
     def check_in(self) -> str:
         """One check-in of the device that does not wait; returns what it says."""
-        self.device._failing = True
+        self.device._participation.failing = True
         self.device.enrol()
-        self.device._ask_for_work()
+        self.device._participation.ask_for_work()
         return self.device.status()
 
     def runs(self) -> str:
@@ -670,8 +670,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "uint32": WHOLE.filter(lambda n: n < 2**32),
     "uint64": WHOLE,
     "enum": st.sampled_from([0, 1, 2, 3, 77, -1]),
+    "bool": st.booleans(),
 }
-KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 14: "enum"}
+KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 14: "enum", 8: "bool"}
 
 
 def messages(descriptor: Any) -> st.SearchStrategy[Any]:
