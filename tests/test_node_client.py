@@ -24,13 +24,15 @@ from numpy.typing import NDArray
 from pocketfed.client_sdk import Device
 from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.order import epoch_order, split
-from pocketfed.client_sdk.perform import Kind, Task, perform
+from pocketfed.client_sdk.outgoing import NOTHING, Kept, UpdateForm, make_outgoing, norm
+from pocketfed.client_sdk.perform import Kind, Reply, Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, train
 from pocketfed.coordinator import signing
 from pocketfed.coordinator import store as tables
 from pocketfed.coordinator.artifacts import BuiltArtifact, build_artifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig
+from pocketfed.coordinator.config import UpdateForm as RunForm
 from pocketfed.coordinator.grid import FleetGrid
 from pocketfed.coordinator.operators import audit_lines
 from pocketfed.coordinator.rounds import Interrupted, create_run, drive_run
@@ -38,6 +40,7 @@ from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
 from pocketfed.coordinator.store import Assignment, Chunk, Round, Run, Store, Update, get_blob
 from pocketfed.coordinator.store import Device as DeviceRow
 from pocketfed.coordinator.tls import make_certificates
+from pocketfed.model.codecs import decode
 from pocketfed.model.config import STUDENTS
 from pocketfed.model.parameters import decode_vector, encode_vector
 from pocketfed.model.tasks import Dataset, Example
@@ -184,7 +187,11 @@ refuse(() => checkForm(null));
 refuse(() => checkConfig({ ...config, optimizer: 'lion' }));
 refuse(() => checkConfig({ ...config, epochs: 0 }));
 refuse(() => checkConfig({ ...config, patience: 2 }));
-refuse(() => checkForm({ codec: 'topk:0.1', clip_norm: 0, noise: 0, private: [], metrics: [] }));
+const form = { codec: 'int8', clip_norm: 1, noise: 0, private: [], metrics: [] };
+for (const codec of ['', 'float32', 'float16', 'int8', 'topk:0.5', 'topk:1e-3']) checkForm({ ...form, codec });
+for (const other of [{ codec: 'topk' }, { codec: 'topk:0.6' }, { codec: 'topk:0' }, { codec: 'int8:1' }, { codec: 'lzma' },
+  { noise: 1 }, { private: ['head'] }, { clip_norm: NaN }])
+  refuse(() => checkForm({ ...form, ...other }));
 for (const [name, data, size] of [['theta', bytes, 3], ['delta', bytes, 2], ['theta', bytes.subarray(0, 7), 2],
   ['theta', bytes.subarray(0, -1), 2], ['theta', Buffer.alloc(80, 255), 2]])
   refuse(() => decodeVector(name, data, size));
@@ -194,14 +201,63 @@ console.log(JSON.stringify(said));
 
 @pytest.mark.usefixtures("packages")
 def test_what_it_does_not_know_or_cannot_be_is_refused_in_a_sentence() -> None:
-    good, none, optimizer, epochs, patience, codec, *vectors = script(REFUSE)
+    good, none, optimizer, epochs, patience, *rest = script(REFUSE)
+    codecs, unknown, vectors = rest[:5], rest[5:8], rest[8:]
     assert (good, none) == (None, None)
     assert optimizer == 'optimizer is "lion"; this client knows sgd, adamw'
     assert epochs == "epochs is 0; this client takes 1 to 1000"
     assert patience == "patience is 2, but nothing is held out"
-    assert codec.startswith("the codec topk:0.1 is not known here")
+    assert [said.split(" is not known here, only float32")[0] for said in codecs] == [
+        "the codec topk", "the codec topk:0.6", "the codec topk:0", "the codec int8:1", "the codec lzma"
+    ]  # fmt: skip
+    assert unknown[:2] == ["local noise and private parameters are not known here"] * 2
+    assert unknown[2] == "clip_norm is NaN; this client takes 0 and more"
     assert len(vectors) == 5
     assert all(said.endswith("not used") for said in vectors)
+
+
+FORMED = """
+import { readFileSync, writeFileSync } from 'node:fs';
+import { formed } from './form.js';
+const [, stated, folder] = process.argv;
+const floats = (name) => { const b = readFileSync(folder + '/' + name); return new Float32Array(new Uint8Array(b).buffer); };
+const found = JSON.parse(stated).map(({ codec, clip_norm }, i) => {
+  const { data, rest } = formed({ codec, clip_norm }, floats('delta'), floats('residual'));
+  writeFileSync(folder + '/' + i + '.bytes', data);
+  if (rest) writeFileSync(folder + '/' + i + '.rest', new Uint8Array(rest.buffer));
+  return rest !== null;
+});
+console.log(JSON.stringify(found));
+"""
+CODECS = ("float32", "float16", "int8", "topk:0.01", "topk:0.3", "topk:0.5")
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("size", [1, 255, 5000])
+def test_an_update_in_every_codec_is_the_bytes_that_python_makes(size: int, tmp_path: Path) -> None:
+    random_ = np.random.default_rng(size)
+    delta = (random_.standard_normal(size) * 10.0 ** random_.integers(-9, 6, size)).astype(np.float32)
+    delta[size // 2 :][:300] = 0  # a block of nothing, and equal magnitudes
+    residual = (random_.standard_normal(size) * np.abs(delta)).astype(np.float32)
+    delta[:3] = [1.5, -0.0, 3e-8][:size]
+    for name, vector in (("delta", delta), ("residual", residual)):
+        (tmp_path / name).write_bytes(vector.tobytes())
+    forms = [{"codec": codec, "clip_norm": clip} for codec in CODECS for clip in (0.0, 1.0)]
+    feeding = script(FORMED, json.dumps(forms), tmp_path)
+    for i, stated in enumerate(forms):
+        form = UpdateForm(**stated)
+        wanted = make_outgoing(form, delta, residual if form.how.feeds_back else NOTHING, random_)
+        got = (tmp_path / f"{i}.bytes").read_bytes()
+        assert feeding[i] == form.how.feeds_back
+        if not form.clip_norm:  # a norm's last bit depends on the order of its sum
+            assert got == wanted.data, stated
+        said = decode(form.how, got, size)
+        assert np.abs(said - wanted.said).max() <= 1e-6 + np.abs(wanted.said).max() / 127, stated
+        if form.clip_norm:
+            assert norm(said) <= form.clip_norm
+        if feeding[i]:
+            rest = np.frombuffer((tmp_path / f"{i}.rest").read_bytes(), np.float32)
+            assert np.abs(said + rest - (wanted.said + wanted.residual)).max() < 1e-5 * (1 + np.abs(delta).max())
 
 
 CSV = 'text,label,pair\n"play, please",music,\n"say ""hi""",alarm,second\r\nno label,,\n"two\nlines",lights,\n'
@@ -397,7 +453,15 @@ def three(fleet: Fleet, texts: tuple[Example, ...]) -> Fleet:
     return fleet
 
 
-def in_python(fleet: Fleet, artifact: Artifact, found: Assignment, set_name: str, texts: Sequence[Example]) -> Any:
+def in_python(
+    fleet: Fleet,
+    artifact: Artifact,
+    found: Assignment,
+    set_name: str,
+    texts: Sequence[Example],
+    form: UpdateForm | None = None,
+    kept: Kept | None = None,
+) -> Reply:
     """What the Python device makes of the same assignment, name and examples."""
     trainer = PlanTrainer(artifact, set_name)
     config = TrainConfig.from_mapping(found.config)
@@ -406,7 +470,7 @@ def in_python(fleet: Fleet, artifact: Artifact, found: Assignment, set_name: str
     with fleet.store.read() as session:
         theta = decode_vector("theta", get_blob(session, found.parameters), trainer.size)
     kind: Kind = "train" if found.kind == "train" else "evaluate"
-    return perform(trainer, Task(kind, theta, config, found.round, NAME), examples)
+    return perform(trainer, Task(kind, theta, config, found.round, NAME, form or UpdateForm()), examples, kept=kept)
 
 
 def decided(artifact: Artifact, set_name: str) -> NDArray[np.bool_]:
@@ -481,6 +545,32 @@ def test_its_update_is_a_python_devices_update(
         assert data == encode_vector("delta", delta), "the same safetensors header"
         assert np.abs(delta - wanted.delta)[decided(nano_artifact, set_name)].max() < CLOSE
         assert np.abs(wanted.delta).max() > 20 * CLOSE, "an update that was not made would be seen"
+
+
+@pytest.mark.parametrize("codec", ["float16", "int8", "topk:0.05"])
+def test_its_update_is_a_python_devices_update_in_the_runs_form(
+    codec: str, three: Fleet, nano_artifact: Artifact, texts: tuple[Example, ...]
+) -> None:
+    """Three rounds: what error feedback left out of one goes into the next. The clip takes about half of each."""
+    form = UpdateForm(codec, clip_norm=0.02, metrics=("loss", "steps"))
+    local = LocalTraining(batch_size=4, learning_rate=0.005, max_length=32, optimizer="sgd", momentum=0.9)
+    declared = RunForm(codec=codec, clip_norm=form.clip_norm, metrics=form.metrics)
+    three.drive(trainable_set="norms", local=local, min_devices=3, rounds=3, update=declared)
+    kept = Kept()
+    for found in three.assignments():
+        assert found.status == "aggregated"
+        wanted = in_python(three, nano_artifact, found, "norms", texts, form, kept)
+        kept = wanted.kept
+        data = three.server.assignments.upload_path(found.id).read_bytes()
+        assert len(data) == len(wanted.data)
+        said = decode(form.how, data, wanted.delta.size)
+        step = np.abs(wanted.delta).max() / (1024 if codec == "float16" else 127)
+        assert np.abs(said - wanted.delta).max() <= 1.01 * step + 1e-7
+        assert np.count_nonzero(np.abs(said - wanted.delta) > step / 2) <= 3, "but for values between two steps"
+        assert 0.9 * form.clip_norm < norm(said) <= form.clip_norm or codec.startswith("topk")
+        with three.store.read() as session:
+            assert set(session.get_one(Update, found.id).metrics) == {"loss", "steps"}
+    assert form.how.feeds_back == bool(np.abs(kept.residual).sum() > 0 if kept.residual.size else False)
 
 
 def test_it_predicts_with_the_release_it_has_adopted(

@@ -192,7 +192,7 @@ def test_private_parameters_are_trained_and_not_sent(trainer: PlanTrainer, examp
 
 
 def _own_seed(trainer: PlanTrainer, asked: Task, examples: Examples) -> int:
-    from pocketfed.client_sdk.trainer import derive_seed
+    from pocketfed.client_sdk.order import derive_seed
 
     return derive_seed(CONFIG.seed, asked.round, asked.device)
 

@@ -1,22 +1,22 @@
 // One device of a fleet: "A device's life" of docs/protocol.md.
 
 import { randomBytes } from 'node:crypto';
-import { mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, renameSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 
 import { fetchFiles, filesOf, parseManifest, setNamed } from './artifact.js';
 import { readBytes, readJson, writeJson, writeWhole } from './disk.js';
-import { formed, checkForm } from './form.js';
+import { checkForm, declared, formed } from './form.js';
 import { CallError, Link, isLoopback } from './link.js';
 import { derive } from './order.js';
 import { Plans } from './plans.js';
 import { checkConfig, measure, train } from './training.js';
 import { Trust, Untrusted } from './trust.js';
-import { decodeVector, sha256, vectorBytes } from './vector.js';
+import { decodeVector, encodeVector, sha256, vectorBytes } from './vector.js';
 
 const PROTOCOL = 1;
-const VERSION = 'node 0.2.0';
+const VERSION = '0.3.0 node'; // whose page this follows
 const CHECK_IN_S = 20;
 const PAUSES_S = { first: 0.2, longest: 30, uploading: 5 };
 const LONGEST_WAIT_S = 3600;
@@ -110,7 +110,7 @@ export class Device {
     const beat = new Heartbeat(this.link, assignment, stopping);
     this.say(`round ${assignment.round} of run ${assignment.run}`);
     try {
-      const reply = this.#unsent(assignment.id) ?? (await this.#perform(assignment, beat));
+      const reply = (await this.#unsent(assignment.id)) ?? (await this.#perform(assignment, beat));
       await this.#handIn(assignment, reply, beat);
     } catch (error) {
       if (beat.cancelled) return this.say(`round ${assignment.round} wants no more of this device`);
@@ -124,7 +124,7 @@ export class Device {
     }
   }
 
-  async #perform({ id, kind, round, config, form, ...asked }, beat) {
+  async #perform({ id, run, kind, round, config, form, ...asked }, beat) {
     checkForm(form);
     checkConfig(config);
     if (!['TRAIN', 'EVALUATE'].includes(kind)) throw new Error(`an assignment of kind ${kind} is not known here`);
@@ -140,27 +140,51 @@ export class Device {
     };
     const seed = derive(config.seed, round, this.identity.name);
     this.say(`${kind === 'TRAIN' ? 'training' : 'measuring'} on ${count} examples`);
-    const { delta = null, metrics } =
-      kind === 'TRAIN'
-        ? await train(plans, start, examples, config, seed, goOn)
-        : { metrics: await measure(plans, start, examples, goOn) };
-    const { data, told } = formed(form, delta, metrics);
-    const header = {
-      assignment_id: id,
-      total_bytes: data.length,
-      digest: sha256(data),
-      num_examples: count,
-      metrics: told,
-    };
-    writeWhole(this.#path('update.bin'), data); // a process that is killed need not train again
-    writeJson(this.#path('update.json'), header);
+    const evaluating = kind === 'EVALUATE';
+    const { delta, metrics } = evaluating
+      ? { metrics: await measure(plans, start, examples, goOn) }
+      : await train(plans, start, examples, config, seed, goOn);
+    const kept = `residual-${sha256(`${run} ${asked.artifact_version} ${asked.trainable_set}`).slice(0, 16)}`;
+    const { data, rest } = evaluating
+      ? { data: Buffer.alloc(0), rest: null }
+      : formed(form, delta, this.#residual(kept, start));
+    const told = { num_examples: count, metrics: declared(form, metrics) };
+    const header = { assignment_id: id, total_bytes: data.length, digest: sha256(data), ...told };
+    // All of it is on disk before a byte is sent: a process that is killed need not train again, nor send a residual twice.
+    if (rest) writeWhole(this.#path('update.residual'), encodeVector('residual', rest));
+    writeWhole(this.#path('update.bin'), data);
+    writeJson(this.#path('update.json'), { header, kept: rest && kept });
     return { header, data };
   }
 
-  // What was made for this very assignment and has no receipt yet.
-  #unsent(assignmentId) {
-    const [header, data] = [readJson(this.#path('update.json')), readBytes(this.#path('update.bin'))];
-    return header?.assignment_id === assignmentId && data && sha256(data) === header.digest ? { header, data } : null;
+  // What error feedback has still to send in this run.
+  #residual(kept, { length }) {
+    const bytes = readBytes(this.#path(kept));
+    return bytes && decodeVector('residual', bytes, length);
+  }
+
+  // What was made for this very assignment and has no receipt yet. Of another's update the coordinator knows the end.
+  async #unsent(assignmentId) {
+    const [told, data] = [readJson(this.#path('update.json')), readBytes(this.#path('update.bin'))];
+    if (!told) return null;
+    const { header } = told;
+    if (header.assignment_id === assignmentId) return data && sha256(data) === header.digest ? { header, data } : null;
+    const { receipt } = await this.link
+      .call('GetUploadStatus', { assignment_id: header.assignment_id })
+      .catch((error) => (error.code === 'NOT_FOUND' ? {} : Promise.reject(error)));
+    this.#settle(Boolean(receipt?.accepted));
+    return null;
+  }
+
+  // The coordinator has said whether it took the update. Only then is what it left out still to be sent.
+  #settle(taken) {
+    const { kept } = readJson(this.#path('update.json'));
+    if (taken && kept && existsSync(this.#path('update.residual'))) {
+      for (const name of readdirSync(this.home).filter((other) => other.startsWith('residual-')))
+        if (name !== kept) rmSync(this.#path(name)); // a residual ends with its run
+      renameSync(this.#path('update.residual'), this.#path(kept));
+    }
+    for (const name of ['update.json', 'update.bin', 'update.residual']) rmSync(this.#path(name), { force: true });
   }
 
   async #handIn({ deadline_s: deadlineS, round }, { header, data }, beat) {
@@ -170,7 +194,7 @@ export class Device {
       try {
         const tell = (at) => this.say(`uploading from byte ${at} of ${data.length}`);
         const receipt = await this.link.upload(header, data, tell);
-        for (const name of ['update.json', 'update.bin']) rmSync(this.#path(name), { force: true });
+        this.#settle(receipt.accepted);
         this.say(receipt.accepted ? `handed in round ${round}` : `round ${round} not taken: ${receipt.reason}`);
         return;
       } catch (error) {

@@ -7,17 +7,28 @@ export const sha256 = (bytes) => createHash('sha256').update(bytes).digest('hex'
 // The most bytes that `size` values can have.
 export const vectorBytes = (size) => 4 * size + 4096;
 
-export function encodeVector(name, vector) {
-  const stated = JSON.stringify({
-    [name]: { dtype: 'F32', shape: [vector.length], data_offsets: [0, 4 * vector.length] },
-  });
-  const header = stated.padEnd(Math.ceil(stated.length / 8) * 8);
-  const bytes = Buffer.alloc(8 + header.length + 4 * vector.length);
-  bytes.writeBigUInt64LE(BigInt(header.length));
-  bytes.write(header, 8, 'ascii');
-  vector.forEach((value, i) => bytes.writeFloatLE(value, 8 + header.length + 4 * i));
-  return bytes;
+const DTYPES = new Map([
+  [Float32Array, 'F32'],
+  [Uint16Array, 'F16'], // JavaScript has no half-precision numbers: their bits
+  [Int8Array, 'I8'],
+  [Uint8Array, 'U8'],
+]);
+
+// Vectors by name as one file, in the order given: the widest first, so that all are aligned.
+export function encodeTensors(tensors) {
+  const header = {};
+  let end = 0;
+  for (const [name, { constructor, length, byteLength }] of Object.entries(tensors))
+    header[name] = { dtype: DTYPES.get(constructor), shape: [length], data_offsets: [end, (end += byteLength)] };
+  const stated = JSON.stringify(header);
+  const padded = Buffer.from(stated.padEnd(Math.ceil(stated.length / 8) * 8), 'ascii');
+  const size = Buffer.alloc(8);
+  size.writeBigUInt64LE(BigInt(padded.length));
+  const values = Object.values(tensors).map((v) => Buffer.from(v.buffer, v.byteOffset, v.byteLength)); // little-endian
+  return Buffer.concat([size, padded, ...values]);
 }
+
+export const encodeVector = (name, vector) => encodeTensors({ [name]: vector });
 
 // Everything that a peer says of its bytes is checked before a value is read.
 export function decodeVector(name, bytes, size) {
