@@ -140,17 +140,21 @@ export class Device {
     };
     const seed = derive(config.seed, round, this.identity.name);
     this.say(`${kind === 'TRAIN' ? 'training' : 'measuring'} on ${count} examples`);
-    const evaluating = kind === 'EVALUATE';
-    const { delta, metrics } = evaluating
-      ? { metrics: await measure(plans, start, examples, goOn) }
-      : await train(plans, start, examples, config, seed, goOn);
-    const kept = `residual-${sha256(`${run} ${asked.artifact_version} ${asked.trainable_set}`).slice(0, 16)}`;
-    const { data, rest } = evaluating
-      ? { data: Buffer.alloc(0), rest: null }
-      : formed(form, delta, this.#residual(kept, start));
-    const told = { num_examples: count, metrics: declared(form, metrics) };
-    const header = { assignment_id: id, total_bytes: data.length, digest: sha256(data), ...told };
-    // All of it is on disk before a byte is sent: a process that is killed need not train again, nor send a residual twice.
+    const made =
+      kind === 'TRAIN'
+        ? await train(plans, start, examples, config, seed, goOn)
+        : { delta: null, metrics: await measure(plans, start, examples, goOn) };
+    const key = `${run} ${asked.artifact_version} ${asked.trainable_set}`;
+    return this.#keep(made, form, { assignment_id: id, num_examples: count }, `residual-${sha256(key).slice(0, 16)}`);
+  }
+
+  // The update in the run's form, on disk before a byte of it is sent: a process that is killed need not train again.
+  #keep({ delta, metrics }, form, about, kept) {
+    const { data, rest } = delta
+      ? formed(form, delta, this.#residual(kept, delta))
+      : { data: Buffer.alloc(0), rest: null };
+    const whole = { total_bytes: data.length, digest: sha256(data) };
+    const header = { ...about, ...whole, metrics: declared(form, metrics) };
     if (rest) writeWhole(this.#path('update.residual'), encodeVector('residual', rest));
     writeWhole(this.#path('update.bin'), data);
     writeJson(this.#path('update.json'), { header, kept: rest && kept });

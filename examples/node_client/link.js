@@ -3,12 +3,13 @@
 import { randomBytes } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 
 import grpc from '@grpc/grpc-js';
 import protoLoader from '@grpc/proto-loader';
 import protobuf from 'protobufjs';
 
-const PROTOS = new URL('../../protos/', import.meta.url).pathname;
+const PROTOS = fileURLToPath(new URL('../../protos/', import.meta.url));
 const AS_WRITTEN = { keepCase: true, longs: String, enums: String, defaults: true, oneofs: true };
 const PART_BYTES = 64 << 10; // of an upload: small parts lose little when a connection breaks
 const TIMES_S = { Heartbeat: 10, Decline: 2, Upload: 600, Download: 600 };
