@@ -305,6 +305,7 @@ def _drive(
     _note(store, "run.start", config.name, f"on {config.channel}" + (", where it was left" if known else ""))
     grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
+    print(f"run {run_id} collects: {config.update}", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None

@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from pocketfed.client_sdk.alive import LONGEST_WAIT_S, Alive, bounded
 from pocketfed.client_sdk.checkpoint import Checkpoint
 from pocketfed.client_sdk.consent import Consent, RunDescription
-from pocketfed.client_sdk.errors import ArtifactError, PocketfedError, TrainingStopped, UntrustedError
+from pocketfed.client_sdk.errors import (
+    ArtifactError,
+    ConfigurationError,
+    PocketfedError,
+    TrainingStopped,
+    UntrustedError,
+)
 from pocketfed.client_sdk.examples import ExampleStore
 from pocketfed.client_sdk.identity import Identity
 from pocketfed.client_sdk.keeping import Keeping, Part
@@ -227,4 +234,6 @@ def _form(assignment: fleet.Assignment) -> UpdateForm:
     if not assignment.HasField("form"):
         return UpdateForm()
     form = assignment.form
+    if len(UnknownFieldSet(form)):
+        raise ConfigurationError("the run asks for a form that this version does not know; update the app")
     return UpdateForm.from_mapping({f.name: getattr(form, f.name) for f in form.DESCRIPTOR.fields})
