@@ -73,7 +73,7 @@ class LocalTraining:
 class UpdateForm:
     """What may leave a device, and in which form; the fields are those of `UpdateForm` in fleet.proto."""
 
-    codec: str = "float32"  # or float16, int8, topk:SHARE; the last two with error feedback
+    codec: str = "float32"  # or float16; with error feedback: int8, topk:SHARE, ternary:SHARE
     clip_norm: float = 0.0  # the device scales its update down to this L2 norm; 0: it does not
     noise: float = 0.0  # standard deviation, in clip_norms, of Gaussian noise that the device adds
     private: Sequence[str] = ()  # parameters (names, or what stands before a dot in them) that stay on the device
