@@ -296,13 +296,15 @@ def _drive(
     import tempfile
     from hashlib import sha256
 
+    from pocketfed.coordinator.operators import local_admin, noting
     from pocketfed.coordinator.progress import create_run, results_of
     from pocketfed.coordinator.rounds import drive_run
     from pocketfed.coordinator.store import OUTAGES, Run, StoreError
 
     known = run_id is not None
-    run_id = create_run(store, config) if run_id is None else run_id
-    _note(store, "run.start", config.name, f"on {config.channel}" + (", where it was left" if known else ""))
+    told = f"on {config.channel}" + (", where it was left" if known else "")
+    with noting(store, local_admin(), "run.start", config.name, told):
+        run_id = create_run(store, config) if run_id is None else run_id
     grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
     print(f"run {run_id} collects: {config.update}", flush=True)
