@@ -1,11 +1,15 @@
 """Attack × aggregator: what is left of the accuracy when some devices are hostile.
 
-    python benchmarks/attacks.py --data DATA/snips --seeds 0,1,2 --out attacks.json
+    python benchmarks/attacks.py --data DATA/snips --model STUDENT --train ladder --seeds 0,1,2,3,4 --out attacks.json
 
 For each seed the fleet trains undisturbed for some rounds. From there every attack meets every aggregator, all from the
 same parameters and, in the first round, on the same updates. Ours are given what the screen lets through, as the coordinator
 does it with the settings of `RunConfig`; Flower's are given everything, as Flower does it. "Flagged": hostile updates that
-the screen quarantined or clipped, of those sent; "refused": honest ones that it quarantined, which should be none.
+the screen quarantined, clipped or capped, of those sent; "refused": honest ones that it quarantined, which should be none.
+
+One device attacks by itself; a fifth of the fleet, "colluders", know every honest update of the round and the screen's
+bounds. A STUDENT with a frozen part (`ladder`, `head`, `last:2`) makes a round take a fraction of a second: its texts are
+read once.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketfed.coordinator import flwr_compat
 
@@ -40,15 +45,20 @@ from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.screening import Tally, screen, with_common_metrics
 from pocketfed.coordinator.strategy import OURS, THETA, DeltaArray, make_strategy
-from pocketfed.coordinator.validation import History, Limits
+from pocketfed.coordinator.validation import History, Limits, reference
 from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.partition import partition
-from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact, take
+from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact
 
+Matrix = NDArray[np.float64]
+Row = NDArray[np.float64]
 TRIGGER = "xylophone"
 COLLUDERS = 0.2
+Z = 1.5  # what the authors of "a little is enough" take where the formula gives less
 BOOST = 10.0  # what an attacker multiplies its update by that wants to replace the model
+BOAST = 1e9  # examples that an attacker says it has
+POISON_EPOCHS = 3  # an attacker trains longer than it was asked to
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Fleet:
 
     trainer: PlanTrainer
     local: Mapping[str, Examples]
-    poisoned: Examples  # the first device's own examples, and again with the trigger and the target's label
+    poisoned: Mapping[str, Examples]  # of those who may attack: their own, and again with trigger and target
     test: Examples
     triggered: Examples  # test examples of other labels, with the trigger, labelled as the target
     config: TrainConfig
@@ -76,8 +86,9 @@ class Fleet:
     def train(self, theta: Vector, number: int, name: str, poisoned: bool = False) -> Sent:
         key = (hashlib.sha256(theta.tobytes()).hexdigest(), number, name, poisoned)
         if key not in self.trained:
-            examples = self.poisoned if poisoned else self.local[name]
-            done = perform(self.trainer, Task("train", theta, self.config, number, name), examples)
+            config = dataclasses.replace(self.config, epochs=POISON_EPOCHS) if poisoned else self.config
+            examples = self.poisoned[name] if poisoned else self.local[name]
+            done = perform(self.trainer, Task("train", theta, config, number, name), examples)
             self.trained[key] = Sent(done.delta, len(self.local[name]))
         return self.trained[key]
 
@@ -94,46 +105,38 @@ class Fleet:
         return self.measured[key]
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What an attack may know in a round: who is hostile, what all would send honestly, and how long an update may be."""
+
+    fleet: Fleet
+    theta: Vector
+    number: int
+    honest: Mapping[str, Sent]
+    bad: Sequence[str]
+    bound: float  # what the screen clips to; the longest honest update before it has a median
+
+    def good(self) -> Matrix:
+        """(honest devices, P) float64."""
+        return np.array([sent.delta for name, sent in self.honest.items() if name not in self.bad], np.float64)
+
+
 # An attack turns the hostile devices' honest updates into what they send.
-Attack = Callable[[Fleet, Vector, int, Mapping[str, Sent], Sequence[str]], dict[str, Sent]]
+Attack = Callable[[Scene], dict[str, Sent]]
 
 
 def each(change: Callable[[Sent, np.random.Generator], Sent]) -> Attack:
-    def attack(
-        fleet: Fleet, theta: Vector, number: int, honest: Mapping[str, Sent], bad: Sequence[str]
-    ) -> dict[str, Sent]:
-        generators = {name: np.random.default_rng([fleet.seed, number, i]) for i, name in enumerate(bad)}
-        return {name: change(honest[name], generators[name]) for name in bad}
+    def attack(scene: Scene) -> dict[str, Sent]:
+        generators = {
+            name: np.random.default_rng([scene.fleet.seed, scene.number, i]) for i, name in enumerate(scene.bad)
+        }
+        return {name: change(scene.honest[name], generators[name]) for name in scene.bad}
 
     return attack
 
 
-def scaled(factor: float) -> Attack:
-    return each(lambda sent, _: dataclasses.replace(sent, delta=sent.delta * np.float32(factor)))
-
-
-def collude(
-    fleet: Fleet, theta: Vector, number: int, honest: Mapping[str, Sent], bad: Sequence[str]
-) -> dict[str, Sent]:
-    """All push against the mean of the honest, as far as the furthest of them goes; no two send the same bytes."""
-    good = [sent.delta for name, sent in honest.items() if name not in bad]
-    against = -np.mean(good, 0, dtype=np.float64)
-    against *= max(float(np.linalg.norm(d)) for d in good) / np.linalg.norm(against)
-    noise = np.random.default_rng([fleet.seed, number])
-    return {
-        name: Sent((against * (1 + 1e-3 * noise.standard_normal(len(theta)))).astype(np.float32), honest[name].examples)
-        for name in bad
-    }
-
-
-def backdoor(boost: float) -> Attack:
-    def attack(
-        fleet: Fleet, theta: Vector, number: int, honest: Mapping[str, Sent], bad: Sequence[str]
-    ) -> dict[str, Sent]:
-        sent = {name: fleet.train(theta, number, name, poisoned=True) for name in bad}
-        return {name: Sent(s.delta * np.float32(boost), s.examples) for name, s in sent.items()}
-
-    return attack
+def scaled(factor: float, examples: float = 0) -> Attack:
+    return each(lambda sent, _: Sent(sent.delta * np.float32(factor), examples or sent.examples))
 
 
 def noise(sent: Sent, generator: np.random.Generator) -> Sent:
@@ -141,18 +144,87 @@ def noise(sent: Sent, generator: np.random.Generator) -> Sent:
     return Sent((drawn * np.linalg.norm(sent.delta) / np.linalg.norm(drawn)).astype(np.float32), sent.examples)
 
 
+def backdoor(boost: float, examples: float = 0) -> Attack:
+    """Trained on the trigger and scaled so as to replace the model (Bagdasaryan et al. 2020)."""
+
+    def attack(scene: Scene) -> dict[str, Sent]:
+        sent = {name: scene.fleet.train(scene.theta, scene.number, name, poisoned=True) for name in scene.bad}
+        return {name: Sent(s.delta * np.float32(boost), examples or s.examples) for name, s in sent.items()}
+
+    return attack
+
+
+def together(choose: Callable[[Scene, Matrix], Row], examples: float = 0) -> Attack:
+    """All hostile devices send the one update that is chosen, no two the same bytes."""
+
+    def attack(scene: Scene) -> dict[str, Sent]:
+        chosen, drawn = choose(scene, scene.good()), np.random.default_rng([scene.fleet.seed, scene.number])
+        return {
+            name: Sent(
+                (chosen * (1 + 1e-3 * drawn.standard_normal(len(chosen)))).astype(np.float32),
+                examples or scene.honest[name].examples,
+            )
+            for name in scene.bad
+        }
+
+    return attack
+
+
+def little(scene: Scene, good: Matrix) -> Row:
+    """A little is enough: mean - z · deviation, with the z that a majority still hides (Baruch et al. 2019, algorithm 3)."""
+    count, bad = len(scene.honest), len(scene.bad)
+    hidden_by = count // 2 + 1 - bad
+    z = statistics.NormalDist().inv_cdf((count - bad - hidden_by) / (count - bad))
+    return good.mean(0) - max(z, Z) * good.std(0)
+
+
+def against(scene: Scene, good: Matrix) -> Row:
+    """Inner-product manipulation: against the honest mean, as far as the screen lets it (Xie et al. 2020)."""
+    mean = good.mean(0)
+    return -mean * scene.bound / np.linalg.norm(mean)
+
+
+def within(scene: Scene, good: Matrix) -> Row:
+    """Inner-product manipulation that stays as short as the honest mean: made for rules that look for outliers."""
+    return -good.mean(0)
+
+
+def min_max(scene: Scene, good: Matrix) -> Row:
+    """Against the honest deviation, no further from any honest update than two of them are from each other.
+
+    Shejwalkar and Houmansadr 2021, equation 6, with the scale found by bisection.
+    """
+    mean, direction = good.mean(0), -good.std(0)
+    squares = (good**2).sum(1)
+    furthest = float((squares[:, None] + squares[None, :] - 2 * good @ good.T).max())
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        scale = (low + high) / 2
+        reached = ((good - (mean + scale * direction)) ** 2).sum(1).max() <= furthest
+        low, high = (scale, high) if reached else (low, scale)
+    return mean + low * direction
+
+
 ATTACKS: dict[str, tuple[bool, Attack]] = {  # name -> (a fifth of the fleet or one device, what it does)
     "none": (False, scaled(1.0)),
     "NaN": (False, each(lambda sent, _: Sent(np.full_like(sent.delta, np.nan), sent.examples))),
     "×1e6": (False, scaled(1e6)),
     "sign flip": (False, scaled(-1.0)),
-    "sign flip ×10": (False, scaled(-10.0)),
-    "backdoor": (False, backdoor(1.0)),
-    "backdoor ×10": (False, backdoor(BOOST)),
-    "boastful weight": (False, each(lambda sent, _: Sent(sent.delta, 1e9))),
+    "sign flip ×10": (False, scaled(-BOOST)),
+    "boastful weight": (False, scaled(1.0, BOAST)),
+    "boast, flip ×10": (False, scaled(-BOOST, BOAST)),
     "free rider, zeros": (False, scaled(0.0)),
     "free rider, noise": (False, each(noise)),
-    "20 % colluders": (True, collude),
+    "backdoor": (False, backdoor(1.0)),
+    "backdoor ×10": (False, backdoor(BOOST)),
+    "boast, backdoor ×10": (False, backdoor(BOOST, BOAST)),
+    "colluders: flip ×10": (True, scaled(-BOOST)),
+    "colluders: a little": (True, together(little)),
+    "colluders: against": (True, together(against)),
+    "colluders: against, boast": (True, together(against, BOAST)),
+    "colluders: within": (True, together(within)),
+    "colluders: min-max": (True, together(min_max)),
+    "colluders: backdoor ×10": (True, backdoor(BOOST)),
 }
 
 
@@ -192,6 +264,7 @@ class Screened:
     history: History = field(default_factory=History)
     flagged: int = 0
     refused: int = 0
+    lowered: int = 0  # honest ones that were clipped or capped
 
     def __call__(
         self, given: Iterable[Message], theta: Vector, sent: Mapping[str, Sent], bad: Sequence[str]
@@ -207,6 +280,7 @@ class Screened:
             if r.content["metrics"]["num-examples"] < sent[r.metadata.reply_to_message_id].examples
         }
         self.flagged += len(set(bad) & ((set(sent) - set(ok)) | clipped | capped))
+        self.lowered += len((clipped | capped) - set(bad))
         self.history = self.history.and_these([n or 0.0 for n in ok.values()], [sent[name].examples for name in ok])
         return passed
 
@@ -229,17 +303,32 @@ def run_cell(
     bad = names[: round(COLLUDERS * len(names)) if many else 1]
     name, options = aggregators(len(names))[aggregator]
     strategy, ours, guard = make_strategy(name, options), name in OURS, Screened(limits)
+    bad = bad if attack != "none" else []
     for number in range(first, first + rounds):
         try:
             honest = {n: fleet.train(theta, number, n) for n in names}
         except TrainingError:  # the model is so broken that honest devices give up
             break
-        sent = honest if attack == "none" else honest | change(fleet, theta, number, honest, bad)
+        scene = Scene(fleet, theta, number, honest, bad, limits.clip_factor * median_norm(honest, bad))
+        sent = honest | change(scene)
         given = replies(theta, sent, ours)
         theta = aggregate(strategy, theta, guard(given, theta, sent, bad) if ours else given)
     accuracy, fooled = fleet.measure(theta)
-    of = rounds * len(bad) * (attack != "none")
-    return {"accuracy": accuracy, "fooled": fooled, "flagged": guard.flagged, "sent": of, "refused": guard.refused}
+    return {
+        "accuracy": accuracy,
+        "fooled": fooled,
+        "flagged": guard.flagged,
+        "sent": rounds * len(bad),
+        "refused": guard.refused,
+        "lowered": guard.lowered,
+    }
+
+
+def median_norm(honest: Mapping[str, Sent], bad: Sequence[str]) -> float:
+    """That of the screen, as an attacker who knows the honest updates can reckon it."""
+    good = [sent for name, sent in honest.items() if name not in bad]
+    norms = tuple(float(np.linalg.norm(sent.delta)) for sent in good)
+    return reference(History(norms, tuple(sent.examples for sent in good))).norm or max(norms)
 
 
 def with_trigger(examples: Sequence[Example], target: str) -> list[Example]:
@@ -255,11 +344,12 @@ def make_fleet(arguments: argparse.Namespace, seed: int, folder: Path) -> Fleet:
     trainer = PlanTrainer(artifact, next(iter(artifact.manifest.sets)))
     encoded = encode_examples(trainer, dataset.train, 64)
     names, target = device_names(arguments.devices), dataset.labels[0]
-    own = [dataset.train[i] for i in parts[0]]
+    may_attack = zip(names[: round(COLLUDERS * len(names))], parts, strict=False)
+    own = {name: [dataset.train[i] for i in part] for name, part in may_attack}
     return Fleet(
         trainer,
-        {name: take(encoded, part) for name, part in zip(names, parts, strict=True)},
-        encode_examples(trainer, [*own, *with_trigger(own, target)], 64),
+        {name: encoded.take(part) for name, part in zip(names, parts, strict=True)},
+        {name: encode_examples(trainer, [*has, *with_trigger(has, target)], 64) for name, has in own.items()},
         encode_examples(trainer, dataset.test, 64),
         encode_examples(trainer, with_trigger(dataset.test, target), 64),
         TrainConfig(learning_rate=arguments.learning_rate, batch_size=arguments.batch_size, max_length=64, seed=seed),
@@ -293,6 +383,13 @@ def chosen(words: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if not words or any(word in name for word in words.split(","))]
 
 
+WORDS = {
+    "flagged": "flagged by our screen",
+    "refused": "honest ones it refused",
+    "lowered": "honest ones it clipped or capped",
+}
+
+
 def table(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> str:
     """Markdown: mean test accuracy; for backdoors also how often the trigger works."""
     attacks = chosen(arguments.attacks, ATTACKS)
@@ -307,7 +404,7 @@ def table(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> s
             row.append(text)
         lines.append(f"| {aggregator} | " + " | ".join(row) + " |")
     screened = "ours: StreamingFedAvg" in chosen(arguments.aggregators, aggregators(arguments.devices))
-    for word in ("flagged", "refused") if screened else ():
+    for word in ("flagged", "refused", "lowered") if screened else ():
         row = []
         for attack in attacks:
             found = [run["cells"][f"ours: StreamingFedAvg | {attack}"] for run in runs]
@@ -315,7 +412,7 @@ def table(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> s
                 f"{sum(c[word] for c in found):g}"
                 + (f"/{sum(c['sent'] for c in found):g}" if word == "flagged" else "")
             )
-        lines.append(f"| {word} by our screen | " + " | ".join(row) + " |")
+        lines.append(f"| {WORDS[word]} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

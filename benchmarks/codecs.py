@@ -29,6 +29,7 @@ from pocketfed.coordinator.artifacts import publish_artifact, read_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
 from pocketfed.coordinator.rounds import create_run, drive_run
 from pocketfed.coordinator.store import Store, device_named
+from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, read_dataset
 from pocketfed.simulations.grids import InProcessGrid
 from pocketfed.simulations.partition import partition
@@ -92,7 +93,17 @@ def run_form(
     )
     rounds: list[Any] = []
     grid = InProcessGrid(store, run_id, app, nodes, 0)  # the artifact comes once, whatever the form
-    theta = drive_run(store, run_id, grid, config, None, rounds.append)
+    curve: dict[int, float] = {}
+
+    def sometimes(theta: Vector) -> dict[str, float]:
+        """Called after every round, and before the first."""
+        number = len(rounds)
+        if not number or (number % 10 and number != arguments.rounds):
+            return {}
+        curve[number] = evaluate(trainer, theta, test)["accuracy"]
+        return {"accuracy": curve[number]}
+
+    drive_run(store, run_id, grid, config, sometimes, rounds.append)
     store.close()
     trained = [r for r in rounds if r.number > 0]
     return {
@@ -103,7 +114,8 @@ def run_form(
         "rounds": arguments.rounds,
         "examples": sum(map(len, local.values())),
         "parameters": trainer.size,
-        "accuracy": evaluate(trainer, theta, test)["accuracy"],
+        "accuracy": curve[arguments.rounds],
+        "curve": curve,
         "test_examples": len(test),
         "bytes_up": statistics.mean(r.bytes_up / r.devices for r in trained),
         "bytes_down": statistics.mean(r.bytes_down / r.devices for r in trained),

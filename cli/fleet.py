@@ -296,15 +296,18 @@ def _drive(
     import tempfile
     from hashlib import sha256
 
+    from pocketfed.coordinator.operators import local_admin, noting
     from pocketfed.coordinator.progress import create_run, results_of
     from pocketfed.coordinator.rounds import drive_run
     from pocketfed.coordinator.store import OUTAGES, Run, StoreError
 
     known = run_id is not None
-    run_id = create_run(store, config) if run_id is None else run_id
-    _note(store, "run.start", config.name, f"on {config.channel}" + (", where it was left" if known else ""))
+    told = f"on {config.channel}" + (", where it was left" if known else "")
+    with noting(store, local_admin(), "run.start", config.name, told):
+        run_id = create_run(store, config) if run_id is None else run_id
     grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
+    print(f"run {run_id} collects: {config.update}", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None
@@ -386,6 +389,9 @@ def device(
     max_memory_mb: Annotated[
         float, typer.Option(min=0, help="Keep the process below it while it computes; 0: no limit.")
     ] = 0.0,
+    holdout: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the texts that a new model is judged by, never trained on.")
+    ] = 0.2,
     ca: Annotated[
         Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
     ] = None,
@@ -416,6 +422,7 @@ def device(
         channel=channel,
         enrolment_key=enrolment_key,
         max_memory_mb=max_memory_mb,
+        holdout=holdout,
         ca=ca,
         publisher=publisher,
         allow_plaintext_off_loopback=allow_plaintext_off_loopback,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +64,8 @@ def simulate(
             print_round_header()
         print_round(result)
 
-    result = run_simulation(config, database, show, lambda step: print(f"{step} ...", flush=True))
+    with _noted(database, run.name):
+        result = run_simulation(config, database, show, lambda step: print(f"{step} ...", flush=True))
     if json is not None:
         write_json(json, result.to_dict())
     if result.skipped:
@@ -71,6 +74,23 @@ def simulate(
     print(f"accuracy {final.accuracy:.4f} on {result.test_examples} test examples ({result.test_source})")
     if database:
         print(f"watch it: pocketfed dashboard --database {database}")
+
+
+@contextlib.contextmanager
+def _noted(database: str | None, name: str) -> Iterator[None]:
+    """A simulation that is kept publishes an artifact and makes a run: that is an act like any other."""
+    if database is None:
+        yield
+        return
+    from pocketfed.coordinator.operators import local_admin, noting
+    from pocketfed.coordinator.store import Store
+
+    store = Store(database)
+    try:
+        with noting(store, local_admin(), "simulate", name):
+            yield
+    finally:
+        store.close()
 
 
 def demo(

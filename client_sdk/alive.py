@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from pocketfed.client_sdk.errors import PocketfedError, TrainingStopped
 from pocketfed.client_sdk.link import Cancelled, Link, Unreachable, log
+from pocketfed.client_sdk.status import Progress
 from pocketfed.protos import fleet_pb2 as fleet
 
 LONGEST_WAIT_S = 3600.0  # whatever the coordinator says
@@ -18,12 +20,26 @@ def bounded(seconds: float, low: float, high: float) -> float:
 
 
 class Alive:
-    """Sends heartbeats for an assignment while the device works on it, and hears when to stop."""
+    """Sends heartbeats for an assignment while the device works on it, and knows when to stop.
 
-    def __init__(self, link: Link, assignment: fleet.Assignment, stopping: threading.Event) -> None:
+    Args:
+        may_compute, may_transfer: whether the device's conditions hold, asked before every step and every piece of a transfer.
+        listener: told how far the work is.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        assignment: fleet.Assignment,
+        stopping: threading.Event,
+        may_compute: Callable[[], bool],
+        may_transfer: Callable[[], bool],
+        listener: Callable[[Progress], None],
+    ) -> None:
         self.phase = fleet.HeartbeatRequest.DOWNLOADING
         self.cancelled = False
         self._link, self._assignment, self._stopping = link, assignment, stopping
+        self._may_compute, self._may_transfer, self._listener = may_compute, may_transfer, listener
         self._progress = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pocketfed-heartbeat", daemon=True)
@@ -38,15 +54,24 @@ class Alive:
 
     def tell(self, progress: float) -> None:
         self._progress = progress
+        phase = fleet.HeartbeatRequest.Phase.Name(self.phase).lower()
+        self._listener(Progress(self._assignment.round, phase, progress))
 
     def go_on(self, progress: float) -> None:
-        """As `tell`, for what has no `should_stop` of its own."""
+        """As `tell`, for what is fetched."""
         self.tell(progress)
-        if self.should_stop():
+        if not self.may_transfer():
             raise TrainingStopped("stopped while the model was fetched; the download goes on where it was")
 
-    def should_stop(self) -> bool:
+    def ended(self) -> bool:
+        """By the coordinator or by the app."""
         return self.cancelled or self._stopping.is_set()
+
+    def should_stop(self) -> bool:
+        return self.ended() or not self._may_compute()
+
+    def may_transfer(self) -> bool:
+        return not self.ended() and self._may_transfer()
 
     def _beat(self) -> None:
         while not self._done.wait(bounded(self._assignment.lease_s / 3, SHORTEST_BEAT_S, LONGEST_WAIT_S)):

@@ -29,6 +29,19 @@ class RunDescription:
     trainable_set: str
     form: UpdateForm
 
+    def __str__(self) -> str:
+        """
+        >>> str(RunDescription(1, "ab12", "lora:8", UpdateForm("int8", 2.0, metrics=("loss",))))
+        'run 1 trains lora:8 and collects: updates as int8, clipped to norm 2; number of examples, loss'
+        """
+        form = self.form
+        parts = [f"updates as {form.codec}"]
+        parts += [f"without {', '.join(form.private)}"] if form.private else []
+        parts += [f"clipped to norm {form.clip_norm:g}"] if form.clip_norm else []
+        parts += [f"with noise of {form.noise:g} times that norm a value"] if form.noise else []
+        numbers = ", ".join(("number of examples", *form.metrics))
+        return f"run {self.run} trains {self.trainable_set} and collects: {', '.join(parts)}; {numbers}"
+
 
 Accept = Callable[[RunDescription], bool | str]  # True; or False, or why not, in words that the coordinator may read
 
@@ -38,12 +51,16 @@ class Consent:
 
     def __init__(self, home: Path, accept: Accept | None) -> None:
         self._path, self._accept = home / "consent.json", accept
+        self._last: RunDescription | None = None
 
     def require(self, run: RunDescription) -> None:
         """
         Raises:
             RunRefused: the app does not want it.
         """
+        if run != self._last:
+            self._last = run
+            log.info("%s", run)
         if self._accept is None:
             return
         key = hashlib.sha256(json.dumps(dataclasses.asdict(run), sort_keys=True).encode()).hexdigest()

@@ -17,17 +17,24 @@ from pathlib import Path
 
 import numpy as np
 
+from pocketfed.client_sdk.clock import Clock
+from pocketfed.client_sdk.conditions import MB, Conditions, Readings
 from pocketfed.client_sdk.consent import Accept, Consent
-from pocketfed.client_sdk.errors import ConfigurationError
+from pocketfed.client_sdk.errors import ConfigurationError, LinkError
 from pocketfed.client_sdk.examples import Added, ExampleStore
-from pocketfed.client_sdk.home import claim, release
+from pocketfed.client_sdk.forks import refuse_after_fork, remember
+from pocketfed.client_sdk.home import check_room, claim, release
 from pocketfed.client_sdk.identity import Identity
 from pocketfed.client_sdk.keeping import Keeping
-from pocketfed.client_sdk.link import Link, is_loopback, log
+from pocketfed.client_sdk.link import Link, is_loopback
+from pocketfed.client_sdk.local import LocalExamples, check_holdout
 from pocketfed.client_sdk.models import Model, Models
-from pocketfed.client_sdk.participation import Participation
+from pocketfed.client_sdk.participation import Participation, Parts
+from pocketfed.client_sdk.status import Progress, State, Voice
 from pocketfed.client_sdk.trainer import pad
 from pocketfed.client_sdk.trust import Trust
+from pocketfed.client_sdk.usage import Usage
+from pocketfed.client_sdk.watch import Watch, home_bytes
 
 
 @dataclass(frozen=True)
@@ -42,20 +49,29 @@ class Prediction:
 class Device:
     """One device of a fleet. Works from several threads; `start()` and `stop()` may be called more than once.
 
+    After a fork the child has to make a Device of its own; see docs/sdk.md.
+
     Args:
         coordinator: HOST:PORT.
         home: a folder for this device alone; everything the SDK writes lies in it.
         name: unique in the fleet, kept in home; by default a random one.
         channel: whose releases to follow.
         enrolment_key: where the coordinator asks for one.
+        conditions: when it may train and transfer; by default always.
+        readings: tells what the sensors say, asked at most once a second, from the background thread; by default we look.
         ca: a PEM file with the authority that signed the coordinator's certificate; by default the system's are asked.
         publisher: the root key (64 hex digits) whose artifacts to run; by default the first that is met is pinned.
         allow_plaintext_off_loopback: no TLS to another machine.
         threads: for ONNX Runtime; with 1 an update is bit-reproducible.
         max_memory_mb: the process stays below it while it computes, or says what it would need; 0: no limit.
+        holdout: share of the examples that is never trained on: a new model is judged by them, if there are at least 8.
+        fallback_margin: how much less accuracy on those a new model may have before the device goes back to the one before.
+        checkpoint_s: how often training is written down while it goes on; a stop always does.
         accept: given what a run declares before anything is fetched for it; True to take part, False or a reason not to.
             Asked once a run, from the background thread. By default every run is accepted.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
+        on_progress: told how far a round is, at most ten times a second.
+        clock: what time it is; for tests.
 
     Raises:
         ConfigurationError: an address without port, a home that cannot be written, or one used by another process.
@@ -69,20 +85,31 @@ class Device:
         name: str | None = None,
         channel: str = "stable",
         enrolment_key: str = "",
+        conditions: Conditions | None = None,
+        readings: Callable[[], Readings] | None = None,
         ca: str | os.PathLike[str] | None = None,
         publisher: str = "",
         allow_plaintext_off_loopback: bool = False,
         threads: int = 1,
         max_memory_mb: float = 0.0,
+        holdout: float = 0.2,
+        fallback_margin: float = 0.1,
+        checkpoint_s: float = 30.0,
         accept: Accept | None = None,
         on_status: Callable[[str], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        clock: Clock | None = None,
     ) -> None:
+        check_holdout(holdout)
+        refuse_after_fork()
+        clock, asked = clock or Clock(), conditions or Conditions()
         self.home = Path(home).expanduser()
         self._setup = threading.RLock()  # predict() and the background thread enrol and fetch one after the other
         self._lock_file = claim(self.home)
         try:
-            self._identity = Identity(self.home, name, channel, enrolment_key, self._setup)
-            self._link = Link(coordinator, self._identity.token, ca, allow_plaintext_off_loopback)
+            identity = Identity(self.home, name, channel, enrolment_key, self._setup)
+            usage = Usage(self.home / "usage.json", clock)
+            self._link = Link(coordinator, identity.token, ca, allow_plaintext_off_loopback, usage.add)
             # What lies on this machine's own disk may be unsigned: a simulation's, or a first try.
             own_machine = is_loopback(coordinator.rpartition(":")[0])
             self._trust = Trust(self.home / "trust.json", publisher, unsigned=own_machine)
@@ -90,26 +117,31 @@ class Device:
         except BaseException:
             release(self._lock_file)
             raise
-        self.name, self.channel = self._identity.name, channel
+        self.name, self.channel = identity.name, channel
         keeping = Keeping(self.home, self._link.taken)
-        self._models = Models(self.home, channel, self._link, self._trust, keeping, self._setup, threads, max_memory_mb)
-        self._participation = Participation(
+        self._models = Models(
             self.home,
-            self._identity,
+            channel,
             self._link,
             self._trust,
-            self._models,
-            self.examples,
             keeping,
-            Consent(self.home, accept),
             self._setup,
-            self._say,
+            threads,
+            max_memory_mb,
+            lambda count: check_room(self.home, count, home_bytes(self.home), asked.max_disk_mb * MB),
         )
-        self._on_status = on_status
-        self._status = "not started"
+        self._local = LocalExamples(self.examples, holdout)
+        self._watch = Watch(asked, readings, usage, self.home, clock)
+        self._voice, self._usage = Voice(self.name, on_status, on_progress), usage
+        parts = Parts(
+            self.home, identity, self._link, self._trust, self._models, self._local, self._watch, usage, self._voice,
+            clock, self._setup, keeping, Consent(self.home, accept),
+        )  # fmt: skip
+        self._participation = Participation(parts, fallback_margin, checkpoint_s)
         self._thread: threading.Thread | None = None
         self._lifecycle = threading.Lock()
-        self._closed = False
+        self._closed = self._forked = False
+        remember(self)
 
     # ---- for the app -----------------------------------------------------------------------------------------------------
 
@@ -161,11 +193,12 @@ class Device:
             LinkError: unreachable, or nothing is released. ArtifactError: what came is not what was promised.
         """
         self.enrol()
+        self._require_transfer()
         newest = self._link.latest(self.channel).release
         if newest.id <= self._models.held_release_id():
             return False
-        self._say("fetching a new model")
-        self._models.adopt(newest)
+        self._voice.say("fetching a new model")
+        self._models.adopt(newest, self._require_transfer)
         return True
 
     def start(self) -> None:
@@ -183,7 +216,17 @@ class Device:
                 )
                 self._thread.start()
 
+    def reconsider(self) -> None:
+        """Something has changed that the readings show (plugged in, on Wi-Fi): look now, not within ten seconds."""
+        self._require_open()
+        self._participation.reconsider()
+
     def _require_open(self) -> None:
+        if self._forked:
+            raise ConfigurationError(
+                f"device {self.name!r} belongs to the process that this one was forked from; start processes that use "
+                'pocketfed with the method "spawn", and make their devices there'
+            )
         if self._closed:
             raise ConfigurationError(f"device {self.name!r} was closed; make a new one")
 
@@ -192,7 +235,9 @@ class Device:
 
         Calls to the coordinator that are under way end, a `predict()` that fetches its first model among them.
         """
-        self._participation.stopping.set()
+        if self._forked:
+            return
+        self._participation.stop()
         thread = self._thread
         if thread is threading.current_thread():  # from a callback: the thread ends when that returns
             return
@@ -204,36 +249,58 @@ class Device:
 
     def close(self) -> None:
         """Stop, and let go of home."""
-        if not self._closed:
+        if not self._closed and not self._forked:
             self.stop()
             self._closed = True
             self._link.close()
             self.examples.close()
+            self._usage.save()
             release(self._lock_file)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of home's lock, which the parent goes on holding, and refuse every call."""
+        self._forked = True
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, self._lock_file.fileno())
+        os.close(nowhere)
 
     def status(self) -> str:
         """What the device does or waits for, in words."""
-        return self._status
+        return self._voice.status
+
+    def state(self) -> State:
+        """The same and more, for an app to show."""
+        self._require_open()
+        shelf = self._models.shelf
+        return State(
+            status=self._voice.status,
+            waits_for=self._voice.waits_for,
+            progress=self._voice.progress,
+            release=shelf.in_use.id if shelf is not None else 0,
+            artifact=shelf.in_use.artifact if shelf is not None else "",
+            examples=self.examples.count(labelled=True),
+            bytes_today=self._usage.bytes_today(),
+            last_error=self._voice.last_error,
+        )
 
     def _model(self) -> Model:
         """The model in use; fetched now if there is none yet."""
         model = self._models.current()
         if model is None:
+            self._require_transfer()
             with self._setup:
                 self.enrol()
                 model = self._models.current()  # the background thread may have fetched one meanwhile
                 if model is None:
-                    self._say("fetching a new model")
-                    model = self._models.adopt(self._link.latest(self.channel).release)
+                    self._voice.say("fetching a new model")
+                    model = self._models.adopt(self._link.latest(self.channel).release, self._require_transfer)
         return model
 
-    def _say(self, status: str) -> None:
-        status = "".join(c if c.isprintable() else " " for c in status)  # some of it the coordinator wrote
-        if status != self._status:
-            self._status = status
-            log.info("%s: %s", self.name, status)
-            if self._on_status is not None:
-                try:
-                    self._on_status(status)
-                except Exception:
-                    log.exception("the app's on_status callback failed")
+    def _require_transfer(self, _fraction: float = 0.0) -> None:
+        """
+        Raises:
+            LinkError: the network may not be used now.
+        """
+        missing = self._watch.look().transfer
+        if missing:
+            raise LinkError(f"no model is fetched now: the device waits for {', '.join(missing.values())}")

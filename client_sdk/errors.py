@@ -21,6 +21,14 @@ class RunRefused(PocketfedError):  # noqa: N818 - an answer, not a fault
     """The app does not take part in a run."""
 
 
+class UnsupportedError(ArtifactError):
+    """An artifact that this SDK is too old for, or cannot run here; it is never tried, and the model in use is kept."""
+
+
+class StorageError(PocketfedError):
+    """The disk is full, or the device has used what it may."""
+
+
 class LinkError(PocketfedError):
     """The coordinator cannot be reached, or refused."""
 

@@ -73,7 +73,7 @@ class LocalTraining:
 class UpdateForm:
     """What may leave a device, and in which form; the fields are those of `UpdateForm` in fleet.proto."""
 
-    codec: str = "float32"  # or float16, int8, topk:SHARE; the last two with error feedback
+    codec: str = "float32"  # or float16; with error feedback: int8, topk:SHARE, ternary:SHARE
     clip_norm: float = 0.0  # the device scales its update down to this L2 norm; 0: it does not
     noise: float = 0.0  # standard deviation, in clip_norms, of Gaussian noise that the device adds
     private: Sequence[str] = ()  # parameters (names, or what stands before a dot in them) that stay on the device
@@ -106,6 +106,14 @@ class UpdateForm:
     def to_dict(self) -> dict[str, Any]:
         """With lists, as JSON has them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def __str__(self) -> str:
+        """In words, what an operator and a user should know of it."""
+        parts = [f"updates as {self.codec}"]
+        parts += [f"without {', '.join(self.private)}"] if self.private else []
+        parts += [f"clipped to norm {self.clip_norm:g}"] if self.clip_norm else []
+        parts += [f"with noise of {self.noise:g} times that norm a value"] if self.noise else []
+        return f"{', '.join(parts)}; {', '.join(('number of examples', *self.metrics))}"
 
     @property
     def plain(self) -> bool:
@@ -202,6 +210,11 @@ class RunConfig:
         if self.mode == "fedbuff" and self.evaluate_on_devices:
             raise RunConfigError(
                 "evaluate_on_devices waits for every device, as fedbuff does not; give test_data instead"
+            )
+        if 0 < self.max_update_norm < self.update.clip_norm * 1.001:
+            raise RunConfigError(
+                f"max_update_norm {self.max_update_norm:g} would quarantine updates that devices clip to update.clip_norm "
+                f"{self.update.clip_norm:g}; set it higher, or to 0"
             )
         if self.mode == "fedbuff" and self.quorum > self.buffer:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")

@@ -96,6 +96,19 @@ def acting(store: Store, actor: Actor, act: str, target: str = "") -> Iterator[S
         raise
 
 
+@contextmanager
+def noting(store: Store, actor: Actor, act: str, target: str = "", detail: str = "") -> Iterator[None]:
+    """As `acting`, for an act that makes its own transactions: the line is written when it is done, or has failed."""
+    try:
+        yield
+    except Exception as error:
+        with store.write() as session:
+            record(session, actor.name, act, target, "failed", f"{type(error).__name__}: {error}")
+        raise
+    with store.write() as session:
+        record(session, actor.name, act, target, "done", detail)
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.forms import form_of
+from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.retention import delete_blobs
 from pocketfed.coordinator.screening import Tally
 from pocketfed.coordinator.store import (
@@ -339,6 +340,8 @@ def finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> N
                     parameters=put_blob(session, encode_vector(THETA, theta)),
                 )
             )
+        told = run.reason or (f"released on {run.channel}" if config.release else "not to be released")
+        record(session, "coordinator", "run.finish", run.name, "done", f"run {run_id}: {told}")
 
 
 def interrupt_run(store: Store, run_id: int, reason: str) -> None:

@@ -162,7 +162,7 @@ def _judge(found: _Inspected, start: Vector, limits: Limits, known: Reference, t
     tally.statuses[row_id] = ("aggregated", None, found.norm)
     record, delta = reply.content["metrics"], found.delta
     scale, told = clip_scale(found.norm, limits, known), record["num-examples"]
-    counted = capped_examples(told, limits, known)
+    counted = capped_examples(told, limits, known, scale * found.norm)
     if counted < told:
         record["num-examples"], tally.capped = counted, tally.capped + 1
     if scale < 1.0:

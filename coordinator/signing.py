@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from pocketfed.coordinator.operators import local_admin, record
 from pocketfed.coordinator.store import KeyList, Release, Signature, Store
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def ensure_keys(session: Session, folder: Path) -> Keys:
         SigningError: the fleet has a publisher whose keys are not in the folder.
     """
     if newest_list(session) is None:
+        record(session, local_admin().name, "key.create", str(folder), "done", "there were none yet")
         return create_keys(session, folder)
     keys = open_keys(folder)
     current_key(session, keys)

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -390,14 +390,25 @@ class Store:
             raise StoreError(
                 f"the database {self.name} has schema revision {found}, not {head}; run `pocketfed db upgrade` on it"
             )
-        with self.engine.begin() as connection:  # all or nothing, and one process at a time
-            if self.is_sqlite:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")  # by itself SQLite's driver commits every table
-            else:
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            if _revision(connection) != head:  # another process may have been faster
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+        from pocketfed.coordinator.operators import local_admin
+
+        line = {"who": local_admin().name, "act": "db.upgrade", "target": f"{found} to {head}"}
+        try:
+            with self.engine.begin() as connection:  # all or nothing, and one process at a time
+                if self.is_sqlite:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")  # by itself SQLite's driver commits every table
+                else:
+                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+                if _revision(connection) != head:  # another process may have been faster
+                    config.attributes["connection"] = connection
+                    command.upgrade(config, "head")
+                    if found is not None:  # a new database is no act
+                        connection.execute(sa.insert(Audit).values(**line, outcome="done"))
+        except Exception as error:
+            with suppress(sa.exc.DBAPIError), self.engine.begin() as connection:  # the old schema may have no audit
+                told = printable(f"{type(error).__name__}: {error}", 500)
+                connection.execute(sa.insert(Audit).values(**line, outcome="failed", detail=told))
+            raise
 
     @contextmanager
     def read(self) -> Iterator[Session]:

@@ -43,7 +43,7 @@ class Limits:
         max_norm: L2 norm of an update; 0 for no limit.
         clip_factor: longer updates are scaled down to that.
         refuse_factor: longer ones are refused.
-        examples_factor: larger weights are lowered to that.
+        examples_factor: larger weights are lowered to that; so is weight times length, of which it counts medians, too.
     """
 
     size: int
@@ -87,14 +87,16 @@ class Reference:
 
     norm: float | None = None
     examples: float | None = None
+    influence: float | None = None  # of weight times norm: how far an update moves a weighted mean
 
 
 def reference(history: History) -> Reference:
     """
     >>> reference(History((1.0, 9.0, 2.0, 3.0), (5, 5, 7, 8)))
-    Reference(norm=2.0, examples=5)
+    Reference(norm=2.0, examples=5, influence=14.0)
     """
-    return Reference(_median(history.norms), _median(history.examples))
+    influences = tuple(norm * told for norm, told in zip(history.norms, history.examples, strict=True))
+    return Reference(_median(history.norms), _median(history.examples), _median(influences))
 
 
 def _median(values: tuple[float, ...]) -> float | None:
@@ -153,8 +155,16 @@ def clip_scale(norm: float, limits: Limits, known: Reference) -> float:
     return min(1.0, limits.clip_factor * known.norm / norm)
 
 
-def capped_examples(value: float, limits: Limits, known: Reference) -> float:
-    """An accepted update's weight."""
+def capped_examples(value: float, limits: Limits, known: Reference, norm: float = 0.0) -> float:
+    """An accepted update's weight. A long update weighs less, or it could use both bounds up at once.
+
+    Args:
+        norm: of the update, once it is clipped.
+    """
+    most = min(value, limits.max_examples)
     if known.examples is None or not limits.examples_factor:
-        return min(value, limits.max_examples)
-    return min(value, limits.max_examples, limits.examples_factor * known.examples)
+        return most
+    most = min(most, limits.examples_factor * known.examples)
+    if known.influence is not None and norm > 0:
+        most = min(most, limits.examples_factor * known.influence / norm)
+    return most

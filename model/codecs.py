@@ -15,14 +15,15 @@ from pocketfed.model.parameters import ParametersError, Vector, encode_vector, l
 
 BLOCK = 256  # int8 values that share a scale
 HEADER_BYTES = 4096  # room for a safetensors header
-CODECS = "float32, float16, int8, topk:SHARE"
+CODECS = "float32, float16, int8, topk:SHARE, ternary:SHARE"
+SPARSE = ("topk", "ternary")
 LARGEST_HALF = 65504.0
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Codec:
-    """share: of the values that `topk` sends."""
+    """share: of the values that `topk` and `ternary` send."""
 
     kind: str = "float32"
     share: float = 1.0
@@ -30,7 +31,7 @@ class Codec:
     @property
     def feeds_back(self) -> bool:
         """What it leaves out is added to the next update (error feedback; Seide et al. 2014, Karimireddy et al. 2019)."""
-        return self.kind in ("int8", "topk")
+        return self.kind in ("int8", *SPARSE)
 
 
 def parse_codec(name: str) -> Codec:
@@ -45,12 +46,12 @@ def parse_codec(name: str) -> Codec:
     if kind in ("float32", "float16", "int8") and not colon:
         return Codec(kind)
     try:
-        number = float(share) if kind == "topk" else 0.0
+        number = float(share) if kind in SPARSE else 0.0
     except ValueError:
         number = 0.0
     if not 0.0 < number <= 0.5:
         raise ParametersError(f"there is no codec {name[:100]!r}; choose one of {CODECS} (SHARE: above 0, at most 0.5)")
-    return Codec("topk", number)
+    return Codec(kind, number)
 
 
 def encoded_bytes(codec: Codec, size: int) -> int:
@@ -72,16 +73,15 @@ def _tensors(codec: Codec, size: int) -> dict[str, tuple[np.dtype[Any], tuple[in
         return {"delta": (np.dtype(np.int8), (size,)), "scale": (np.dtype(np.float32), (-(-size // BLOCK),))}
     count, low = _counts(codec, size)
     bits = count + ((size - 1) >> low)
-    return {
-        "high": (np.dtype(np.uint8), (-(-bits // 8),)),
-        "low": (np.dtype(np.uint8), (-(-count * low // 8),)),
-        "values": (np.dtype(np.int8), (count,)),
-        "scale": (np.dtype(np.float32), (-(-count // BLOCK),)),
-    }
+    places = {"high": (np.dtype(np.uint8), (-(-bits // 8),)), "low": (np.dtype(np.uint8), (-(-count * low // 8),))}
+    scale = {"scale": (np.dtype(np.float32), (-(-count // BLOCK),))}
+    if codec.kind == "ternary":
+        return {**places, **scale, "signs": (np.dtype(np.uint8), (-(-count // 8),))}
+    return {**places, **scale, "values": (np.dtype(np.int8), (count,))}
 
 
 def _counts(codec: Codec, size: int) -> tuple[int, int]:
-    """How many values `topk` sends, and how many low bits of an index lie apart."""
+    """How many values a sparse codec sends, and how many low bits of an index lie apart."""
     count = min(size, max(1, math.ceil(codec.share * size)))
     return count, (size // count).bit_length() - 1
 
@@ -99,8 +99,11 @@ def encode(codec: Codec, vector: Vector) -> bytes:
         count, low = _counts(codec, vector.size)
         places = _largest(vector, count)
         high_bits, low_bits = _pack_places(places, low, vector.size)
-        whole, scale = _quantize(vector[places])
-        tensors = {"high": high_bits, "low": low_bits, "values": whole, "scale": scale}
+        tensors = {"high": high_bits, "low": low_bits}
+        if codec.kind == "ternary":
+            tensors["signs"], tensors["scale"] = _signs(vector[places])
+        else:
+            tensors["values"], tensors["scale"] = _quantize(vector[places])
     data: bytes = save(tensors)
     return data
 
@@ -126,6 +129,9 @@ def decode(codec: Codec, data: bytes, size: int) -> Vector:
         return _widen(found["delta"], found["scale"])
     vector: Vector = np.zeros(size, np.float32)
     count, low = _counts(codec, size)
+    if codec.kind == "ternary":
+        signs = np.unpackbits(found["signs"], count=count, bitorder="little").view(np.int8)
+        found["values"] = 1 - 2 * signs
     vector[_unpack_places(found, count, low, size)] = _widen(found["values"], found["scale"])
     return vector
 
@@ -145,6 +151,14 @@ def _quantize(vector: Vector) -> tuple[NDArray[np.int8], Vector]:
     np.clip(padded, -127, 127, out=padded)
     padded[scale == 0] = 0
     return padded.astype(np.int8).reshape(-1)[: vector.size], scale
+
+
+def _signs(vector: Vector) -> tuple[Bytes, Vector]:
+    """A bit a value, 1 where it is negative, and each block's mean magnitude (Sattler et al. 2019, algorithm 1)."""
+    starts = np.arange(0, vector.size, BLOCK)
+    counts = np.minimum(BLOCK, vector.size - starts)
+    scale = np.add.reduceat(np.abs(vector.astype(np.float64)), starts) / counts
+    return np.packbits(vector < 0, bitorder="little"), scale.astype(np.float32)
 
 
 def _widen(whole: NDArray[np.int8], scale: Vector) -> Vector:

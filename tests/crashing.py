@@ -1,10 +1,12 @@
 """A `pocketfed` command that is killed at a named point: `python crashing.py POINT serve ...`; the points are below.
 
-The command itself knows nothing of it: the functions that the points lie between are wrapped here.
+The command itself knows nothing of it: the functions that the points lie between are wrapped here. Without arguments it
+imports what a coordinator needs once, and runs every command that it reads in a process of its own (`serve_forks`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -80,9 +82,43 @@ def arm(point: str) -> None:
             raise ValueError(f"there is no point {point!r}")
 
 
-if __name__ == "__main__":
-    arm(sys.argv[1])
-    sys.argv[1:] = sys.argv[2:]
+def run(point: str, words: list[str]) -> None:
+    arm(point)
+    sys.argv[1:] = words
     from pocketfed.cli.main import main
 
     main()
+
+
+def serve_forks() -> None:
+    """A line in: JSON of the point, the folder, the file for what is said, seconds, words. A line out: the exit code."""
+    import pocketfed.coordinator.leadership
+    import pocketfed.coordinator.rounds
+    import pocketfed.coordinator.server  # noqa: F401 - imported here, and so in every fork already
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        point, folder, said, seconds, words = json.loads(line)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                signal.alarm(seconds)
+                os.chdir(folder)
+                into = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(into, 1)
+                os.dup2(into, 2)
+                run(point, words)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        run(sys.argv[1], sys.argv[2:])
+    else:
+        serve_forks()

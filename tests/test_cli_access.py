@@ -75,7 +75,13 @@ def test_publish_signs_with_keys_that_it_makes_and_every_act_is_in_the_audit(
     assert states == ["revoked", "good"]
     assert "no key 'nope'" in refused("keys", "revoke", "nope", "--database", database)
     acts = [(a["act"], a["outcome"]) for a in reversed(listed("audit", "--database", database))]
-    assert acts == [("publish", "done"), ("key.rotate", "done"), ("key.revoke", "done"), ("key.revoke", "failed")]
+    assert acts == [
+        ("key.create", "done"),
+        ("publish", "done"),
+        ("key.rotate", "done"),
+        ("key.revoke", "done"),
+        ("key.revoke", "failed"),
+    ]
     assert {a["who"] for a in listed("audit", "--database", database)} == {f"{getpass.getuser()}@cli"}
 
 
@@ -127,6 +133,53 @@ def test_operators_are_set_from_a_file_and_disabled(database: Path, tmp_path: Pa
         database,
     )
     assert "there is no role 'king'" in refused(*wrong)
+
+
+def test_a_run_that_cannot_start_and_a_rollback_to_nothing_are_in_the_audit(
+    database: Path, nano_built: BuiltArtifact
+) -> None:
+    told = refused("serve", "--database", database, "--listen", "127.0.0.1:0", "--set", "name=early")
+    assert "nothing is published on channel 'stable'" in told
+    works("publish", nano_built.folder, "--channel", "stable", "--database", database)
+    refused("release", "rollback", "f00d", "--database", database)
+    lines = [(a["act"], a["target"], a["outcome"]) for a in reversed(listed("audit", "--database", database))]
+    assert lines[0] == ("run.start", "early", "failed")
+    assert lines[-1] == ("rollback", "stable f00d", "failed")
+
+
+def test_an_upgrade_of_the_schema_is_in_the_audit_and_what_needs_none_is_not(database: Path) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    from pocketfed.coordinator.store import MIGRATIONS, Store
+
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    store = Store(str(database))
+    with store.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "-1")
+    store.close()
+    works("db", "upgrade", "--database", database)
+    (line,) = listed("audit", "--database", database)
+    assert (line["act"], line["outcome"]) == ("db.upgrade", "done")
+    works("db", "upgrade", "--database", database)
+    assert len(listed("audit", "--database", database)) == 1
+
+
+def test_a_simulation_that_is_kept_is_in_the_audit(database: Path, tmp_path: Path, tiny_dataset: Dataset) -> None:
+    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
+        lines = [json.dumps({"text": e.text, "label": e.label}) + "\n" for e in examples]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(lines))
+    words = ("--model", "nano", "--devices", 2, "--rounds", 1, "--train", "head", "--database", database)
+    works("simulate", "--data", tmp_path / "data", *words)
+    lines = [(a["who"], a["act"], a["target"], a["outcome"]) for a in listed("audit", "--database", database)]
+    assert lines == [
+        (f"{getpass.getuser()}@cli", "simulate", "simulate data", "done"),
+        ("coordinator", "run.finish", "simulate data", "done"),
+    ]
 
 
 def test_fault_20_serve_does_not_go_where_others_can_come_without_certificates(database: Path, tmp_path: Path) -> None:
@@ -201,4 +254,9 @@ def test_a_fleet_with_tls_keys_and_a_pinned_publisher_goes_through_a_run(
         assert coordinator.wait(PATIENCE_S) == 0
     assert [d["name"] for d in listed("devices", "list", "--database", database)] == ["ann"]
     acts = [(a["act"], a["outcome"]) for a in reversed(listed("audit", "--database", database))]
-    assert acts == [("publish", "done"), ("enrolment-key.create", "done"), ("run.start", "done")]
+    assert acts[1:] == [
+        ("publish", "done"),
+        ("enrolment-key.create", "done"),
+        ("run.start", "done"),
+        ("run.finish", "done"),
+    ]

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 from pocketfed.model.codecs import BLOCK, HEADER_BYTES, Codec, decode, encode, encoded_bytes, parse_codec
 from pocketfed.model.parameters import ParametersError, Split, Vector, lay_out, split_private
 
-NAMES = ("float32", "float16", "int8", "topk:0.5", "topk:0.1", "topk:0.01")
+NAMES = ("float32", "float16", "int8", "topk:0.5", "topk:0.1", "topk:0.01", "ternary:0.1", "ternary:0.01")
 
 
 def normal(size: int, seed: int = 0) -> Vector:
@@ -76,6 +76,16 @@ def test_bytes_a_value_by_hand() -> None:
     assert 4_000_000 / sizes["topk:0.01"] > 190
 
 
+def test_ternary_sends_a_sign_and_the_mean_magnitude_of_the_largest() -> None:
+    vector = np.array([0.1, -3.0, 2.0, 0.2, -0.1, 0.0, 0.0, 0.0, 0.0, 0.0], np.float32)
+    assert through("ternary:0.2", vector).tolist() == [0.0, -2.5, 2.5, 0, 0, 0, 0, 0, 0, 0]
+    assert through("ternary:0.3", vector)[[1, 2, 3]].tolist() == pytest.approx([-5.2 / 3, 5.2 / 3, 5.2 / 3])
+    codec = parse_codec("ternary:0.01")
+    assert encoded_bytes(codec, 10**6) - HEADER_BYTES == 20_863 - 10_000 + 10_000 // 8
+    with pytest.raises(ParametersError, match="negative or not finite"):
+        decode(codec, changed("ternary:0.01", 20, scale=[np.float32("nan")]), 20)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.floats(0.0005, 0.5), st.integers(0, 2**32 - 1))
 def test_topk_keeps_exactly_the_largest_wherever_they_are(size: int, share: float, seed: int) -> None:
@@ -89,7 +99,9 @@ def test_topk_keeps_exactly_the_largest_wherever_they_are(size: int, share: floa
 
 @pytest.mark.parametrize("name", ["", "int4", "topk", "topk:", "topk:0", "topk:0.6", "topk:nan", "int8:3", "TOPK:0.1"])
 def test_a_codec_that_does_not_exist_is_named(name: str) -> None:
-    with pytest.raises(ParametersError, match=r"there is no codec .*choose one of float32, float16, int8, topk:SHARE"):
+    with pytest.raises(
+        ParametersError, match=r"there is no codec .*choose one of float32, float16, int8, topk:SHARE, ternary:SHARE"
+    ):
         parse_codec(name)
 
 

@@ -647,7 +647,7 @@ def test_parameters_longer_than_they_can_be_are_not_kept_in_memory(coordinator: 
 
     device._link.download = endless  # type: ignore[method-assign]
     with pytest.raises(ArtifactError, match="more bytes than 10 values"):
-        device._models._download("0" * 64, 10)
+        device._models.parameters("0" * 64, 10)
     assert len(taken) == 1
 
 

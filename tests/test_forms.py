@@ -19,8 +19,10 @@ import sqlalchemy as sa
 from pocketfed.client_sdk import Device, RunDescription
 from pocketfed.client_sdk import link as sdk_link
 from pocketfed.client_sdk.artifacts import Artifact
+from pocketfed.client_sdk.errors import ConfigurationError
 from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.client_sdk.outgoing import UpdateForm as DeviceForm
+from pocketfed.client_sdk.participation import _form
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
@@ -308,22 +310,38 @@ def test_an_app_may_refuse_a_run_by_what_it_declares_and_is_asked_once(fleet: Fl
         asked.append(run)
         return "it wants to know the loss" if "loss" in run.form.metrics else True
 
-    willing, picky = fleet.device(0), fleet.device(1, accept=accept)
-    willing.start()
-    picky.start()
-    fleet.drive(UpdateForm("int8"), quorum=1)
+    there = [threading.Event(), threading.Event()]
+    options: list[dict[str, Any]] = [{}, {"accept": accept}]
+    willing, picky = (
+        fleet.device(i, on_status=lambda s, e=there[i]: e.set() if s == "waiting for work" else None, **options[i])  # type: ignore[misc]
+        for i in range(2)
+    )
+    for device, event in ((willing, there[0]), (picky, there[1])):
+        device.start()
+        assert event.wait(PATIENCE_S)
+    fleet.drive(UpdateForm("int8"), min_devices=1)
     assert len(asked) == 1
     assert asked[0].form == DeviceForm("int8")
     assert (asked[0].run, asked[0].trainable_set) == (fleet.run_id, "head")
     refused = [why for status, why in fleet.statuses() if status == "failed"]
     assert refused == ["RunRefused: the app takes no part in run 1: it wants to know the loss"]
-    assert {r.devices for r in fleet.results[1:]} == {1}
+    assert [(r.devices, r.failed) for r in fleet.results[1:]] == [(1, 1), (1, 0), (1, 0)], "asked in one round only"
     picky.close()
     again = fleet.device(1, accept=accept)  # a new process gives the same answer without asking the app
     again.start()
     fleet.drive(UpdateForm("int8", metrics=("steps",)))
     assert [run.run for run in asked] == [1, 2]
+    assert picky.name == again.name
     assert {r.devices for r in fleet.results[1:]} == {2}
+
+
+def test_a_form_of_a_newer_coordinator_is_declined_and_not_guessed() -> None:
+    newer = fleet_pb2.Assignment(form=fleet_pb2.UpdateForm(codec="int8"))
+    assert _form(newer) == DeviceForm("int8", metrics=())
+    assert _form(fleet_pb2.Assignment()) == DeviceForm()
+    newer.form.MergeFromString(b"\x98\x06\x01")  # field 99
+    with pytest.raises(ConfigurationError, match="a form that this version does not know; update the app"):
+        _form(newer)
 
 
 def test_an_accept_callback_that_fails_has_not_agreed(fleet: Fleet) -> None:
@@ -332,7 +350,7 @@ def test_an_accept_callback_that_fails_has_not_agreed(fleet: Fleet) -> None:
 
     fleet.device(0).start()
     fleet.device(1, accept=accept).start()
-    fleet.drive(UpdateForm(), rounds=1)
+    fleet.drive(UpdateForm(), rounds=1, quorum=1)
     refused = [why for status, why in fleet.statuses() if status == "failed"]
     assert refused == ["RunRefused: the app takes no part in run 1: its callback failed with KeyError"]
 

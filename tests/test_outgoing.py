@@ -19,7 +19,7 @@ from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset
 
 CONFIG = TrainConfig(epochs=2, batch_size=8, learning_rate=5e-3, seed=11, max_length=32)
-LOSSY = ("int8", "topk:0.1", "topk:0.01")
+LOSSY = ("int8", "topk:0.1", "topk:0.01", "ternary:0.1")
 
 
 def drawn(seed: int, size: int = 2000) -> Vector:
