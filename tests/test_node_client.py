@@ -188,8 +188,8 @@ refuse(() => checkConfig({ ...config, optimizer: 'lion' }));
 refuse(() => checkConfig({ ...config, epochs: 0 }));
 refuse(() => checkConfig({ ...config, patience: 2 }));
 const form = { codec: 'int8', clip_norm: 1, noise: 0, private: [], metrics: [] };
-for (const codec of ['', 'float32', 'float16', 'int8', 'topk:0.5', 'topk:1e-3']) checkForm({ ...form, codec });
-for (const other of [{ codec: 'topk' }, { codec: 'topk:0.6' }, { codec: 'topk:0' }, { codec: 'int8:1' }, { codec: 'lzma' },
+for (const codec of ['', 'float32', 'float16', 'int8', 'topk:0.5', 'topk:1e-3', 'ternary:0.1']) checkForm({ ...form, codec });
+for (const other of [{ codec: 'topk' }, { codec: 'topk:0.6' }, { codec: 'topk:0' }, { codec: 'int8:1' }, { codec: 'ternary:' },
   { noise: 1 }, { private: ['head'] }, { clip_norm: NaN }])
   refuse(() => checkForm({ ...form, ...other }));
 for (const [name, data, size] of [['theta', bytes, 3], ['delta', bytes, 2], ['theta', bytes.subarray(0, 7), 2],
@@ -208,7 +208,7 @@ def test_what_it_does_not_know_or_cannot_be_is_refused_in_a_sentence() -> None:
     assert epochs == "epochs is 0; this client takes 1 to 1000"
     assert patience == "patience is 2, but nothing is held out"
     assert [said.split(" is not known here, only float32")[0] for said in codecs] == [
-        "the codec topk", "the codec topk:0.6", "the codec topk:0", "the codec int8:1", "the codec lzma"
+        "the codec topk", "the codec topk:0.6", "the codec topk:0", "the codec int8:1", "the codec ternary:"
     ]  # fmt: skip
     assert unknown[:2] == ["local noise and private parameters are not known here"] * 2
     assert unknown[2] == "clip_norm is NaN; this client takes 0 and more"
@@ -229,7 +229,7 @@ const found = JSON.parse(stated).map(({ codec, clip_norm }, i) => {
 });
 console.log(JSON.stringify(found));
 """
-CODECS = ("float32", "float16", "int8", "topk:0.01", "topk:0.3", "topk:0.5")
+CODECS = ("float32", "float16", "int8", "topk:0.01", "topk:0.3", "topk:0.5", "ternary:0.02", "ternary:0.4")
 
 
 @pytest.mark.usefixtures("packages")
@@ -566,7 +566,7 @@ def same_in_form(
     return made
 
 
-@pytest.mark.parametrize("codec", ["float16", "int8", "topk:0.05"])
+@pytest.mark.parametrize("codec", ["float16", "int8", "topk:0.05", "ternary:0.1"])
 def test_its_update_is_a_python_devices_update_in_the_runs_form(
     codec: str, three: Fleet, nano_artifact: Artifact, texts: tuple[Example, ...]
 ) -> None:
@@ -578,7 +578,7 @@ def test_its_update_is_a_python_devices_update_in_the_runs_form(
     made = same_in_form(three, nano_artifact, "norms", texts, form)
     assert len(made) == 3
     assert form.how.feeds_back == all(np.any(reply.kept.residual) for reply in made)
-    assert norm(made[0].delta) > 0.9 * form.clip_norm or codec.startswith("topk"), "it was clipped"
+    assert norm(made[0].delta) > 0.9 * form.clip_norm or ":" in codec, "it was clipped"
     with three.store.read() as session:
         assert all(set(session.get_one(Update, found.id).metrics) == {"loss", "steps"} for found in three.assignments())
 

@@ -6,21 +6,24 @@ import { encodeTensors } from './vector.js';
 const f = Math.fround;
 const BLOCK = 256; // 8-bit values that share a scale
 const LARGEST_HALF = 65504;
-const CODEC = /^(?:(float32|float16|int8)|topk:(.+))$/;
+const CODEC = /^(?:(float32|float16|int8)|(topk|ternary):(.+))$/;
+const FEEDS_BACK = ['int8', 'topk', 'ternary'];
 
 // Throws what a device says when it declines a form that it does not know.
 export function checkForm(form) {
   if (!form) return;
   const { kind, share } = codecOf(form);
   if (!kind || !(share > 0 && share <= 0.5))
-    throw new Error(`the codec ${form.codec} is not known here, only float32, float16, int8 and topk:SHARE`);
+    throw new Error(
+      `the codec ${form.codec} is not known here, only float32, float16, int8, topk:SHARE, ternary:SHARE`,
+    );
   if (!(form.clip_norm >= 0)) throw new Error(`clip_norm is ${form.clip_norm}; this client takes 0 and more`);
   if (form.noise || form.private.length) throw new Error('local noise and private parameters are not known here');
 }
 
 function codecOf(form) {
-  const [found, kind, share] = CODEC.exec(form?.codec || 'float32') ?? [];
-  return { kind: found && (kind ?? 'topk'), share: Number(share ?? 0.5) };
+  const [, whole, sparse, share] = CODEC.exec(form?.codec || 'float32') ?? [];
+  return { kind: whole ?? sparse, share: Number(share ?? 0.5) };
 }
 
 // Of the metrics those that may be told.
@@ -31,7 +34,7 @@ export function declared(form, metrics) {
 // The bytes of an update, and what error feedback has still to send (null where the codec leaves nothing out).
 export function formed(form, delta, residual) {
   const codec = codecOf(form);
-  const feedsBack = ['int8', 'topk'].includes(codec.kind);
+  const feedsBack = FEEDS_BACK.includes(codec.kind);
   const most = form?.clip_norm || Infinity;
   const whole = feedsBack && residual ? delta.map((value, i) => value + residual[i]) : delta;
   const vector = norm(whole) > most ? scaled(whole, (most * (1 - 1e-7)) / norm(whole)) : whole;
@@ -60,29 +63,49 @@ const CODERS = {
     return { tensors: { scale, delta: whole }, said };
   },
   topk: (vector, share) => {
-    const count = Math.min(vector.length, Math.max(1, Math.ceil(share * vector.length)));
-    const places = largest(vector, count);
-    const { whole, scale, said } = quantized(Float32Array.from(places, (place) => vector[place]));
-    const low = Math.floor(Math.log2(Math.floor(vector.length / count)));
-    const bits = { low: new Uint8Array(Math.ceil((count * low) / 8)), high: null };
-    bits.high = new Uint8Array(Math.ceil((count + ((vector.length - 1) >> low)) / 8));
-    places.forEach((place, j) => {
-      setBit(bits.high, (place >> low) + j);
-      for (const bit of range(low)) if ((place >> bit) & 1) setBit(bits.low, j * low + bit);
-    });
-    const all = new Float32Array(vector.length);
-    places.forEach((place, j) => (all[place] = said[j]));
-    return { tensors: { scale, values: whole, high: bits.high, low: bits.low }, said: all };
+    const { places, bits } = largest(vector, share);
+    const { whole, scale, said } = quantized(places.map((place) => vector[place]));
+    return { tensors: { scale, values: whole, ...bits }, said: spread(vector.length, places, said) };
+  },
+  ternary: (vector, share) => {
+    const { places, bits } = largest(vector, share);
+    const { signs, scale, said } = signed(places.map((place) => vector[place]));
+    return { tensors: { scale, ...bits, signs }, said: spread(vector.length, places, said) };
   },
 };
 
-const setBit = (bytes, at) => (bytes[at >> 3] |= 1 << (at & 7));
-
-// Where the `count` largest magnitudes are, ascending; of equal ones the first.
-function largest(vector, count) {
+// The places of the largest magnitudes, ascending (of equal ones the first), and their Elias-Fano bits.
+function largest(vector, share) {
+  const count = Math.min(vector.length, Math.max(1, Math.ceil(share * vector.length)));
   const ranked = range(vector.length).sort((a, b) => Math.abs(vector[b]) - Math.abs(vector[a])); // sort() is stable
-  return ranked.slice(0, count).sort((a, b) => a - b);
+  const places = ranked.slice(0, count).sort((a, b) => a - b);
+  const width = Math.floor(Math.log2(Math.floor(vector.length / count)));
+  const high = new Uint8Array(Math.ceil((count + ((vector.length - 1) >> width)) / 8));
+  const low = new Uint8Array(Math.ceil((count * width) / 8));
+  places.forEach((place, j) => {
+    setBit(high, (place >> width) + j);
+    for (const bit of range(width)) if ((place >> bit) & 1) setBit(low, j * width + bit);
+  });
+  return { places, bits: { high, low } };
 }
+
+function spread(size, places, values) {
+  const all = new Float32Array(size);
+  places.forEach((place, j) => (all[place] = values[j]));
+  return all;
+}
+
+// A bit a value, 1 where it is negative, and each block's mean magnitude.
+function signed(values) {
+  const signs = new Uint8Array(Math.ceil(values.length / 8));
+  values.forEach((value, i) => value < 0 && setBit(signs, i));
+  const means = portions(values, BLOCK).map((block) => block.reduce((sum, x) => sum + Math.abs(x), 0) / block.length);
+  const scale = Float32Array.from(means);
+  const said = Float32Array.from(values, (value, i) => (value < 0 ? -1 : 1) * scale[Math.floor(i / BLOCK)]);
+  return { signs, scale, said };
+}
+
+const setBit = (bytes, at) => (bytes[at >> 3] |= 1 << (at & 7));
 
 function quantized(vector) {
   const blocks = portions(vector, BLOCK);
