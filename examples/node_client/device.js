@@ -1,19 +1,20 @@
 // One device of a fleet: "A device's life" of docs/protocol.md.
 
 import { randomBytes } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, renameSync, rmSync } from 'node:fs';
+import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
-import { setTimeout as sleep } from 'node:timers/promises';
 
 import { fetchFiles, filesOf, parseManifest, setNamed } from './artifact.js';
 import { readBytes, readJson, writeJson, writeWhole } from './disk.js';
-import { checkForm, declared, formed } from './form.js';
+import { checkForm } from './form.js';
+import { Heartbeat, rest } from './heartbeat.js';
 import { CallError, Link, isLoopback } from './link.js';
 import { derive } from './order.js';
+import { Outbox } from './outbox.js';
 import { Plans } from './plans.js';
 import { checkConfig, measure, train } from './training.js';
 import { Trust, Untrusted } from './trust.js';
-import { decodeVector, encodeVector, sha256, vectorBytes } from './vector.js';
+import { decodeVector, sha256, vectorBytes } from './vector.js';
 
 const PROTOCOL = 1;
 const VERSION = '0.3.0 node'; // whose page this follows
@@ -37,6 +38,7 @@ export class Device {
     if (name && name !== this.identity.name) throw new Error(`${home} belongs to ${this.identity.name}, not ${name}`);
     writeJson(this.#path('identity.json'), this.identity); // on disk before anybody hears of the token
     this.trust = new Trust(this.#path('trust.json'), publisher, isLoopback(coordinator));
+    this.outbox = new Outbox(home);
     this.link = new Link(coordinator, ca);
     this.link.token = this.identity.token;
   }
@@ -110,7 +112,7 @@ export class Device {
     const beat = new Heartbeat(this.link, assignment, stopping);
     this.say(`round ${assignment.round} of run ${assignment.run}`);
     try {
-      const reply = (await this.#unsent(assignment.id)) ?? (await this.#perform(assignment, beat));
+      const reply = (await this.outbox.unsent(assignment.id, this.link)) ?? (await this.#perform(assignment, beat));
       await this.#handIn(assignment, reply, beat);
     } catch (error) {
       if (beat.cancelled) return this.say(`round ${assignment.round} wants no more of this device`);
@@ -145,50 +147,12 @@ export class Device {
         ? await train(plans, start, examples, config, seed, goOn)
         : { delta: null, metrics: await measure(plans, start, examples, goOn) };
     const key = `${run} ${asked.artifact_version} ${asked.trainable_set}`;
-    return this.#keep(made, form, { assignment_id: id, num_examples: count }, `residual-${sha256(key).slice(0, 16)}`);
-  }
-
-  // The update in the run's form, on disk before a byte of it is sent: a process that is killed need not train again.
-  #keep({ delta, metrics }, form, about, kept) {
-    const { data, rest } = delta
-      ? formed(form, delta, this.#residual(kept, delta))
-      : { data: Buffer.alloc(0), rest: null };
-    const whole = { total_bytes: data.length, digest: sha256(data) };
-    const header = { ...about, ...whole, metrics: declared(form, metrics) };
-    if (rest) writeWhole(this.#path('update.residual'), encodeVector('residual', rest));
-    writeWhole(this.#path('update.bin'), data);
-    writeJson(this.#path('update.json'), { header, kept: rest && kept });
-    return { header, data };
-  }
-
-  // What error feedback has still to send in this run.
-  #residual(kept, { length }) {
-    const bytes = readBytes(this.#path(kept));
-    return bytes && decodeVector('residual', bytes, length);
-  }
-
-  // What was made for this very assignment and has no receipt yet. Of another's update the coordinator knows the end.
-  async #unsent(assignmentId) {
-    const [told, data] = [readJson(this.#path('update.json')), readBytes(this.#path('update.bin'))];
-    if (!told) return null;
-    const { header } = told;
-    if (header.assignment_id === assignmentId) return data && sha256(data) === header.digest ? { header, data } : null;
-    const { receipt } = await this.link
-      .call('GetUploadStatus', { assignment_id: header.assignment_id })
-      .catch((error) => (error.code === 'NOT_FOUND' ? {} : Promise.reject(error)));
-    this.#settle(Boolean(receipt?.accepted));
-    return null;
-  }
-
-  // The coordinator has said whether it took the update. Only then is what it left out still to be sent.
-  #settle(taken) {
-    const { kept } = readJson(this.#path('update.json'));
-    if (taken && kept && existsSync(this.#path('update.residual'))) {
-      for (const name of readdirSync(this.home).filter((other) => other.startsWith('residual-')))
-        if (name !== kept) rmSync(this.#path(name)); // a residual ends with its run
-      renameSync(this.#path('update.residual'), this.#path(kept));
-    }
-    for (const name of ['update.json', 'update.bin', 'update.residual']) rmSync(this.#path(name), { force: true });
+    return this.outbox.keep(
+      made,
+      form,
+      { assignment_id: id, num_examples: count },
+      `residual-${sha256(key).slice(0, 16)}`,
+    );
   }
 
   async #handIn({ deadline_s: deadlineS, round }, { header, data }, beat) {
@@ -198,7 +162,7 @@ export class Device {
       try {
         const tell = (at) => this.say(`uploading from byte ${at} of ${data.length}`);
         const receipt = await this.link.upload(header, data, tell);
-        this.#settle(receipt.accepted);
+        this.outbox.settle(receipt.accepted);
         this.say(receipt.accepted ? `handed in round ${round}` : `round ${round} not taken: ${receipt.reason}`);
         return;
       } catch (error) {
@@ -304,38 +268,6 @@ export class Device {
   }
 }
 
-// Keeps an assignment while the device works on it, and hears when to stop: `signal` is of that, and of `stopping`.
-class Heartbeat {
-  #stop = new AbortController();
-  #done = new AbortController();
-
-  constructor(link, assignment, stopping) {
-    Object.assign(this, { link, id: assignment.id, phase: 'DOWNLOADING', progress: 0 });
-    this.signal = AbortSignal.any([this.#stop.signal, stopping]);
-    this.#beat(Math.max(0.1, assignment.lease_s / 3));
-  }
-
-  get cancelled() {
-    return this.#stop.signal.aborted;
-  }
-
-  end() {
-    this.#done.abort();
-  }
-
-  async #beat(everyS) {
-    for (;;) {
-      await rest(everyS, this.#done.signal);
-      if (this.#done.signal.aborted) return;
-      const told = { assignment_id: this.id, phase: this.phase, progress: this.progress };
-      const { cancelled } = await this.link.call('Heartbeat', told).catch(({ passes }) => ({ cancelled: !passes }));
-      if (cancelled) return this.#stop.abort(new Error('the assignment has ended'));
-    }
-  }
-}
-
 // An unexpected error may quote an example: only its name is told.
 const reasonOf = (error) =>
   error.constructor === Error || error instanceof Untrusted || error instanceof CallError ? error.message : error.name;
-
-const rest = (seconds, signal) => sleep(1000 * seconds, null, { signal }).catch(() => null);
