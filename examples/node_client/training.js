@@ -6,6 +6,7 @@ import { epochOrder, portions, range, split } from './order.js';
 
 const f = Math.fround;
 const MEASURED_AT_ONCE = 64;
+const DIVERGED = 10;
 const WHOLE = {
   epochs: [1, 1000],
   batch_size: [1, 4096],
@@ -95,7 +96,7 @@ export async function train(plans, start, examples, config, seed, goOn) {
   const perEpoch = Math.ceil(own.rows.length / config.batch_size);
   const total = Math.min(perEpoch * config.epochs, config.max_steps || Infinity);
   const lengths = own.rows.map((row) => row.length);
-  let [steps, bad, best, bestLoss, sums] = [0, 0, start, Infinity, null];
+  let [steps, bad, best, bestLoss, firstLoss, sums] = [0, 0, start, Infinity, null, null];
   for (let epoch = 0; epoch < config.epochs && steps < total; epoch += 1) {
     sums = { loss: 0, weight: 0, right: 0 };
     for (const chosen of epochOrder(lengths, config.batch_size, seed, epoch).slice(0, total - steps)) {
@@ -105,6 +106,7 @@ export async function train(plans, start, examples, config, seed, goOn) {
       condition(gradient, theta, start, loss, config);
       optimize(theta, gradient, rateAt(steps, total, config));
       add(sums, loss, chosen.length, correct);
+      firstLoss ??= loss;
       steps += 1;
     }
     if (!held.rows.length) continue;
@@ -116,6 +118,8 @@ export async function train(plans, start, examples, config, seed, goOn) {
   const result = held.rows.length && config.patience ? best : theta;
   if (!result.every(Number.isFinite)) throw new Error(`the parameters are not finite after ${steps} steps`);
   const metrics = { ...means(sums), steps, seconds: (performance.now() - began) / 1000 };
+  if (metrics.loss > DIVERGED * Math.max(1, firstLoss))
+    throw new Error(`the loss grew from ${firstLoss} to ${metrics.loss}; a lower learning rate may help`);
   if (held.rows.length) metrics.holdout_loss = bestLoss;
   if (examples.truncated) metrics.truncated = examples.truncated;
   return { delta: result.map((value, i) => value - start[i]), metrics };
