@@ -41,11 +41,10 @@ def epochs_of(
 ) -> dict[int, float]:
     """Test accuracy after the epochs in `measured`, one training that goes on."""
     theta = trainer.initial_theta()
-    generator = np.random.Generator(np.random.PCG64(config.seed))
     optimizer = make_optimizer(config.optimizer, config.learning_rate, config.momentum, config.weight_decay)
     accuracies = {0: evaluate(trainer, theta, test)["accuracy"]} if 0 in measured else {}
     for epoch in range(1, epochs + 1):
-        for batch in epoch_batches(examples, config.batch_size, generator):
+        for batch in epoch_batches(examples, config.batch_size, config.seed, epoch):
             _, _, gradient = trainer.gradient(theta, batch)
             norm = float(np.linalg.norm(gradient))
             if norm > config.max_grad_norm:

@@ -263,7 +263,9 @@ def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfi
 
     _, size = starting_theta(store, run_id)
     offer_s = min(config.lease_s, OFFER_S)
-    return FleetGrid(server.assignments, run_id, lambda: server.online(config.channel), size, offer_s)
+    return FleetGrid(
+        server.assignments, run_id, lambda: server.online(config.channel, not config.update.plain), size, offer_s
+    )
 
 
 def _check_run(config: RunConfig) -> Sequence[Example]:
@@ -303,6 +305,7 @@ def _drive(
         run_id = create_run(store, config) if run_id is None else run_id
     grid = _grid(store, server, run_id, config)
     print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
+    print(f"run {run_id} collects: {config.update}", flush=True)
     print_round_header()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None

@@ -13,6 +13,7 @@ from pocketfed.client_sdk.errors import (
     LinkError,
     NoExamples,
     PocketfedError,
+    RunRefused,
     StorageError,
     TrainingDiverged,
     TrainingError,
@@ -23,6 +24,7 @@ from pocketfed.client_sdk.errors import (
 
 if TYPE_CHECKING:
     from pocketfed.client_sdk.conditions import Conditions, Readings
+    from pocketfed.client_sdk.consent import RunDescription
     from pocketfed.client_sdk.device import Device, Prediction
     from pocketfed.client_sdk.status import Progress, State
 
@@ -37,6 +39,8 @@ __all__ = [
     "Prediction",
     "Progress",
     "Readings",
+    "RunDescription",
+    "RunRefused",
     "State",
     "StorageError",
     "TrainingDiverged",
@@ -51,6 +55,7 @@ _MODULES = {
     "Prediction": "device",
     "Progress": "status",
     "Readings": "conditions",
+    "RunDescription": "consent",
     "State": "status",
 }
 

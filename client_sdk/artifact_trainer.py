@@ -40,6 +40,7 @@ class ArtifactTrainer(ABC):
         self.set = artifact.manifest.set_named(trainable_set)
         self.identity = f"{artifact.manifest.version}/{trainable_set}"
         self.size, self.task = self.set.size, artifact.manifest.task
+        self.layout = self.set.layout
         self.outputs = len(artifact.manifest.labels)
         self._tokenizer: PlanTokenizer | None = None
         self._cache = cache

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pocketfed.client_sdk.errors import ArtifactError, UnsupportedError
 from pocketfed.client_sdk.version import SDK_VERSION, at_least
+from pocketfed.model.parameters import Parameter, lay_out, total_size
 
 SCHEMA = 2
 TASKS = ("classification", "regression", "tokens", "spans")
@@ -53,7 +54,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class TrainableSet:
-    """Files of one trainable set's plans, and how many parameters it has.
+    """Files of one trainable set's plans, and how many parameters it has; `layout` says what they are called.
 
     The suffix plans, and the prefix below them, are there where whole blocks lie below the lowest trainable parameter.
     hidden_size: of the prefix's result, a row a token or, without `keeps_tokens`, an example.
@@ -71,6 +72,7 @@ class TrainableSet:
     hidden_size: int = 0
     keeps_tokens: bool = True
     needs: Mapping[str, Needs] = field(default_factory=dict)
+    layout: tuple[Parameter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,17 @@ def _set(raw: Mapping[str, Any], files: Mapping[str, File]) -> TrainableSet:
         upper = {n: _known(raw[n], files) for n in ("prefix", "train_suffix", "evaluate_suffix", "predict_suffix")}
         upper |= {"hidden_size": _count(raw["hidden_size"]), "keeps_tokens": bool(raw["keeps_tokens"])}
     needs = {str(n): _needs(v) for n, v in raw["needs"].items()}
-    return TrainableSet(**names, **upper, size=_count(raw["size"]), needs=needs)
+    size, layout = _count(raw["size"]), _layout(raw["parameters"])
+    if total_size(layout) != size:
+        raise ArtifactError(f"the manifest has {size} parameters in a set that names {total_size(layout)}")
+    return TrainableSet(**names, **upper, size=size, needs=needs, layout=layout)
+
+
+def _layout(raw: Sequence[Mapping[str, Any]]) -> tuple[Parameter, ...]:
+    layout = tuple(Parameter(str(p["name"]), tuple(map(_count, p["shape"])), _whole(p["offset"])) for p in raw)
+    if layout != lay_out((p.name, p.shape) for p in layout):
+        raise ArtifactError("the manifest's parameters do not lie one after another; publish the artifact again")
+    return layout
 
 
 def _needs(raw: Mapping[str, Any]) -> Needs:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pocketfed.client_sdk.trainer import Examples, TrainConfig, _State
     from pocketfed.model.parameters import Vector
 
+ORDER = "splitmix64"  # of the data: a place kept by an SDK with another order would be another place
 FIELDS = (
     "epoch",
     "steps",
@@ -114,7 +115,7 @@ def _digest(told: str, arrays: Mapping[str, Vector]) -> str:
 
 def fingerprint(identity: str, theta: Vector, examples: Examples, config: TrainConfig) -> str:
     """Names one training: the same model, start, examples, order and configuration."""
-    digest = hashlib.sha256(f"{identity} {config!r}".encode())
+    digest = hashlib.sha256(f"{ORDER} {identity} {config!r}".encode())
     for array in _arrays(theta, examples):
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())

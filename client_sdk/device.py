@@ -20,11 +20,13 @@ import numpy as np
 
 from pocketfed.client_sdk.clock import Clock
 from pocketfed.client_sdk.conditions import MB, Conditions, Readings
+from pocketfed.client_sdk.consent import Accept, Consent
 from pocketfed.client_sdk.errors import ConfigurationError, LinkError, StorageError
 from pocketfed.client_sdk.examples import Added, ExampleStore
 from pocketfed.client_sdk.forks import refuse_after_fork, remember
 from pocketfed.client_sdk.home import check_room, claim, release, writing
 from pocketfed.client_sdk.identity import Identity
+from pocketfed.client_sdk.keeping import Keeping
 from pocketfed.client_sdk.link import Link, is_loopback
 from pocketfed.client_sdk.local import LocalExamples, check_holdout
 from pocketfed.client_sdk.models import Model, Models
@@ -70,6 +72,8 @@ class Device:
         holdout: share of the examples that is never trained on: a new model is judged by them, if there are at least 8.
         fallback_margin: how much less accuracy on those a new model may have before the device goes back to the one before.
         checkpoint_s: how often training is written down while it goes on; a stop always does.
+        accept: given what a run declares before anything is fetched for it; True to take part, False or a reason not to.
+            Asked once a run, from the background thread. By default every run is accepted.
         on_status: told, in words, whenever `status()` changes; may be called from the background thread.
         on_progress: told how far a round is, at most ten times a second.
         clock: what time it is; for tests.
@@ -100,6 +104,7 @@ class Device:
         holdout: float = 0.2,
         fallback_margin: float = 0.1,
         checkpoint_s: float = 30.0,
+        accept: Accept | None = None,
         on_status: Callable[[str], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         clock: Clock | None = None,
@@ -122,11 +127,13 @@ class Device:
             release(self._lock_file)
             raise
         self.name, self.channel = identity.name, channel
+        keeping = Keeping(self.home, self._link.taken)
         self._models = Models(
             self.home,
             channel,
             self._link,
             self._trust,
+            keeping,
             self._setup,
             threads,
             max_memory_mb,
@@ -137,7 +144,7 @@ class Device:
         self._voice, self._usage = Voice(self.name, on_status, on_progress), usage
         parts = Parts(
             self.home, identity, self._link, self._trust, self._models, self._local, self._watch, usage, self._voice,
-            clock, self._setup,
+            clock, self._setup, keeping, Consent(self.home, accept),
         )  # fmt: skip
         self._participation = Participation(parts, fallback_margin, checkpoint_s)
         self._thread: threading.Thread | None = None

@@ -17,6 +17,10 @@ class UntrustedError(ArtifactError):
     """An artifact that the pinned publisher has not signed, or no longer stands for; the model in use is kept."""
 
 
+class RunRefused(PocketfedError):  # noqa: N818 - an answer, not a fault
+    """The app does not take part in a run."""
+
+
 class UnsupportedError(ArtifactError):
     """An artifact that this SDK is too old for, or cannot run here; it is never tried, and the model in use is kept."""
 

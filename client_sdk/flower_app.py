@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -12,31 +12,37 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from pocketfed.client_sdk.outgoing import Kept, UpdateForm
 from pocketfed.client_sdk.perform import Kind, Task, perform
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trainer
-from pocketfed.model.parameters import encode_vector
+from pocketfed.model.parameters import Vector
 
 THETA = "theta"
+FORM = "update."  # before the names of UpdateForm's fields in a message's config
+KEPT = "kept"  # in a context's state
 
 
-def make_client_app(trainer: Callable[[], Trainer], local: Callable[[Context], tuple[str, Examples]]) -> ClientApp:
+def make_client_app(
+    trainer: Callable[[], Trainer], local: Callable[[Context], tuple[str, Examples]], seeded_noise: bool = False
+) -> ClientApp:
     """A ClientApp whose train and evaluate functions are `perform()`.
 
     Args:
         trainer: gives the trainer (shared by all devices of a process; it holds no device's state).
         local: gives a device's name and examples from its context (`context.node_config`).
+        seeded_noise: as in `Task`, for simulations.
 
-    Messages carry "arrays" {"theta": (P,) float32} and "config" (TrainConfig's fields, "server-round"); replies "arrays"
-    with the trained theta, "metrics" with "num-examples", and "update" with the size and SHA-256 that the difference has
-    on pocketfed's own wire.
+    Messages carry "arrays" {"theta": (P,) float32} and "config" (TrainConfig's fields, UpdateForm's as "update.NAME",
+    "server-round"); replies "arrays" with theta and what the update says, "metrics" with "num-examples", and "update" with
+    the size and SHA-256 of the update's bytes on pocketfed's own wire. What stays on a device is in its context's state.
     """
     app = ClientApp()
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
-        task, examples = _read(message, context, local)
-        reply = perform(trainer(), task, examples)
-        wire = encode_vector("delta", reply.delta)
+        task, examples = _read(message, context, local, seeded_noise)
+        reply = perform(trainer(), task, examples, kept=_kept(context))
+        context.state[KEPT] = _record({"residual": reply.kept.residual, "private": reply.kept.private})
         trained = Array(task.theta + reply.delta)
         # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
         trained.__dict__["delta"] = reply.delta
@@ -45,14 +51,14 @@ def make_client_app(trainer: Callable[[], Trainer], local: Callable[[Context], t
         content = {
             "arrays": arrays,
             "metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics}),
-            "update": ConfigRecord({"bytes": len(wire), "digest": hashlib.sha256(wire).hexdigest()}),
+            "update": ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()}),
         }
         return Message(RecordDict(content), reply_to=message)
 
     @app.evaluate()  # type: ignore[untyped-decorator]
     def evaluate(message: Message, context: Context) -> Message:
-        task, examples = _read(message, context, local)
-        reply = perform(trainer(), task, examples)
+        task, examples = _read(message, context, local, seeded_noise)
+        reply = perform(trainer(), task, examples, kept=_kept(context))
         return Message(
             RecordDict({"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}),
             reply_to=message,
@@ -62,10 +68,23 @@ def make_client_app(trainer: Callable[[], Trainer], local: Callable[[Context], t
 
 
 def _read(
-    message: Message, context: Context, local: Callable[[Context], tuple[str, Examples]]
+    message: Message, context: Context, local: Callable[[Context], tuple[str, Examples]], seeded_noise: bool
 ) -> tuple[Task, Examples]:
     config = dict(message.content["config"])
     name, examples = local(context)
     kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
     theta = message.content["arrays"][THETA].numpy()
-    return Task(kind, theta, TrainConfig.from_mapping(config), int(config["server-round"]), name), examples
+    form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, v in config.items() if k.startswith(FORM)})
+    number, how = int(config["server-round"]), TrainConfig.from_mapping(config)
+    return Task(kind, theta, how, number, name, form, seeded_noise), examples
+
+
+def _kept(context: Context) -> Kept | None:
+    if KEPT not in context.state:
+        return None
+    record = context.state[KEPT]
+    return Kept(record["residual"].numpy(), record["private"].numpy())
+
+
+def _record(values: Mapping[str, Vector]) -> ArrayRecord:
+    return ArrayRecord({name: Array(value) for name, value in values.items()})

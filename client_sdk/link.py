@@ -267,6 +267,16 @@ class Link:
                 raise Paused("the upload was interrupted; it goes on where it was") from None
             raise
 
+    def taken(self, assignment_id: str) -> bool | None:
+        """Whether an update of this device counted; None where the coordinator knows no such assignment any more."""
+        try:
+            status = self._call(self._fleet.GetUploadStatus, fleet.UploadStatusRequest(assignment_id=assignment_id))
+        except Refused as error:
+            if error.code == "NOT_FOUND":
+                return None
+            raise
+        return bool(status.receipt.accepted)
+
     # ---- artifacts: this is an `artifacts.Source` ----------------------------------------------------------------------------
 
     def describe(self, version: str) -> distribution.GetManifestReply:

@@ -22,6 +22,7 @@ from pocketfed.client_sdk.artifacts import (
     parse_manifest,
 )
 from pocketfed.client_sdk.errors import ArtifactError, UntrustedError
+from pocketfed.client_sdk.keeping import Keeping
 from pocketfed.client_sdk.link import Link, log
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.releases import Held, Shelf, read_shelf, write_shelf
@@ -31,11 +32,12 @@ from pocketfed.model.parameters import ParametersError, Vector, decode_vector, v
 
 @dataclass(frozen=True)
 class Model:
-    """What the device predicts with."""
+    """What the device predicts with. theta: the release's, `released`, with the device's own private parameters in it."""
 
     trainer: PlanTrainer
     theta: Vector
     release_id: int
+    released: Vector
 
 
 class Models:
@@ -43,6 +45,7 @@ class Models:
 
     Args:
         home: the device's folder.
+        keeping: has the device's private parameters.
         lock: held while fetching and swapping; predict() and the background thread do that one after the other.
         threads, max_memory_mb: as `PlanTrainer` has them.
         room: asked before so many bytes are fetched; raises where there is none.
@@ -54,12 +57,14 @@ class Models:
         channel: str,
         link: Link,
         trust: Trust,
+        keeping: Keeping,
         lock: threading.RLock,
         threads: int = 1,
         max_memory_mb: float = 0.0,
         room: Callable[[int], None] = lambda count: None,
     ) -> None:
         self._home, self._channel, self._link, self._trust, self._lock = home, channel, link, trust, lock
+        self._keeping = keeping
         self._threads, self._max_memory_mb, self._room = threads, max_memory_mb, room
         self._model: Model | None = None
         self._labels: tuple[str, tuple[str, ...]] = ("", ())  # of which version
@@ -116,7 +121,7 @@ class Models:
             self._trust.adopt(release.artifact_version, self._channel)
             shelf = Shelf(held, before, judged=before is None)
             write_shelf(self._home / "release.json", shelf)  # from here on it is the model in use
-            model = Model(trainer, theta, release.id)
+            model = self._personal(trainer, theta, release.id)
             with self._model_lock:
                 self._model, self._damaged = model, False
             self._tidy()
@@ -181,7 +186,16 @@ class Models:
         except (OSError, ArtifactError) as error:
             log.warning("release %d cannot be opened: %s", held.id, error)
             return None
-        return Model(trainer, theta, held.id)
+        return self._personal(trainer, theta, held.id)
+
+    def _personal(self, trainer: PlanTrainer, released: Vector, release_id: int) -> Model:
+        return Model(trainer, self._keeping.personal(trainer, released), release_id, released)
+
+    def refresh(self) -> None:
+        """The device's private parameters may have changed."""
+        with self._model_lock:
+            if self._model is not None:
+                self._model = self._personal(self._model.trainer, self._model.released, self._model.release_id)
 
     def _theta_path(self, digest: str) -> Path:
         return (

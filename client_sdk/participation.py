@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.unknown_fields import UnknownFieldSet
+
 from pocketfed.client_sdk.alive import LONGEST_WAIT_S, Alive, bounded
 from pocketfed.client_sdk.checkpoint import Checkpoint
 from pocketfed.client_sdk.clock import Clock
 from pocketfed.client_sdk.conditions import Unmet
+from pocketfed.client_sdk.consent import Consent, RunDescription
 from pocketfed.client_sdk.errors import (
     ArtifactError,
+    ConfigurationError,
     NoExamples,
     PocketfedError,
     TrainingDiverged,
@@ -24,17 +28,18 @@ from pocketfed.client_sdk.errors import (
 from pocketfed.client_sdk.home import writing
 from pocketfed.client_sdk.identity import Identity
 from pocketfed.client_sdk.judging import judge
+from pocketfed.client_sdk.keeping import Keeping, Part
 from pocketfed.client_sdk.link import Cancelled, Link, Paused, Refused, Unreachable, log
 from pocketfed.client_sdk.local import LocalExamples
 from pocketfed.client_sdk.models import Models
 from pocketfed.client_sdk.outbox import Outbox, Update
-from pocketfed.client_sdk.perform import Task, perform
+from pocketfed.client_sdk.outgoing import UpdateForm
+from pocketfed.client_sdk.perform import Reply, Task, perform
 from pocketfed.client_sdk.status import Voice
-from pocketfed.client_sdk.trainer import TrainConfig, Trained
+from pocketfed.client_sdk.trainer import TrainConfig
 from pocketfed.client_sdk.trust import Trust
 from pocketfed.client_sdk.usage import Usage
 from pocketfed.client_sdk.watch import Watch
-from pocketfed.model.parameters import encode_vector
 from pocketfed.protos import fleet_pb2 as fleet
 
 BACKOFF_S = (0.2, 30.0)  # shortest and longest pause after a failure
@@ -60,6 +65,8 @@ class Parts:
     voice: Voice
     clock: Clock
     lock: threading.RLock
+    keeping: Keeping
+    consent: Consent
 
 
 class Participation:
@@ -76,6 +83,7 @@ class Participation:
         self._usage, self._voice, self._clock, self._home = parts.usage, parts.voice, parts.clock, parts.home
         self._say = parts.voice.say
         self._outbox = Outbox(parts.home / "update.kept")
+        self._keeping, self._consent = parts.keeping, parts.consent
         self._fallback_margin, self._checkpoint_s = fallback_margin, checkpoint_s
         self.stopping = threading.Event()
         self._woken = threading.Event()  # by stop(), or by the app that says that something has changed
@@ -227,12 +235,12 @@ class Participation:
         with self._alive(assignment) as alive:
             reply = self._compute(assignment, alive)
             if reply is not None:
-                update = self._pack(assignment, reply)
+                update = Update(reply.data, reply.num_examples, reply.metrics)
                 self._outbox.keep(assignment, update)
                 self._usage.end_round()
                 self._hand_in(assignment, update, alive)
 
-    def _compute(self, assignment: fleet.Assignment, alive: Alive) -> Trained | None:
+    def _compute(self, assignment: fleet.Assignment, alive: Alive) -> Reply | None:
         """What the assignment asks for; None where it was given back, or has ended."""
         while True:
             try:
@@ -271,8 +279,11 @@ class Participation:
             self._decline(assignment.id, "the app stopped the device")
         return False
 
-    def _perform(self, assignment: fleet.Assignment, alive: Alive) -> Trained:
+    def _perform(self, assignment: fleet.Assignment, alive: Alive) -> Reply:
         self._say(f"preparing round {assignment.round}")
+        form = _form(assignment)
+        described = RunDescription(assignment.run, assignment.artifact_version, assignment.trainable_set, form)
+        self._consent.require(described)
         alive.phase = fleet.HeartbeatRequest.DOWNLOADING
         trainer = self._models.trainer(assignment.artifact_version, assignment.trainable_set, alive.go_on)
         theta = self._models.parameters(assignment.parameters_digest, trainer.size, alive.go_on)
@@ -284,16 +295,20 @@ class Participation:
         self._say(
             f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples"
         )
-        task = Task(kind, theta, config, assignment.round, self._identity.name)  # type: ignore[arg-type]
-        # Of the last round that was broken off, if any.
-        kept = Checkpoint(self._home / "training.safetensors", self._checkpoint_s)
-        return perform(trainer, task, examples, alive.should_stop, alive.tell, kept)
+        part = Part(assignment.id, assignment.parameters_digest, assignment.run, form, theta)
+        made = self._keeping.reply(part) if kind == "train" else None
+        if made is not None:
+            return made
+        kept = self._keeping.before(trainer, part)
+        task = Task(kind, theta, config, assignment.round, self._identity.name, form)  # type: ignore[arg-type]
+        # Of the last round that was, if any.
+        broken_off = Checkpoint(self._home / "training.safetensors", self._checkpoint_s)
+        reply = perform(trainer, task, examples, alive.should_stop, alive.tell, broken_off, kept)
+        if kind == "train":
+            self._keeping.hold(trainer, part, reply)
+        return reply
 
     # ---- handing in ------------------------------------------------------------------------------------------------------
-
-    def _pack(self, assignment: fleet.Assignment, reply: Trained) -> Update:
-        data = encode_vector("delta", reply.delta) if assignment.kind == fleet.Assignment.TRAIN else b""
-        return Update(data, reply.num_examples, reply.metrics)
 
     def _hand_in(self, assignment: fleet.Assignment, update: Update, alive: Alive) -> None:
         """Send it as soon as the network may be used, until it has arrived or nobody waits for it any more."""
@@ -323,7 +338,9 @@ class Participation:
                         self._outbox.clear()
                         raise
                 else:
+                    self._keeping.settle(assignment.id, receipt.accepted)
                     self._outbox.clear()
+                    self._models.refresh()
                     alive.tell(1.0)
                     self._say("handed in" if receipt.accepted else f"not taken: {receipt.reason}")
                     return
@@ -344,3 +361,16 @@ class Participation:
             self._link.decline(assignment_id, reason)
         except PocketfedError as error:
             log.info("%s: could not decline: %s", self._identity.name, error)
+
+
+def _form(assignment: fleet.Assignment) -> UpdateForm:
+    """
+    Raises:
+        ConfigurationError: a form that this version does not know: a newer one, or one that cannot be.
+    """
+    if not assignment.HasField("form"):
+        return UpdateForm()
+    form = assignment.form
+    if len(UnknownFieldSet(form)):
+        raise ConfigurationError("the run asks for a form that this version does not know; update the app")
+    return UpdateForm.from_mapping({f.name: getattr(form, f.name) for f in form.DESCRIPTOR.fields})

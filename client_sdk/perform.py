@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from pocketfed.client_sdk.checkpoint import Checkpoint
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trained, Trainer, derive_seed, evaluate, train
-from pocketfed.model.parameters import Vector
+from pocketfed.client_sdk.errors import ConfigurationError
+from pocketfed.client_sdk.order import derive_seed
+from pocketfed.client_sdk.outgoing import NOTHING, Kept, UpdateForm, make_outgoing
+from pocketfed.client_sdk.trainer import (
+    Examples,
+    TrainConfig,
+    Trainer,
+    count,
+    evaluate,
+    train,
+)
+from pocketfed.model.parameters import ParametersError, Split, Vector, split_private
 
 Kind = Literal["train", "evaluate"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a device is asked to do: theta (P,) is where to start, `device` its name."""
+    """What a device is asked to do: theta (P,) is where to start, `device` its name.
+
+    seeded_noise: local noise from the run's seed, for simulations; the coordinator could subtract it.
+    """
 
     kind: Kind
     theta: Vector
     config: TrainConfig
     round: int
     device: str
+    form: UpdateForm = field(default_factory=UpdateForm)
+    seeded_noise: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """data: all of an update that leaves the device; empty for an evaluation. delta: (P,) as a coordinator reads it.
+
+    kept: what stays, and is true once the coordinator has taken the reply.
+    """
+
+    data: bytes
+    delta: Vector
+    num_examples: int
+    metrics: Mapping[str, float]
+    kept: Kept
 
 
 def perform(
@@ -34,18 +64,60 @@ def perform(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[float], None] = lambda fraction: None,
     checkpoint: Checkpoint | None = None,
-) -> Trained:
-    """Do what is asked, on this device's examples. The reply to an evaluation has an empty delta.
+    kept: Kept | None = None,
+) -> Reply:
+    """Do what is asked, on this device's examples.
 
     Args:
         checkpoint: as in `train`.
+        kept: what stayed of the reply before in this run, if there is any.
 
     Raises:
         TrainingError: no examples, stopped, or diverged; nothing is to be sent.
+        ConfigurationError: a form that this trainable set, or this version, cannot have.
     """
+    kept = kept or Kept()
+    split = split_of(trainer, task.form)
+    theta = split.overlay(task.theta, kept.private) if kept.private.size else task.theta
     if task.kind == "evaluate":
-        return Trained(
-            np.zeros(0, np.float32), len(examples), evaluate(trainer, task.theta, examples, should_stop=should_stop)
-        )
+        measured = _measure(trainer, theta, examples, task.form, should_stop)
+        return Reply(b"", NOTHING, len(examples), _declared(measured, task.form), kept)
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
-    return train(trainer, task.theta, examples, config, should_stop, progress, checkpoint)
+    trained = train(trainer, theta, examples, config, should_stop, progress, checkpoint)
+    out = make_outgoing(task.form, split.shared(trained.delta), kept.residual, _noise(task))
+    private = split.private(theta + trained.delta) if split.ranges else NOTHING
+    metrics = _declared(trained.metrics, task.form)
+    return Reply(out.data, split.spread(out.said), trained.num_examples, metrics, Kept(out.residual, private))
+
+
+def split_of(trainer: Trainer, form: UpdateForm) -> Split:
+    """
+    Raises:
+        ConfigurationError: private parameters that the trainable set does not have.
+    """
+    if not form.private:
+        return Split(trainer.size)
+    try:
+        return split_private(trainer.layout, form.private)
+    except ParametersError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _measure(
+    trainer: Trainer, theta: Vector, examples: Examples, form: UpdateForm, should_stop: Callable[[], bool]
+) -> Mapping[str, float]:
+    """Where theta is partly the device's own, counts and sums only."""
+    if not form.private:
+        return evaluate(trainer, theta, examples, should_stop=should_stop)
+    counted = count(trainer, theta, examples, should_stop=should_stop)
+    return {"examples": float(counted.answers), "correct": float(counted.right), "loss_sum": counted.loss_sum}
+
+
+def _declared(metrics: Mapping[str, float], form: UpdateForm) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name in form.metrics}
+
+
+def _noise(task: Task) -> np.random.Generator:
+    """From the machine's entropy: whoever knows the run's seed must not know the noise."""
+    seeded = derive_seed(task.config.seed, task.round, f"{task.device}/noise")
+    return np.random.Generator(np.random.PCG64(seeded if task.seeded_noise else secrets.randbits(128)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 from pocketfed.client_sdk.checkpoint import Checkpoint, fingerprint
 from pocketfed.client_sdk.errors import ConfigurationError, NoExamples, TrainingDiverged, TrainingStopped
 from pocketfed.client_sdk.optimizers import OPTIMIZERS, Optimizer, make_optimizer
-from pocketfed.model.parameters import Vector
+from pocketfed.client_sdk.order import epoch_order, split
+from pocketfed.model.parameters import Parameter, Vector
 
-BUCKET_BATCHES = 16  # so many batches' examples are sorted by length together: little padding, still well mixed
 DIVERGED = 10.0  # times the first step's loss, or times 1 where that is less
 SCHEDULES = ("constant", "linear", "cosine")
 Ids = NDArray[np.int64]
@@ -153,6 +152,7 @@ class Trainer(Protocol):
 
     identity: str  # of the model and its trainable set: what a checkpoint must be of
     size: int  # of theta
+    layout: tuple[Parameter, ...]  # what theta's values are called
     task: str  # classification, regression, tokens or spans
     outputs: int  # labels of the head
 
@@ -183,12 +183,6 @@ class Trained:
     delta: Vector
     num_examples: int
     metrics: Mapping[str, float]
-
-
-def derive_seed(seed: int, round_number: int, device: str) -> int:
-    """The seed of one device's part in one round: the same wherever it runs, different for every device and round."""
-    digest = hashlib.sha256(f"{seed}/{round_number}/{device}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
 
 
 def pad(rows: Sequence[Ids]) -> tuple[Ids, Ids]:
@@ -243,19 +237,11 @@ def check_labels(examples: Examples, task: str, outputs: int) -> None:
 
 
 def epoch_batches(
-    examples: Examples, batch_size: int, generator: np.random.Generator, label_smoothing: float = 0.0
+    examples: Examples, batch_size: int, seed: int, epoch: int, label_smoothing: float = 0.0
 ) -> Iterator[Batch]:
     """All examples once, in random order, those of similar length together."""
-    order = generator.permutation(len(examples))
-    lengths = np.array([len(examples.rows[i]) for i in order])
-    window = batch_size * BUCKET_BATCHES
-    batches: list[Ids] = []
-    for start in range(0, len(order), window):
-        piece = order[start : start + window]
-        piece = piece[np.argsort(lengths[start : start + window], kind="stable")]
-        batches += [piece[i : i + batch_size] for i in range(0, len(piece), batch_size)]
-    for index in generator.permutation(len(batches)):
-        yield make_batch(examples, batches[index], label_smoothing)
+    for chosen in epoch_order([len(row) for row in examples.rows], batch_size, seed, epoch):
+        yield make_batch(examples, chosen, label_smoothing)
 
 
 def train(
@@ -270,7 +256,7 @@ def train(
     """Train a copy of theta on the examples; theta itself is not touched.
 
     Args:
-        config: with the device's own seed (see `derive_seed`).
+        config: with the device's own seed (see `order.derive_seed`).
         should_stop: asked before every step.
         progress: told the fraction done, 0 to 1, after every step.
         checkpoint: where to keep the state when stopped, and every so often; the same call goes on from there, to the
@@ -332,8 +318,7 @@ def _run_epochs(
     """From where `state` is to the end of training, or until should_stop says so."""
     total = _steps(len(examples), config)
     while state.epoch < config.epochs:
-        generator = _epoch_generator(config.seed, state.epoch)
-        batches = epoch_batches(examples, config.batch_size, generator, config.label_smoothing)
+        batches = epoch_batches(examples, config.batch_size, config.seed, state.epoch, config.label_smoothing)
         for index, batch in enumerate(batches):
             if index < state.steps_in_epoch:
                 continue  # done before the checkpoint
@@ -380,17 +365,9 @@ class _State:
     first_loss: float = 0.0
 
 
-def _epoch_generator(seed: int, epoch: int) -> np.random.Generator:
-    """An epoch's order depends on nothing before it, so that a checkpoint need not hold a generator."""
-    return np.random.Generator(np.random.PCG64([seed, epoch]))
-
-
 def _split(examples: Examples, config: TrainConfig) -> tuple[Examples | None, Examples]:
-    held = math.floor(config.holdout * len(examples))
-    if held == 0:
-        return None, examples
-    order = np.random.Generator(np.random.PCG64([config.seed, 1 << 32])).permutation(len(examples))
-    return examples.take(order[:held]), examples.take(np.sort(order[held:]))
+    held, rest = split(len(examples), config.holdout, config.seed)
+    return (examples.take(held), examples.take(rest)) if len(held) else (None, examples)
 
 
 def _steps(count: int, config: TrainConfig) -> int:
@@ -469,7 +446,34 @@ def evaluate(
     batch_size: int = 64,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Mean loss and, but for regression, accuracy over the examples.
+    """Mean loss and, but for regression, accuracy over the examples. Raises as `count` does."""
+    counted = count(trainer, theta, examples, batch_size, should_stop)
+    measured = {"loss": counted.loss_sum / (counted.weight or 1.0)}
+    return measured if trainer.task == "regression" else measured | {"accuracy": counted.accuracy}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What theta makes of examples. weight: what a mean of `loss_sum` is over; answers: that can be right or wrong."""
+
+    loss_sum: float = 0.0
+    weight: float = 0.0
+    right: int = 0
+    answers: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.answers)
+
+
+def count(
+    trainer: Trainer,
+    theta: Vector,
+    examples: Examples,
+    batch_size: int = 64,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Counted:
+    """Sums over the examples.
 
     Raises:
         NoExamples: nothing to evaluate on.
@@ -489,5 +493,4 @@ def evaluate(
         loss, correct, weight = trainer.evaluate(theta, batch)
         loss_sum, total = loss_sum + loss * weight, total + weight
         right, answers = right + correct, answers + batch.answers
-    measured = {"loss": loss_sum / (total or 1.0)}
-    return measured if trainer.task == "regression" else measured | {"accuracy": right / max(1, answers)}
+    return Counted(loss_sum, total, right, answers)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketfed.coordinator.forms import Form
 from pocketfed.model.parameters import ParametersError, Vector, decode_vector
 
 BLOCK = 1 << 15  # coordinates folded at a time: two float64 blocks and a float32 one stay in a core's cache
@@ -38,15 +39,17 @@ class Delta:
         source: the vector, or the file that holds it as `encode_vector("delta", ...)` wrote it.
         size: P.
         scale: what it is multiplied by wherever it is used: below 1 where it was clipped.
+        form: what the file's bytes are; None: float32 values.
     """
 
-    def __init__(self, source: Vector | Path, size: int, scale: float = 1.0) -> None:
+    def __init__(self, source: Vector | Path, size: int, scale: float = 1.0, form: Form | None = None) -> None:
         self.path = source if isinstance(source, Path) else None
         self.size, self.scale = size, scale
+        self.form = form if form is not None and not form.plain else None
         self._held: Vector | None = None if isinstance(source, Path) else source
 
     def scaled(self, factor: float) -> Delta:
-        made = Delta(self.raw() if self.path is None else self.path, self.size, self.scale * factor)
+        made = Delta(self.raw() if self.path is None else self.path, self.size, self.scale * factor, self.form)
         made._held = self._held
         return made
 
@@ -58,7 +61,7 @@ class Delta:
         """
         if self._held is None:
             assert self.path is not None
-            self._held = read_delta(self.path, self.size)
+            self._held = read_delta(self.path, self.size, self.form)
         return self._held
 
     def drop(self) -> None:
@@ -72,19 +75,26 @@ class Delta:
     def columns(self, low: int, high: int) -> Vector:
         """Coordinates low to high; of a file, only those are read."""
         wanted = self.path if self._held is None else None
-        part = self.raw()[low:high] if wanted is None else _read_columns(wanted, self.size, low, high)
+        part = self.raw()[low:high] if wanted is None else self._read_columns(wanted, low, high)
         return part if self.scale == 1.0 else part * np.float32(self.scale)
 
+    def _read_columns(self, path: Path, low: int, high: int) -> Vector:
+        if self.form is not None:  # its values lie anywhere
+            return read_delta(path, self.size, self.form)[low:high]
+        return _read_columns(path, self.size, low, high)
 
-def read_delta(path: Path, size: int) -> Vector:
+
+def read_delta(path: Path, size: int, form: Form | None = None) -> Vector:
     """A spooled update. One read, no copy, where the bytes are laid out as our own SDK does it.
 
     Raises:
         ParametersError: unreadable, or not what it should be.
     """
     expected = payload_start("delta", size)
-    data = np.empty(len(expected) + 4 * size, np.uint8)
     try:
+        if form is not None:
+            return decode_delta(path.read_bytes(), size, form)
+        data = np.empty(len(expected) + 4 * size, np.uint8)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             # A file of that length whose beginning is ours: the rest can only be the values.
@@ -100,13 +110,13 @@ def read_delta(path: Path, size: int) -> Vector:
         ) from None
 
 
-def decode_delta(data: bytes, size: int) -> Vector:
+def decode_delta(data: bytes, size: int, form: Form | None = None) -> Vector:
     """An update of its bytes, whatever form they have: the one place where that is decided, before any check of values.
 
     Raises:
         ParametersError: not what they should be.
     """
-    return decode_vector("delta", data, size)
+    return decode_vector("delta", data, size) if form is None else form.read(data)
 
 
 def _read_all(descriptor: int, into: NDArray[np.uint8], offset: int = 0) -> bool:

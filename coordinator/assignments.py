@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from pocketfed.coordinator.forms import knows_forms
 from pocketfed.coordinator.store import Assignment, Device, History, Run, Store, Update, is_digest, now, printable
 
 OPEN = ("offered", "accepted")
@@ -336,7 +337,13 @@ def _portions(ids: Sequence[str], size: int = 1000) -> Iterator[Sequence[str]]:
     return (ids[start : start + size] for start in range(0, len(ids), size))
 
 
-def devices_online(session: Session, channel: str) -> dict[int, str]:
-    """Devices (id -> name) of a channel with labelled examples that are asking for work now, or will again at once."""
-    there = sa.select(Device.id, Device.name).where(Device.channel == channel, Device.present_until >= now())
-    return {row.id: row.name for row in session.execute(there.where(Device.examples > 0))}
+def devices_online(session: Session, channel: str, forms: bool = False) -> dict[int, str]:
+    """Devices (id -> name) of a channel with labelled examples that are asking for work now, or will again at once.
+
+    forms: only those that know other forms of an update than the plain one.
+    """
+    there = sa.select(Device.id, Device.name, Device.sdk_version).where(
+        Device.channel == channel, Device.present_until >= now()
+    )
+    rows = session.execute(there.where(Device.examples > 0))
+    return {row.id: row.name for row in rows if not forms or knows_forms(row.sdk_version)}

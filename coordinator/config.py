@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pocketfed.model.codecs import parse_codec
+from pocketfed.model.parameters import ParametersError
+
+METRICS = ("loss", "accuracy", "steps", "seconds", "holdout_loss", "truncated", "examples", "correct", "loss_sum")
 MAX_S = 1e9  # 31 years: dates end in the year 9999, and JSON (PostgreSQL's) knows no infinity
 
 
@@ -66,6 +70,58 @@ class LocalTraining:
 
 
 @dataclass(frozen=True)
+class UpdateForm:
+    """What may leave a device, and in which form; the fields are those of `UpdateForm` in fleet.proto."""
+
+    codec: str = "float32"  # or float16; with error feedback: int8, topk:SHARE, ternary:SHARE
+    clip_norm: float = 0.0  # the device scales its update down to this L2 norm; 0: it does not
+    noise: float = 0.0  # standard deviation, in clip_norms, of Gaussian noise that the device adds
+    private: Sequence[str] = ()  # parameters (names, or what stands before a dot in them) that stay on the device
+    metrics: Sequence[str] = METRICS  # numbers that are sent with it, where the device has them
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, "update.", {"clip_norm": (0, 1e18), "noise": (0, 1000)})
+        for name in ("private", "metrics"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
+                raise RunConfigError(f'update.{name} is {values!r}; it must be a list of names, e.g. ["a", "b"]')
+            object.__setattr__(self, name, tuple(values))
+        try:
+            codec = parse_codec(self.codec)
+        except ParametersError as error:
+            raise RunConfigError(f"update.codec: {error}") from None
+        if self.noise and not self.clip_norm:
+            raise RunConfigError(
+                f"update.noise is {self.noise} in units of update.clip_norm, which is 0; set that, too"
+            )
+        if self.noise and codec.feeds_back:
+            raise RunConfigError(
+                f"update.noise with codec {self.codec} would pile up: error feedback carries what a round leaves out, noise "
+                "included, into the next until it drowns the update; choose float32 or float16"
+            )
+        for name in self.metrics:
+            if name not in METRICS:
+                raise RunConfigError(f"update.metrics has {name!r}; devices know {', '.join(METRICS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """With lists, as JSON has them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def __str__(self) -> str:
+        """In words, what an operator and a user should know of it."""
+        parts = [f"updates as {self.codec}"]
+        parts += [f"without {', '.join(self.private)}"] if self.private else []
+        parts += [f"clipped to norm {self.clip_norm:g}"] if self.clip_norm else []
+        parts += [f"with noise of {self.noise:g} times that norm a value"] if self.noise else []
+        return f"{', '.join(parts)}; {', '.join(('number of examples', *self.metrics))}"
+
+    @property
+    def plain(self) -> bool:
+        """Devices that know nothing of forms send just this."""
+        return self == UpdateForm()
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One training of the fleet.
 
@@ -105,6 +161,7 @@ class RunConfig:
     retain_rounds: int = 0  # keep the details of so many rounds; 0 for all
     release: bool = True  # release the result on the channel
     local: LocalTraining = field(default_factory=LocalTraining)
+    update: UpdateForm = field(default_factory=UpdateForm)
 
     def __post_init__(self) -> None:
         _check_ranges(
@@ -154,11 +211,19 @@ class RunConfig:
             raise RunConfigError(
                 "evaluate_on_devices waits for every device, as fedbuff does not; give test_data instead"
             )
+        if 0 < self.max_update_norm < self.update.clip_norm * 1.001:
+            raise RunConfigError(
+                f"max_update_norm {self.max_update_norm:g} would quarantine updates that devices clip to update.clip_norm "
+                f"{self.update.clip_norm:g}; set it higher, or to 0"
+            )
         if self.mode == "fedbuff" and self.quorum > self.buffer:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"strategy_options": dict(self.strategy_options)}
+        return dataclasses.asdict(self) | {
+            "strategy_options": dict(self.strategy_options),
+            "update": self.update.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -167,13 +232,16 @@ class RunConfig:
         Raises:
             RunConfigError: a name that does not exist, or a value that does not fit.
         """
-        local = values.get("local", {})
-        if not isinstance(local, Mapping):
-            raise RunConfigError(f"local is {local!r}; it must be a table")
-        rest = {k: v for k, v in values.items() if k != "local"}
+        tables: dict[str, Any] = {}
+        for name, kind in (("local", LocalTraining), ("update", UpdateForm)):
+            given = values.get(name, {})
+            if not isinstance(given, Mapping):
+                raise RunConfigError(f"{name} is {given!r}; it must be a table")
+            _check_names(kind, given, f"{name}.")
+            tables[name] = kind(**given)
+        rest = {k: v for k, v in values.items() if k not in tables}
         _check_names(cls, rest, "")
-        _check_names(LocalTraining, local, "local.")
-        return cls(**rest, local=LocalTraining(**local))
+        return cls(**rest, **tables)
 
 
 def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
@@ -185,6 +253,8 @@ def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
             )
         default = fields[name].default
         wanted = Mapping if name == "strategy_options" else type(default)
+        if wanted is tuple:
+            continue  # the table looks at its lists itself
         number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
         if not number and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int)):
             raise RunConfigError(

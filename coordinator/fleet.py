@@ -16,12 +16,12 @@ from pocketfed.coordinator.assignments import AWAY_S, Header, UploadError
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.distribution import describe_release, describe_signed
 from pocketfed.coordinator.enrolment import EnrolmentError, enrol, is_revoked, mark_gone, mark_seen
+from pocketfed.coordinator.forms import read_form
 from pocketfed.coordinator.gate import Refusal
 from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.signing import newest_list
 from pocketfed.coordinator.standing import last_refusal
 from pocketfed.coordinator.store import latest_release, now, printable
-from pocketfed.model.parameters import vector_bytes
 from pocketfed.protos import fleet_pb2 as pb
 from pocketfed.protos import fleet_pb2_grpc
 
@@ -162,6 +162,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         run = session.get_one(tables.Run, found.run_id)
         fields = {f.name: f for f in pb.TrainConfig.DESCRIPTOR.fields}
         config = {k.replace("-", "_"): v for k, v in found.config.items()}
+        form = {k.removeprefix("update."): v for k, v in found.config.items() if k.startswith("update.")}
         deadline_s = (found.deadline - now()).total_seconds() if found.deadline else 86400.0
         return pb.Assignment(
             id=found.id,
@@ -175,6 +176,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             config=pb.TrainConfig(**{k: v for k, v in config.items() if k in fields}),
             lease_s=self.calls.lease_s,
             deadline_s=max(0.0, deadline_s),
+            form=pb.UpdateForm(**form) if form else None,
         )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatReply:  # noqa: N802
@@ -257,4 +259,4 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 return 0
             run = session.get_one(tables.Run, found.run_id)
             manifest = session.get_one(tables.Artifact, run.artifact_version).manifest
-            return vector_bytes(int(manifest["trainable_sets"][run.trainable_set]["size"]))
+            return read_form(run.config, manifest["trainable_sets"][run.trainable_set]).most_bytes

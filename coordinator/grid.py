@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.assignments import OPEN, Assignments
-from pocketfed.coordinator.store import Assignment, Device, Round, Store, Update, now, put_blob
+from pocketfed.coordinator.forms import Form, read_form
+from pocketfed.coordinator.store import Artifact, Assignment, Device, Round, Run, Store, Update, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.model.parameters import Vector, encode_vector
 
@@ -250,6 +252,14 @@ class FleetGrid(RecordedGrid):
         self.offer_s = lease_s
         self.assignments, self.size, self._online = assignments, size, online
 
+    @cached_property
+    def _form(self) -> Form:
+        """What this run's updates are."""
+        with self.store.read() as session:
+            run = session.get_one(Run, self.run_id)
+            manifest = session.get_one(Artifact, run.artifact_version).manifest
+        return read_form(run.config, manifest["trainable_sets"][run.trainable_set])
+
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self._online().items() if node not in self.set_aside}
 
@@ -379,7 +389,7 @@ class FleetGrid(RecordedGrid):
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
         start = self._start(message) if theta is None else theta
         arrays = ArrayRecord()
-        arrays[THETA] = DeltaArray(start, Delta(self.assignments.upload_path(row.id), self.size, weight))
+        arrays[THETA] = DeltaArray(start, Delta(self.assignments.upload_path(row.id), self.size, weight, self._form))
         content = {
             "arrays": arrays,
             "metrics": metrics,

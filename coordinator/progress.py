@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.forms import form_of
 from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.retention import delete_blobs
 from pocketfed.coordinator.screening import Tally
@@ -32,7 +33,7 @@ from pocketfed.coordinator.store import (
     now,
     put_blob,
 )
-from pocketfed.model.parameters import Vector, decode_vector, encode_vector
+from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
 
 THETA = "theta"
 
@@ -121,6 +122,10 @@ def create_run(store: Store, config: RunConfig) -> int:
                 f"the artifact on {config.channel!r} has no trainable set {chosen!r}, "
                 f"only {', '.join(manifest['trainable_sets'])}"
             )
+        try:
+            form_of(config.update, manifest["trainable_sets"][chosen])
+        except ParametersError as error:
+            raise RunError(f"update.private: {error}") from None
         run = Run(
             name=config.name,
             channel=config.channel,

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -234,8 +235,32 @@ def _streams(strategy: Strategy) -> bool:
 
 
 def local_config(config: RunConfig) -> ConfigRecord:
-    """The message's config: TrainConfig's fields, and the run's seed (devices mix in their name and the round)."""
-    return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed})
+    """The message's config: TrainConfig's fields, the run's seed (devices mix in their name and the round), UpdateForm's."""
+    form = {f"update.{k}": v for k, v in config.update.to_dict().items()}
+    return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed, **form})
+
+
+def personal_means(replies: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> dict[str, float]:
+    """Devices with private parameters tell counts and sums: their totals take the place of their means.
+
+    What one device tells counts no more than its examples, and those no more than the run allows.
+    """
+    if not {"examples", "correct", "loss_sum"} <= set(means):
+        return dict(means)
+    totals = {"examples": 0.0, "correct": 0.0, "loss_sum": 0.0}
+    for told in replies:
+        examples = float(told["examples"])
+        if not (examples >= 1 and 0 <= told["correct"] <= examples and told["loss_sum"] >= 0):
+            continue
+        share = min(1.0, float(told["num-examples"]) / examples)
+        for name in totals:
+            totals[name] += share * float(told[name])
+    rest = {k: v for k, v in means.items() if k not in totals} | totals
+    if not totals["examples"]:
+        return rest
+    return rest | {
+        name: totals[key] / totals["examples"] for name, key in (("accuracy", "correct"), ("loss", "loss_sum"))
+    }
 
 
 def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dict[str, float]:
@@ -248,6 +273,7 @@ def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dic
         usable = with_common_metrics(screen_measured(replies, run.config.max_examples))
         metrics = run.strategy.aggregate_evaluate(number, usable) or {}
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float)) and k != "num-examples"}
+        numbers = personal_means([reply.content["metrics"] for reply in usable if not reply.has_error()], numbers)
         measured |= {f"device_{k}": v for k, v in numbers.items()}
         if not run.evaluate:
             measured |= {k: v for k, v in numbers.items() if k in ("accuracy", "loss")}

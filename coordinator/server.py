@@ -130,10 +130,10 @@ class CoordinatorServer:
         self.assignments.notify_offered()  # long polls end now, not when their grace is over
         await ending
 
-    def online(self, channel: str) -> dict[int, str]:
-        """Devices (id -> name) that could take part now."""
+    def online(self, channel: str, forms: bool = False) -> dict[int, str]:
+        """Devices (id -> name) that could take part now. forms: as in `devices_online`."""
         with self.store.read() as session:
-            return capped(session, devices_online(session, channel))
+            return capped(session, devices_online(session, channel, forms))
 
     def stop(self) -> None:
         """End calls, then the loop; returns when both have ended."""

@@ -8,6 +8,8 @@ from sqlalchemy.orm import Session
 from pocketfed.coordinator.store import Assignment, Round, Run, Store, Update
 from pocketfed.coordinator.validation import WINDOW, History
 
+REFUSED = "RunRefused"  # how a device's reason begins where its app does not want the run
+
 
 def recall(store: Store, run_id: int, number: int) -> History:
     """What the rounds before `number` accepted: taken from the store, so that a coordinator that starts again knows it."""
@@ -40,9 +42,14 @@ def offences(session: Session, run_id: int) -> dict[int, int]:
 
 
 def set_aside(store: Store, run_id: int, most: int) -> set[int]:
-    """The devices that the run samples no more: `most` of their updates were quarantined. 0: nobody is set aside."""
+    """The devices that the run samples no more: `most` of their updates were quarantined (0: nobody is set aside for that),
+    or their apps take no part in it."""
+    refusals = sa.select(Assignment.device_id).where(
+        Assignment.run_id == run_id, Assignment.status == "failed", Assignment.error.like(f"{REFUSED}:%")
+    )
     with store.read() as session:
-        return {device for device, count in offences(session, run_id).items() if most and count >= most}
+        offenders = {device for device, count in offences(session, run_id).items() if most and count >= most}
+        return offenders | set(session.scalars(refusals.distinct()))
 
 
 def last_refusal(session: Session, device_id: int) -> str | None:

@@ -97,15 +97,88 @@ def decode_vector(name: str, data: bytes, size: int) -> Vector:
     limit = vector_bytes(size)
     if len(data) > limit:
         raise ParametersError(f"{len(data)} bytes are too many for {size} float32 values; at most {limit} are expected")
+    return load_tensors(data, {name: (np.dtype(np.float32), (size,))})[name]
+
+
+def load_tensors(data: bytes, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> dict[str, NDArray[Any]]:
+    """The tensors of safetensors bytes, exactly those expected: name -> (dtype, shape).
+
+    Raises:
+        ParametersError: not safetensors, another name, shape or dtype.
+    """
     try:
-        tensors = load(data)
+        tensors: dict[str, NDArray[Any]] = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParametersError(f"not safetensors bytes: {error}") from None
-    if set(tensors) != {name}:
-        raise ParametersError(f"expected one tensor {name!r}, found {sorted(tensors)[:5]}")
-    vector: Vector = tensors[name]
-    if vector.dtype != np.float32 or vector.shape != (size,):
-        raise ParametersError(
-            f"tensor {name!r} is {vector.dtype} of shape {vector.shape}; expected float32 of shape ({size},)"
-        )
-    return vector
+    if set(tensors) != set(expected):
+        wanted = f"one tensor {next(iter(expected))!r}" if len(expected) == 1 else f"tensors {sorted(expected)}"
+        raise ParametersError(f"expected {wanted}, found {sorted(tensors)[:5]}")
+    for name, (dtype, shape) in expected.items():
+        if tensors[name].dtype != dtype or tensors[name].shape != shape:
+            raise ParametersError(
+                f"tensor {name!r} is {tensors[name].dtype} of shape {tensors[name].shape}; "
+                f"expected {dtype} of shape {shape}"
+            )
+    return tensors
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which of theta's `size` values are private: stay on the device. ranges: (start, end) of them, ascending and apart."""
+
+    size: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def shared_size(self) -> int:
+        return self.size - sum(end - start for start, end in self.ranges)
+
+    def shared(self, vector: Vector) -> Vector:
+        """(size,) -> (shared_size,); the vector itself where nothing is private."""
+        return np.delete(vector, self._private()) if self.ranges else vector
+
+    def private(self, vector: Vector) -> Vector:
+        """(size,) -> (size - shared_size,)"""
+        return vector[self._private()]
+
+    def spread(self, shared: Vector) -> Vector:
+        """(shared_size,) -> (size,), 0 where private."""
+        if not self.ranges:
+            return shared
+        whole: Vector = np.zeros(self.size, np.float32)
+        whole[np.delete(np.arange(self.size), self._private())] = shared
+        return whole
+
+    def overlay(self, vector: Vector, private: Vector) -> Vector:
+        """A copy of the vector (size,) with these private values."""
+        made = vector.copy()
+        made[self._private()] = private
+        return made
+
+    def _private(self) -> NDArray[np.int64]:
+        return np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in self.ranges)])
+
+
+def split_private(layout: Sequence[Parameter], names: Sequence[str]) -> Split:
+    """names: of parameters, or what stands before a dot in them.
+
+    >>> layout = lay_out([("body.weight", (2, 3)), ("classifier.weight", (4,)), ("classifier.bias", (2,))])
+    >>> split_private(layout, ["classifier"])
+    Split(size=12, ranges=((6, 10), (10, 12)))
+
+    Raises:
+        ParametersError: a name that none has, or nothing left to share.
+    """
+    for name in names:
+        if not any(_is_of(p, name) for p in layout):
+            have = ", ".join(dict.fromkeys(p.name.split(".")[0] for p in layout))
+            raise ParametersError(f"no parameter of the trainable set is named {name!r}; they begin with {have}")
+    chosen = [(p.offset, p.offset + p.size) for p in layout if any(_is_of(p, name) for name in names)]
+    split = Split(total_size(layout), tuple(sorted(chosen)))
+    if layout and split.shared_size == 0:
+        raise ParametersError(f"all parameters are private with {list(names)}; leave some to be shared")
+    return split
+
+
+def _is_of(parameter: Parameter, name: str) -> bool:
+    return f"{parameter.name}.".startswith(f"{name}.")

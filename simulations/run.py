@@ -210,7 +210,9 @@ def _simulate(
             device.examples = len(local[nodes[node]])
     run_id = create_run(store, config.run)
     app = make_client_app(
-        lambda: trainer, lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])])
+        lambda: trainer,
+        lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])]),
+        seeded_noise=True,
     )
     grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
     rounds: list[RoundResult] = []

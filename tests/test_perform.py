@@ -11,9 +11,10 @@ import pytest
 
 from pocketfed.client_sdk.artifacts import Artifact
 from pocketfed.client_sdk.errors import NoExamples, TrainingStopped
+from pocketfed.client_sdk.order import derive_seed
 from pocketfed.client_sdk.perform import Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, derive_seed, evaluate, train
+from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate, train
 from pocketfed.model.parameters import encode_vector
 from pocketfed.model.tasks import Dataset
 

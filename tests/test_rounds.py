@@ -184,7 +184,7 @@ def test_what_is_told_is_what_is_stored(fleet: Fleet) -> None:
 
 
 def test_a_run_of_one_device_is_training_on_that_device(fleet: Fleet) -> None:
-    from pocketfed.client_sdk.trainer import derive_seed
+    from pocketfed.client_sdk.order import derive_seed
 
     fleet.nodes = dict(list(fleet.nodes.items())[:1])
     theta = fleet.drive(rounds=1)

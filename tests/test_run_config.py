@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 
+from pocketfed.client_sdk import RunDescription, outgoing
 from pocketfed.client_sdk.trainer import TrainConfig
-from pocketfed.coordinator.config import LocalTraining, RunConfig, RunConfigError, apply_overrides, load_run_config
+from pocketfed.coordinator import config
+from pocketfed.coordinator.config import (
+    LocalTraining,
+    RunConfig,
+    RunConfigError,
+    UpdateForm,
+    apply_overrides,
+    load_run_config,
+)
 from pocketfed.protos import fleet_pb2
 
 
@@ -20,6 +29,25 @@ def test_local_training_has_the_fields_that_the_wire_and_the_device_have() -> No
     wire = {f.name for f in fleet_pb2.TrainConfig.DESCRIPTOR.fields}
     assert {*ours, "seed"} == set(device) == wire
     assert ours | {"seed": 0} == device  # the defaults are the same, too
+
+
+def test_forms_have_the_fields_that_the_wire_and_the_device_have() -> None:
+    ours = {f.name: f.default for f in dataclasses.fields(UpdateForm)}
+    assert ours == {f.name: f.default for f in dataclasses.fields(outgoing.UpdateForm)}
+    assert set(ours) == {f.name for f in fleet_pb2.UpdateForm.DESCRIPTOR.fields}
+    assert config.METRICS == outgoing.METRICS
+    described = outgoing.UpdateForm("topk:0.1", 2.0, private=("classifier",), metrics=("loss",))
+    assert str(RunDescription(7, "v", "head", described)).endswith(
+        f"collects: {UpdateForm('topk:0.1', 2.0, private=['classifier'], metrics=['loss'])}"
+    )
+
+
+def test_a_form_is_read_from_overrides() -> None:
+    config = load_run_config(None, ["update.codec=topk:0.01", 'update.private=["classifier"]', "update.metrics=[]"])
+    assert config.update == UpdateForm("topk:0.01", private=("classifier",), metrics=())
+    assert not config.update.plain
+    assert RunConfig().update.plain
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_no_file_and_no_override_are_the_defaults() -> None:
@@ -80,6 +108,17 @@ def test_overrides_never_change_what_they_are_laid_over() -> None:
         ({"local": {"learning_rate": -0.1}}, r"local\.learning_rate is -0\.1; it must be a number between 0 and 100"),
         ({"name": ""}, "name is ''; it must have 1 to 100 characters"),
         ({"channel": "x" * 101}, "it must have 1 to 100 characters"),
+        ({"update": {"codec": "zip"}}, r"update\.codec: there is no codec 'zip'; choose one of float32, float16, int8"),
+        ({"update": {"noise": 0.1}}, r"update\.noise is 0\.1 in units of update\.clip_norm, which is 0"),
+        ({"update": {"noise": 0.1, "clip_norm": 1.0, "codec": "int8"}}, "would pile up: error feedback carries"),
+        ({"update": {"clip_norm": float("nan")}}, r"update\.clip_norm is nan"),
+        ({"update": {"private": "classifier"}}, r"update\.private is 'classifier'; it must be a list of names"),
+        ({"update": {"metrics": ["acuracy"]}}, r"update\.metrics has 'acuracy'; devices know loss, accuracy"),
+        (
+            {"update": {"clip_norm": 2.0}, "max_update_norm": 2.0},
+            "max_update_norm 2 would quarantine updates that devices",
+        ),
+        ({"update": {"colour": 1}}, r"there is no setting update\.colour; the settings are update\.codec"),
         ({"cohort": 3, "quorum": 4}, "quorum 4 can never be met by a cohort of 3; lower it"),
     ],
 )

@@ -21,7 +21,6 @@ from pocketfed.client_sdk.trainer import (
     Examples,
     TrainConfig,
     check_labels,
-    derive_seed,
     epoch_batches,
     evaluate,
     learning_rate_at,
@@ -106,7 +105,7 @@ PLAIN = TrainConfig(optimizer="sgd", learning_rate=0.5, batch_size=7, max_grad_n
 def test_an_epoch_covers_every_example_exactly_once(lengths: list[int], batch_size: int, seed: int) -> None:
     rows = tuple(np.full(length, i + 1, np.int64) for i, length in enumerate(lengths))
     examples = Examples(rows, np.arange(len(rows)))
-    batches = list(epoch_batches(examples, batch_size, np.random.default_rng(seed)))
+    batches = list(epoch_batches(examples, batch_size, seed, 0))
     assert sorted(int(label) for b in batches for label in b.labels) == list(range(len(rows)))
     assert all(1 <= len(b.labels) <= batch_size for b in batches)
     for b in batches:
@@ -115,20 +114,21 @@ def test_an_epoch_covers_every_example_exactly_once(lengths: list[int], batch_si
             assert not ids[mask == 0].any()
 
 
-def test_batches_depend_on_the_seed_and_on_nothing_else() -> None:
+def test_batches_depend_on_seed_and_epoch_and_on_nothing_else() -> None:
     examples = Examples(tuple(np.arange(1, 2 + i % 5) for i in range(40)), np.arange(40))
 
-    def order(seed: int) -> list[list[int]]:
-        return [b.labels.tolist() for b in epoch_batches(examples, 4, np.random.Generator(np.random.PCG64(seed)))]
+    def order(seed: int, epoch: int = 0) -> list[list[int]]:
+        return [b.labels.tolist() for b in epoch_batches(examples, 4, seed, epoch)]
 
     assert order(1) == order(1)
     assert order(1) != order(2)
+    assert order(1) != order(1, epoch=1)
 
 
 def test_examples_of_one_length_share_batches_so_that_little_is_padding() -> None:
     lengths = np.random.default_rng(0).integers(3, 33, 256)
     examples = Examples(tuple(np.ones(n, np.int64) for n in lengths), np.zeros(256, np.int64))
-    batches = list(epoch_batches(examples, 16, np.random.default_rng(0)))
+    batches = list(epoch_batches(examples, 16, 0, 0))
     real, all_ = sum(int(b.mask.sum()) for b in batches), sum(b.mask.size for b in batches)
     assert real == lengths.sum()
     assert real / all_ > 0.9, "in random order about half would be padding"
@@ -443,15 +443,7 @@ def test_huge_logits_have_a_finite_loss() -> None:
     assert evaluate(Counting(), theta, letters("a", labels=[1]))["loss"] == pytest.approx(1e30)
 
 
-# ---- seeds and settings ----------------------------------------------------------------------------------------------
-
-
-def test_every_device_and_round_has_a_seed_of_its_own() -> None:
-    seeds = {derive_seed(s, r, d) for s in (0, 1) for r in range(1, 51) for d in ("ada", "bob", "device-7")}
-    assert len(seeds) == 2 * 50 * 3
-    assert all(0 <= s < 2**64 for s in seeds)
-    assert derive_seed(1, 2, "ada") == derive_seed(1, 2, "ada")
-    assert derive_seed(1, 23, "x") != derive_seed(12, 3, "x")
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
