@@ -670,8 +670,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "uint32": WHOLE.filter(lambda n: n < 2**32),
     "uint64": WHOLE,
     "enum": st.sampled_from([0, 1, 2, 3, 77, -1]),
+    "bool": st.booleans(),
 }
-KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 14: "enum"}
+KINDS = {9: "string", 12: "bytes", 1: "double", 13: "uint32", 4: "uint64", 14: "enum", 8: "bool"}
 
 
 def messages(descriptor: Any) -> st.SearchStrategy[Any]:
