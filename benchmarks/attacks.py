@@ -211,6 +211,7 @@ def min_max(scene: Scene, good: Matrix) -> Row:
 
 ATTACKS: dict[str, tuple[bool, Attack]] = {  # name -> (a fifth of the fleet or one device, what it does)
     "none": (False, scaled(1.0)),
+    "absent": (False, lambda scene: {}),  # what is lost with a device's data, whatever becomes of its update
     "NaN": (False, each(lambda sent, _: Sent(np.full_like(sent.delta, np.nan), sent.examples))),
     "×1e6": (False, scaled(1e6)),
     "sign flip": (False, scaled(-1.0)),
@@ -222,6 +223,7 @@ ATTACKS: dict[str, tuple[bool, Attack]] = {  # name -> (a fifth of the fleet or 
     "backdoor": (False, backdoor(1.0)),
     "backdoor ×10": (False, backdoor(BOOST)),
     "boast, backdoor ×10": (False, backdoor(BOOST, BOAST)),
+    "colluders: absent": (True, lambda scene: {}),
     "colluders: flip ×10": (True, scaled(-BOOST)),
     "colluders: a little": (True, together(little)),
     "colluders: against": (True, together(against)),
@@ -314,7 +316,7 @@ def run_cell(
         except TrainingError:  # the model is so broken that honest devices give up
             break
         scene = Scene(fleet, theta, number, honest, bad, limits.clip_factor * median_norm(honest, bad))
-        sent = honest | change(scene)
+        sent = {n: s for n, s in honest.items() if n not in bad} | change(scene)
         given = replies(theta, sent, ours)
         theta = aggregate(strategy, theta, guard(given, theta, sent, bad) if ours else given)
     accuracy, fooled = fleet.measure(theta)

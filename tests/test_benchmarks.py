@@ -197,7 +197,7 @@ def test_attacks_meet_aggregators_and_only_ours_survives_a_nan(tiny_dataset: Dat
     told = run_script("attacks.py", "--data", tmp_path, *words, "--out", tmp_path / "out.json")
     (run,) = json.loads((tmp_path / "out.json").read_text())
     cells = run["cells"]
-    assert len(cells) == 2 * 9
+    assert len(cells) == 2 * 10
     assert cells["Flower: FedAvg | NaN"]["accuracy"] == 0.0
     assert cells["ours: StreamingFedAvg | NaN"]["accuracy"] > 0.0
     assert (cells["ours: StreamingFedAvg | NaN"]["flagged"], cells["ours: StreamingFedAvg | NaN"]["sent"]) == (1, 1)
