@@ -8,7 +8,7 @@ import sys
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, database, fleet, model, simulate
+from pocketfed.cli import access, advise, database, fleet, model, release, simulate
 
 # What each sub-command needs beyond the base install, as extras of the distribution.
 EXTRAS = {
@@ -43,7 +43,7 @@ app.command()(access.certs)
 app.add_typer(access.keys, name="keys")
 app.add_typer(access.enrolment_key, name="enrolment-key")
 app.add_typer(access.devices, name="devices")
-app.add_typer(access.release, name="release")
+app.add_typer(release.app, name="release")
 app.add_typer(access.operator, name="operator")
 app.command()(access.audit)
 
