@@ -51,7 +51,18 @@ def list_(
     with _open(database) as store, store.read() as session:
         share = shares(session, channel)
         rows = [_row(session, r, share) for r in newest_releases(session, channel, most)]
-    _rows(f"releases on {channel}", rows, json)
+    shown = [
+        {
+            "id": row["id"],
+            "state": _stage(row),
+            "devices": f"{row['devices']} of {sum(share.values())}",
+            "version": row["version"][:12],
+            "trains": row["trains"],
+            "created_at": row["created_at"],
+        }
+        for row in rows
+    ]
+    _rows(f"releases on {channel}", rows if json else shown, json)
 
 
 @app.command("show")
@@ -82,12 +93,24 @@ def show(number: Number, database: Database, json: Json = False) -> None:
         print_json(facts | {"cohorts": cohorts, "history": history})
         return
     _rows(f"release {number}", [{"what": name, "is": value} for name, value in facts.items()], False)
-    _rows("beside its parent, on the devices' own examples", [_rounded(c) for c in cohorts], False)
-    _rows("history", history, False)
+    beside = [
+        {
+            "cohort": c["cohort"] or "(none)",
+            "devices": c["devices"],
+            "went back": c["went_back"],
+            "accuracy": f"{c['accuracy']:.4f} after {c['accuracy_before']:.4f}",
+            "loss": f"{c['loss']:.3f} after {c['loss_before']:.3f}",
+            "verdict": c["verdict"],
+        }
+        for c in cohorts
+    ]
+    _rows("beside its parent, on the devices' own examples", beside, False)
+    told = [{"at": e["at"], "state": _stage(e), "who": e["who"], "reason": e["reason"]} for e in history]
+    _rows("history", told, False)
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in row.items()}
+def _stage(row: dict[str, Any]) -> str:
+    return f"{row['state']} {row['percent']:g} %" if row["state"] in ("staged", "paused") else str(row["state"])
 
 
 @app.command("promote")
