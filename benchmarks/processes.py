@@ -51,6 +51,7 @@ def as_processes(folder: Path, config: RunConfig, names: list[str]) -> tuple[str
         address = wait_for(coordinator, "listening on ", folder / "serve.log").removeprefix("listening on ")
         for name in names:
             arguments = ["--data", str(folder / f"{name}.jsonl"), "--home", str(folder / name), "--name", name]
+            arguments += ["--holdout", "0"]  # as the simulation does
             members.enter_context(process(folder / f"{name}.log", "device", "--coordinator", address, *arguments))
         for line in lines_of(coordinator, folder / "serve.log"):
             print("   ", line, flush=True)

@@ -407,6 +407,9 @@ def device(
     max_memory_mb: Annotated[
         float, typer.Option(min=0, help="Keep the process below it while it computes; 0: no limit.")
     ] = 0.0,
+    holdout: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the texts that a new model is judged by, never trained on.")
+    ] = 0.2,
     ca: Annotated[
         Path | None, typer.Option(help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
     ] = None,
@@ -437,6 +440,7 @@ def device(
         channel=channel,
         enrolment_key=enrolment_key,
         max_memory_mb=max_memory_mb,
+        holdout=holdout,
         ca=ca,
         publisher=publisher,
         allow_plaintext_off_loopback=allow_plaintext_off_loopback,

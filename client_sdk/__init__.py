@@ -3,6 +3,7 @@
 from pocketfed.client_sdk import Device
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from pocketfed.client_sdk.errors import (
@@ -11,34 +12,50 @@ from pocketfed.client_sdk.errors import (
     LinkError,
     NoExamples,
     PocketfedError,
+    StorageError,
     TrainingDiverged,
     TrainingError,
     TrainingStopped,
+    UnsupportedError,
     UntrustedError,
 )
 
 if TYPE_CHECKING:
+    from pocketfed.client_sdk.conditions import Conditions, Readings
     from pocketfed.client_sdk.device import Device, Prediction
+    from pocketfed.client_sdk.status import Progress, State
 
 __all__ = [
     "ArtifactError",
+    "Conditions",
     "ConfigurationError",
     "Device",
     "LinkError",
     "NoExamples",
     "PocketfedError",
     "Prediction",
+    "Progress",
+    "Readings",
+    "State",
+    "StorageError",
     "TrainingDiverged",
     "TrainingError",
     "TrainingStopped",
+    "UnsupportedError",
     "UntrustedError",
 ]
+_MODULES = {
+    "Conditions": "conditions",
+    "Device": "device",
+    "Prediction": "device",
+    "Progress": "status",
+    "Readings": "conditions",
+    "State": "status",
+}
 
 
 def __getattr__(name: str) -> Any:
     """`Device` brings gRPC and numpy; simulations that need neither do not pay for them."""
-    if name in ("Device", "Prediction"):
-        from pocketfed.client_sdk import device
-
-        return getattr(device, name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

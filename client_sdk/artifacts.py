@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocketfed.client_sdk.errors import ArtifactError
+from pocketfed.client_sdk.errors import ArtifactError, UnsupportedError
+from pocketfed.client_sdk.version import SDK_VERSION, at_least
 
 SCHEMA = 2
 TASKS = ("classification", "regression", "tokens", "spans")
@@ -110,8 +111,11 @@ def parse_manifest(data: bytes) -> Manifest:
         schema = raw["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"the manifest is not readable ({error}); fetch the artifact again") from None
+    if not at_least(str(raw.get("min_sdk", SDK_VERSION))[:50]):  # first: the rest may be in words that we do not know
+        needed = str(raw["min_sdk"])[:50]
+        raise UnsupportedError(f"the artifact needs SDK {needed!r}, this is {SDK_VERSION}: update the app")
     if schema != SCHEMA:
-        raise ArtifactError(f"the manifest has schema {schema!r}; this SDK reads {SCHEMA}: update the app")
+        raise UnsupportedError(f"the manifest has schema {repr(schema)[:50]}; this SDK reads {SCHEMA}: update the app")
     try:
         files = {_safe_name(n): _file(n, f) for n, f in raw["files"].items()}
         sets = {str(n): _set(s, files) for n, s in raw["trainable_sets"].items()}
@@ -144,7 +148,7 @@ def _needs(raw: Mapping[str, Any]) -> Needs:
 
 def _task(name: Any) -> str:
     if name not in TASKS:
-        raise ArtifactError(
+        raise UnsupportedError(
             f"the manifest's task is {str(name)[:100]!r}; this SDK knows {', '.join(TASKS)}: update the app"
         )
     return str(name)
@@ -161,7 +165,7 @@ def _safe_name(name: str) -> str:
     return name
 
 
-def _digest(text: Any) -> str:
+def checked_digest(text: Any) -> str:
     if not isinstance(text, str) or len(text) != 64 or not set(text) <= _HEX:
         raise ArtifactError(f"{str(text)[:80]!r} is not a SHA-256; a version and each digest of a manifest must be one")
     return text
@@ -194,10 +198,10 @@ def _known(name: Any, files: Mapping[str, File]) -> str:
 
 def _file(name: str, raw: Mapping[str, Any]) -> File:
     size = raw["bytes"]
-    chunks = tuple(_digest(c) for c in raw["chunks"])
+    chunks = tuple(checked_digest(c) for c in raw["chunks"])
     if not isinstance(size, int) or isinstance(size, bool) or size < 0 or len(chunks) != -(-size // CHUNK_BYTES):
         raise ArtifactError(f"{name} of {size!r} bytes cannot have {len(chunks)} chunks of {CHUNK_BYTES} bytes")
-    return File(_digest(raw["sha256"]), size, chunks)
+    return File(checked_digest(raw["sha256"]), size, chunks)
 
 
 @dataclass(frozen=True)
@@ -249,17 +253,24 @@ class Source(Protocol):
 
 
 def fetch(
-    source: Source, version: str, home: Path, progress: Callable[[float], None] = lambda fraction: None
+    source: Source,
+    version: str,
+    home: Path,
+    progress: Callable[[float], None] = lambda fraction: None,
+    room: Callable[[int], None] = lambda count: None,
 ) -> tuple[Artifact, int]:
     """The artifact of that version under `home`, downloading only what is not there. Returns it and the bytes downloaded.
 
     An interrupted fetch goes on where it stopped; a file of the same content in another version is not downloaded again.
 
+    Args:
+        room: told how many bytes are to come before the first of them does; raises where there is no room.
+
     Raises:
         ArtifactError: what arrives is not what the manifest promises.
         LinkError: from the source.
     """
-    target = home / _digest(version)  # it comes from the network, and names a folder
+    target = home / checked_digest(version)  # it comes from the network, and names a folder
     if target.is_dir():
         try:
             return open_artifact(target, version), 0
@@ -270,6 +281,7 @@ def fetch(
     if manifest.version != version:
         raise ArtifactError(f"asked for version {version[:12]}, was sent {manifest.version[:12]}; refused")
     partial = home / f"{version}.partial"
+    room(manifest.bytes - sum(f.stat().st_size for f in partial.glob("*")))
     partial.mkdir(parents=True, exist_ok=True)
     received = len(data)
     done, total = 0, max(1, manifest.bytes)

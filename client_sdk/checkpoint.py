@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+log = logging.getLogger("pocketfed")
 
 if TYPE_CHECKING:
     from pocketfed.client_sdk.trainer import Examples, TrainConfig, _State
@@ -68,20 +71,27 @@ class Checkpoint:
         return True
 
     def save(self, state: _State) -> None:
-        """Write it as a whole or not at all."""
+        """Write it as a whole or not at all: a full disk costs the checkpoint, not the training."""
+        self._saved_at = time.monotonic()
+        partial = self.path.with_name(self.path.name + ".partial")
+        try:
+            self._write(state, partial)
+        except (OSError, SafetensorError) as error:
+            log.warning("the training cannot be written down, it goes on without: %s", error)
+            partial.unlink(missing_ok=True)
+
+    def _write(self, state: _State, partial: Path) -> None:
         steps, moments = state.optimizer.state()
         values: dict[str, Any] = {name: getattr(state, name) for name in FIELDS}
         values |= {"optimizer_steps": steps, "moments": len(moments)}
         arrays = {"current": state.current, "best": state.best} | {f"moment_{i}": m for i, m in enumerate(moments)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
         told = json.dumps(values)
         metadata = {"fingerprint": self._fingerprint, "state": told, "digest": _digest(told, arrays)}
         save_file(arrays, str(partial), metadata)
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, self.path)
-        self._saved_at = time.monotonic()
 
     def tick(self, state: _State) -> None:
         """Write it if it is time to."""

@@ -17,6 +17,14 @@ class UntrustedError(ArtifactError):
     """An artifact that the pinned publisher has not signed, or no longer stands for; the model in use is kept."""
 
 
+class UnsupportedError(ArtifactError):
+    """An artifact that this SDK is too old for, or cannot run here; it is never tried, and the model in use is kept."""
+
+
+class StorageError(PocketfedError):
+    """The disk is full, or the device has used what it may."""
+
+
 class LinkError(PocketfedError):
     """The coordinator cannot be reached, or refused."""
 

@@ -6,20 +6,22 @@ import ipaddress
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from pocketfed.client_sdk.errors import ConfigurationError, LinkError
+from pocketfed.client_sdk.version import SDK_VERSION
 from pocketfed.protos import distribution_pb2 as distribution
 from pocketfed.protos import distribution_pb2_grpc, fleet_pb2_grpc
 from pocketfed.protos import fleet_pb2 as fleet
 
 PROTOCOL = 1
-SDK_VERSION = "0.2.0"
 UPLOAD_BYTES = 1 << 19  # of data in one message
 CALL_TIMEOUT_S = 30.0
 TRANSFER_TIMEOUT_S = 600.0
@@ -77,6 +79,7 @@ class Link:
         token: from `enrol`, for all other calls.
         ca: a PEM file with the authorities that may have signed the coordinator's certificate.
         allow_plaintext_off_loopback: no TLS to another machine: who is in between reads the token and the updates.
+        on_bytes: told the size of messages sent and received, from whichever thread.
 
     Raises:
         ConfigurationError: no port, or a `ca` that cannot be read.
@@ -88,6 +91,7 @@ class Link:
         token: str = "",
         ca: str | os.PathLike[str] | None = None,
         allow_plaintext_off_loopback: bool = False,
+        on_bytes: Callable[[int], None] = lambda count: None,
     ) -> None:
         host, colon, port = coordinator.rpartition(":")
         if not (colon and host and port.isdigit()):
@@ -95,7 +99,7 @@ class Link:
         self.encrypted = ca is not None or not (is_loopback(host) or allow_plaintext_off_loopback)
         if not self.encrypted and not is_loopback(host):
             log.warning("the link to %s is not encrypted: tokens and updates can be read on the way", coordinator)
-        self.coordinator, self.token = coordinator, token
+        self.coordinator, self.token, self._on_bytes = coordinator, token, on_bytes
         # Names this process: a token that two processes use in turns is noticed. Random, and never on disk.
         self._instance = secrets.token_hex(8)
         options: list[tuple[str, int]] = [
@@ -119,9 +123,13 @@ class Link:
         return (("authorization", f"Bearer {self.token}"), (INSTANCE, self._instance))
 
     def _call(self, method: Any, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        if isinstance(request, Message):  # a stream counts itself
+            self._on_bytes(request.ByteSize())
         call = method.future(request, timeout=timeout_s, metadata=self._metadata())
         with self._tracked(call):
-            return call.result()
+            reply = call.result()
+        self._on_bytes(reply.ByteSize())
+        return reply
 
     @contextmanager
     def _tracked(self, call: Any) -> Iterator[None]:
@@ -182,6 +190,7 @@ class Link:
         request = fleet.CheckInRequest(
             protocol=PROTOCOL, sdk_version=SDK_VERSION, examples=examples, wait_s=wait_s, release_id=release_id, **told
         )
+        self._on_bytes(request.ByteSize())
         return self._fleet.CheckIn.future(request, timeout=wait_s + CALL_TIMEOUT_S, metadata=self._metadata())
 
     def end_check_in(self, call: Any) -> fleet.CheckInReply:
@@ -191,7 +200,9 @@ class Link:
             LinkError: unreachable, refused or cancelled.
         """
         with self._tracked(call):
-            return call.result()  # type: ignore[no-any-return]
+            reply = call.result()
+        self._on_bytes(reply.ByteSize())
+        return reply  # type: ignore[no-any-return]
 
     def heartbeat(self, assignment_id: str, phase: fleet.HeartbeatRequest.Phase, progress: float) -> bool:
         """False: stop, the assignment has ended."""
@@ -207,9 +218,24 @@ class Link:
             raise self._explain(error) from None
 
     def upload(
-        self, assignment_id: str, data: bytes, digest: str, num_examples: int, metrics: Mapping[str, float]
+        self,
+        assignment_id: str,
+        data: bytes,
+        digest: str,
+        num_examples: int,
+        metrics: Mapping[str, float],
+        go_on: Callable[[], bool] = lambda: True,
+        progress: Callable[[float], None] = lambda fraction: None,
     ) -> fleet.Receipt:
-        """Hand in an update, from where an earlier try ended."""
+        """Hand in an update, from where an earlier try ended.
+
+        Args:
+            go_on: asked before every part.
+            progress: told the fraction sent.
+
+        Raises:
+            Paused: go_on said no; what has arrived stays there.
+        """
         status = self._call(self._fleet.GetUploadStatus, fleet.UploadStatusRequest(assignment_id=assignment_id))
         if status.HasField("receipt"):
             return status.receipt  # type: ignore[no-any-return]
@@ -222,12 +248,25 @@ class Link:
             metrics=metrics,
         )
 
+        paused = threading.Event()
+
         def parts() -> Iterator[fleet.UploadPart]:
             yield fleet.UploadPart(header=header)
             for start in range(header.offset, len(data), UPLOAD_BYTES):
-                yield fleet.UploadPart(data=data[start : start + UPLOAD_BYTES])
+                if not go_on():  # the stream ends in good order, so that what has arrived is kept there
+                    paused.set()
+                    return
+                part = data[start : start + UPLOAD_BYTES]
+                self._on_bytes(len(part))
+                progress(start / len(data))
+                yield fleet.UploadPart(data=part)
 
-        return self._call(self._fleet.Upload, parts(), TRANSFER_TIMEOUT_S)  # type: ignore[no-any-return]
+        try:
+            return self._call(self._fleet.Upload, parts(), TRANSFER_TIMEOUT_S)  # type: ignore[no-any-return]
+        except Refused:
+            if paused.is_set():
+                raise Paused("the upload was interrupted; it goes on where it was") from None
+            raise
 
     # ---- artifacts: this is an `artifacts.Source` ----------------------------------------------------------------------------
 
@@ -247,6 +286,7 @@ class Link:
         try:
             with self._tracked(call):
                 for chunk in call:
+                    self._on_bytes(len(chunk.data))
                     yield chunk.data
         finally:
             call.cancel()  # whoever stops reading must not leave the coordinator sending
@@ -262,6 +302,10 @@ class Busy(Unreachable):
 
 class Cancelled(LinkError):  # noqa: N818
     """Ended by `Link.cancel`, or by a coordinator that stops."""
+
+
+class Paused(LinkError):  # noqa: N818
+    """A transfer that was interrupted here, in good order."""
 
 
 class Refused(LinkError):  # noqa: N818

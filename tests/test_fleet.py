@@ -18,8 +18,8 @@ import pytest
 import sqlalchemy as sa
 
 from pocketfed.client_sdk import Device
+from pocketfed.client_sdk.alive import LONGEST_WAIT_S, bounded
 from pocketfed.client_sdk.artifacts import Artifact
-from pocketfed.client_sdk.device import LONGEST_WAIT_S, _bounded
 from pocketfed.client_sdk.errors import ArtifactError, LinkError
 from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.client_sdk.link import Link, Refused, Unreachable
@@ -647,13 +647,13 @@ def test_parameters_longer_than_they_can_be_are_not_kept_in_memory(coordinator: 
 
     device._link.download = endless  # type: ignore[method-assign]
     with pytest.raises(ArtifactError, match="more bytes than 10 values"):
-        device._download("0" * 64, 10)
+        device._models.parameters("0" * 64, 10)
     assert len(taken) == 1
 
 
 @pytest.mark.parametrize("said", [math.nan, math.inf, -1.0, 1e300])
 def test_times_that_cannot_be_waited_for_do_not_end_a_devices_thread(said: float) -> None:
-    assert 0.0 <= _bounded(said, 0.0, LONGEST_WAIT_S) <= LONGEST_WAIT_S
+    assert 0.0 <= bounded(said, 0.0, LONGEST_WAIT_S) <= LONGEST_WAIT_S
 
 
 def test_an_unexpected_fault_gives_the_assignment_back_without_a_word_of_text(coordinator: Coordinator) -> None:
@@ -662,7 +662,7 @@ def test_an_unexpected_fault_gives_the_assignment_back_without_a_word_of_text(co
     def broken(*_: object) -> None:
         raise ZeroDivisionError("play SECRET jazz")
 
-    device._perform = broken  # type: ignore[method-assign, assignment]
+    device._participation._perform = broken  # type: ignore[method-assign, assignment]
     device.start()
     coordinator.drive(rounds=1, min_devices=1, max_failed_rounds=2, max_attempts=1)
     with coordinator.store.read() as session:

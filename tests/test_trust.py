@@ -289,9 +289,9 @@ class Fleet:
 
     def check_in(self) -> str:
         """One check-in of the device that does not wait; returns what it says."""
-        self.device._failing = True
+        self.device._participation.failing = True
         self.device.enrol()
-        self.device._ask_for_work()
+        self.device._participation.ask_for_work()
         return self.device.status()
 
     def runs(self) -> str:
