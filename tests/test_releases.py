@@ -743,6 +743,31 @@ def test_fault_30_a_signed_fleet_goes_back_by_itself_although_the_coordinator_ha
         assert right > 0.9 * len(tiny_dataset.test)
 
 
+def test_what_a_device_holds_of_an_artifact_is_not_downloaded_again(signed: Signed) -> None:
+    link = signed.device._link
+    download, came = link.download, []
+
+    def counting(digest: str, first_chunk: int = 0) -> Iterator[bytes]:
+        for data in download(digest, first_chunk):
+            came.append(len(data))
+            yield data
+
+    link.download = counting  # type: ignore[method-assign]
+    assert signed.check_in() == signed.first.version
+    sizes = {name: entry["bytes"] for name, entry in signed.first.manifest["files"].items()}
+    (initial,) = [sizes[s["initial"]] for n, s in signed.first.manifest["trainable_sets"].items() if n == "head"]
+    assert sum(came) == sum(sizes.values()) + initial  # the artifact, and the release's parameters
+    came.clear()
+    signed.publish(signed.second)  # other plans by name; every file is held
+    assert signed.check_in() == signed.second.version
+    assert sum(came) <= initial
+    came.clear()
+    with signed.store.write() as session:
+        roll_back(session, signed.keys, "stable", signed.first.version)
+    assert signed.check_in() == signed.first.version
+    assert sum(came) <= initial
+
+
 def test_a_way_back_that_is_not_needed_any_more_is_gone(signed: Signed) -> None:
     def withheld() -> list[int]:
         with signed.store.read() as session:
