@@ -14,7 +14,7 @@ STEPS = (1.0, 5.0, 20.0, 50.0, 100.0)  # percent; where an automatic release goe
 WATCHED_BY = 5  # devices of a cohort that have to report before it is judged, where nothing else was said
 MAX_WEIGHT = 2  # of the median number of examples: what one device's report counts at most
 MAX_LOSS = 20.0  # nats an example; more counts as that
-CHANCE = 2.0  # standard errors; a difference within them may be chance
+CHANCE = 3.0  # standard errors; a difference within them may be chance. More than two, since it is looked at with every report
 ROUNDING = 1e-9
 
 _VERSION = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6}){0,4})(.{0,40})", re.DOTALL)

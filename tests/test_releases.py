@@ -176,10 +176,29 @@ def test_a_large_report_counts_as_two_of_the_median_at_most() -> None:
     assert found.examples == 10**6 + 20
 
 
-def test_the_rule_of_two_standard_errors_by_hand() -> None:
-    # Mean 0.5, deviations 0.25 and -0.25: error sqrt(2 * 0.0625 * 2 / 1) / 2 = 0.25, and 0.5 is not more than two of it
-    assert judge([0.75, 0.25], [1.0, 1.0], 0.02) == "unclear"
-    assert judge([0.74, 0.26], [1.0, 1.0], 0.02) == "worse"
+def test_the_rule_of_three_standard_errors_by_hand() -> None:
+    # Mean 0.75, deviations 0.25 and -0.25: error sqrt(2 * 0.0625 * 2 / 1) / 2 = 0.25, and 0.75 is not more than three of it
+    assert judge([1.0, 0.5], [1.0, 1.0], 0.02) == "unclear"
+    assert judge([0.99, 0.51], [1.0, 1.0], 0.02) == "worse"
+
+
+@pytest.mark.parametrize(("count", "needed"), [(5, 4), (10, 6), (20, 7), (100, 9)])
+def test_so_many_devices_have_to_lie_together(count: int, needed: int) -> None:
+    for liars in range(count + 1):
+        says = judge([1.0] * liars + [0.0] * (count - liars), [1.0] * count, 0.02)
+        assert (says == "worse") is (liars >= needed)
+
+
+@pytest.mark.parametrize(("harm", "least", "most"), [(0.0, 0.0, 0.05), (0.05, 0.7, 0.85), (0.1, 0.98, 1.0)])
+def test_chance_halts_few_releases_and_harm_most(harm: float, least: float, most: float) -> None:
+    """60 devices with 10 examples each report one after the other; a tenth of the answers change, as many for the better."""
+    rng = np.random.default_rng(0)
+    halted = 0
+    for _ in range(300):
+        lost, won = rng.binomial(10, 0.05 + harm, 60), rng.binomial(10, 0.05, 60)
+        worse_by = [float(d) for d in (lost - won) / 10]
+        halted += any(judge(worse_by[:n], [1.0] * n, 0.02) == "worse" for n in range(5, 61))
+    assert least <= halted / 300 <= most
 
 
 @pytest.mark.parametrize(
