@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -198,8 +199,9 @@ def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name, value in values.items():
         if name not in fields:
+            near = sorted(fields, key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())[:20]
             raise RunConfigError(
-                f"there is no setting {prefix}{name}; the settings are {', '.join(prefix + n for n in fields)}"
+                f"there is no setting {prefix}{name[:100]}; the nearest are {', '.join(prefix + n for n in near)}"
             )
         default = fields[name].default
         wanted = Mapping if name == "strategy_options" else type(default)
