@@ -122,7 +122,6 @@ def release_for(
         known: the newest release that the device has heard of, refused ones too. runs: the one that it runs.
     """
     why = ""
-    held = session.get(Release, runs) if runs else None
     for release in open_releases(session, channel):
         if release.id <= known:
             break
@@ -131,9 +130,9 @@ def release_for(
         if not sdk_fits(sdk, release.min_sdk, release.max_sdk):
             why = why or f"release {release.id} is for {_range(release)}, not {printable(sdk, 20)!r}: update the app"
             continue
-        if release.undoes_id is not None and held is not None and content(release) == content(held):
-            continue  # nothing was undone here
-        return release, why
+        held = session.get(Release, runs) if runs and release.undoes_id is not None else None
+        if held is None or content(release) != content(held):  # else nothing was undone here
+            return release, why
     return None, why
 
 
