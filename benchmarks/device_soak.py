@@ -121,7 +121,7 @@ def live(hours: float, seed: int, folder: Path, built: BuiltArtifact) -> dict[st
     address, stopped = f"127.0.0.1:{server.start()}", threading.Event()
     local = LocalTraining(epochs=2, batch_size=2, max_length=16)
     config = RunConfig(
-        rounds=100000, min_devices=1, wait_s=3600.0, local=local, max_failed_rounds=100000, retain_rounds=5
+        rounds=100000, min_devices=1, wait_s=3600.0, local=local, max_failed_rounds=1000, retain_rounds=5
     )
     run_id = create_run(store, config)
     size = int(built.manifest["trainable_sets"]["norms"]["size"])
