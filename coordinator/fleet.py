@@ -52,6 +52,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._refused: set[int] = set()  # releases that devices did not take
+        self._runs: dict[int, tuple[int, int]] = {}  # what devices run, as they said last: written down when it changes
         calls.assignments.on_offer.append(self.offered)
 
     def offered(self) -> None:
@@ -95,8 +96,13 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         end = self._loop.time() + wait_s
         stays_s = wait_s + AWAY_S
         await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version, stays_s)
-        if await self.calls.run(hear, self.calls.store, device_id, request):
-            self.offered()  # what some devices get has changed
+        runs = (request.release_id, request.refused_release)
+        if request.HasField("report") or self._runs.get(device_id) != runs:
+            if await self.calls.run(hear, self.calls.store, device_id, request):
+                self.offered()  # what some devices get has changed
+            if len(self._runs) >= self.calls.limits.peers:
+                self._runs.clear()
+            self._runs[device_id] = runs
         if request.refused_release and request.refused_release not in self._refused:
             await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
         self.calls.asking[device_id] += 1

@@ -161,3 +161,19 @@ def test_an_unknown_peer_is_named_in_one_sentence() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("peers.py: there is no peer 'nobody'; there are hf-full")
+
+
+def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The soak of a day, for three hours of it: it works, it is interrupted, it never works when it may not, and does not grow."""
+    from pocketfed.client_sdk import status
+
+    monkeypatch.setattr(status, "OFTEN_S", 0.0)
+    soak = load("device_soak", monkeypatch)
+    found = soak.live(3, 0, tmp_path, soak.build(tmp_path))
+    assert found["wrong_steps"] == 0
+    assert found["handed_in"] >= 5
+    assert found["broken_off"] >= 1
+    assert abs(found["growth_files"]) <= 2
+    assert found["growth_mb"] < 25
