@@ -144,7 +144,8 @@ def describe(c: Comparison) -> str:
     >>> describe(Comparison("pilot", 5, 50, 0.5, 0.75, 1.5, 1.0, 1, "worse"))
     "cohort 'pilot': accuracy 0.5000 after 0.7500, loss 1.500 after 1.000, 5 devices, 50 examples"
     """
+    whose = f"cohort {c.cohort!r}" if c.cohort else "devices without a cohort"
     return (
-        f"cohort {c.cohort!r}: accuracy {c.accuracy:.4f} after {c.accuracy_before:.4f}, loss {c.loss:.3f} after "
+        f"{whose}: accuracy {c.accuracy:.4f} after {c.accuracy_before:.4f}, loss {c.loss:.3f} after "
         f"{c.loss_before:.3f}, {c.devices} devices, {c.examples} examples"
     )
