@@ -1,4 +1,4 @@
-"""certs, keys, enrolment-key, devices, release, operator, audit: who may come in, and what an operator may undo."""
+"""certs, keys, enrolment-key, devices, operator, audit: who may come in, and what an operator may undo."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def _app(help_: str) -> typer.Typer:
 keys = _app("The publisher's keys, which sign what devices run.")
 enrolment_key = _app("Keys that let devices enrol: so many, until some day.")
 devices = _app("The devices of a fleet.")
-release = _app("What a channel runs.")
 operator = _app("People who may look, act or administer.")
 
 
@@ -216,7 +215,7 @@ def devices_list(
 
     with _open(database) as store, store.read() as session:
         rows = [
-            {"name": d.name, "channel": d.channel, "cohort": d.cohort, "examples": d.examples,
+            {"name": d.name, "channel": d.channel, "cohort": d.cohort, "examples": d.examples, "release": d.release_id,
              "last_seen_at": _moment(d.last_seen_at), "shared_at": _moment(d.shared_at), "revoked_at": _moment(d.revoked_at)}
             for d in newest_devices(session, most)
         ]  # fmt: skip
@@ -231,39 +230,6 @@ def devices_revoke(name: Annotated[str, typer.Argument()], database: Database) -
 
     with _open(database) as store, acting(store, local_admin(), "device.revoke", name) as session:
         revoke_device(session, name)
-
-
-# ---- releases --------------------------------------------------------------------------------------------------------
-
-
-@release.command("list")
-def release_list(database: Database, channel: Annotated[str, typer.Option()] = "stable", json: Json = False) -> None:
-    """Show a channel's releases, the newest first."""
-    from pocketfed.coordinator.signing import newest_releases
-
-    with _open(database) as store, store.read() as session:
-        rows = [
-            {"id": r.id, "version": r.artifact_version[:16], "trains": r.trainable_set, "run": r.run_id,
-             "signed_by": signed.key if signed else None, "created_at": _moment(r.created_at)}
-            for r, signed in newest_releases(session, channel)
-        ]  # fmt: skip
-    _rows(f"releases on {channel}", rows, json)
-
-
-@release.command("rollback")
-def release_rollback(
-    version: Annotated[str, typer.Argument(help="The beginning of an earlier version.")],
-    database: Database,
-    channel: Annotated[str, typer.Option()] = "stable",
-    folder: KeysFolder = None,
-) -> None:
-    """Release what a channel had of an earlier version last; signed, since devices go back for nobody else."""
-    from pocketfed.coordinator.operators import acting, local_admin
-    from pocketfed.coordinator.signing import keys_folder, open_keys, roll_back
-
-    with _open(database) as store, acting(store, local_admin(), "rollback", f"{channel} {version}") as session:
-        back = roll_back(session, open_keys(folder or keys_folder(store)), channel, version)
-        print(f"released {back.artifact_version[:12]} on {channel!r} again, as release {back.id}")
 
 
 # ---- people ----------------------------------------------------------------------------------------------------------

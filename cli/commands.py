@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, database, fleet, model, simulate
+from pocketfed.cli import access, advise, database, fleet, model, release, simulate
 from pocketfed.cli.device import SUMMARY
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -31,6 +31,6 @@ app.command()(access.certs)
 app.add_typer(access.keys, name="keys")
 app.add_typer(access.enrolment_key, name="enrolment-key")
 app.add_typer(access.devices, name="devices")
-app.add_typer(access.release, name="release")
+app.add_typer(release.app, name="release")
 app.add_typer(access.operator, name="operator")
 app.command()(access.audit)

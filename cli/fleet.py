@@ -58,6 +58,22 @@ def publish(
         bool,
         typer.Option("--supersede", help="What the channel ran before has a fault: it is not trained on any more."),
     ] = False,
+    rollout: Annotated[
+        float, typer.Option(help="Percent of the channel's devices that get it at first; docs/releases.md.")
+    ] = 100.0,
+    margin: Annotated[
+        float, typer.Option(help="It is halted if a cohort loses more accuracy than that, 0 to 1.")
+    ] = 0.02,
+    loss_margin: Annotated[
+        float, typer.Option(help="Likewise for loss, in nats, where the accuracy is no better.")
+    ] = 0.1,
+    min_devices: Annotated[
+        int | None,
+        typer.Option(help="Judge a cohort once so many of its devices have reported; by default 5 of a rollout."),
+    ] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Go on to more devices while no cohort is worse.")] = False,
+    min_sdk: Annotated[str, typer.Option(help="The oldest SDK that may have it.")] = "",
+    max_sdk: Annotated[str, typer.Option(help="The newest; 0.3 takes in 0.3.5.")] = "",
     json: Json = False,
 ) -> None:
     """Build an artifact (plans, int8 backbone, tokenizer, manifest), sign it and release it on a channel."""
@@ -65,11 +81,13 @@ def publish(
 
     from pocketfed.coordinator.artifacts import MANIFEST, publish_artifact, read_artifact
     from pocketfed.coordinator.operators import acting, local_admin
+    from pocketfed.coordinator.rollout import Rollout
     from pocketfed.coordinator.signing import ensure_keys, keys_folder, newest_list
     from pocketfed.coordinator.store import Store
 
     if not 0 < len(channel) <= 100:
         raise CommandError(f"--channel is {channel[:100]!r}; give a name of 1 to 100 characters")
+    plan = Rollout(rollout, margin, loss_margin, min_devices, min_sdk, max_sdk, auto)
     check_database(database)
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         if (model_dir / MANIFEST).is_file():
@@ -83,7 +101,9 @@ def publish(
         try:
             with acting(store, local_admin(), "publish", f"{channel} {built.version}") as session:
                 signing = ensure_keys(session, keys or keys_folder(store))
-                release = publish_artifact(session, built, channel, train[0] if train else None, signing, supersede)
+                chosen = train[0] if train else None
+                who = local_admin().name
+                release = publish_artifact(session, built, channel, chosen, signing, supersede, plan, who)
                 publisher = newest_list(session)
                 released = {
                     "release": release.id,
@@ -96,6 +116,7 @@ def publish(
     report = {
         "version": built.version,
         "channel": channel,
+        "percent": rollout,
         "bytes": total,
         "sizes": built.manifest["sizes"],
         **released,
@@ -104,7 +125,8 @@ def publish(
         print_json(report)
     else:
         trained = released["trainable_set"]
-        print(f"released {built.version[:12]} ({format_bytes(total)}) on {channel!r}, training {trained}")
+        to = f"{rollout:g} % of {channel!r}" if rollout < 100 else repr(channel)
+        print(f"released {built.version[:12]} ({format_bytes(total)}) on {to}, training {trained}")
 
 
 def _build(
@@ -330,7 +352,8 @@ def _drive(
         )
     with store.read() as session:
         kept_back = session.get_one(Run, run_id).reason
-    released = f"; released on {config.channel!r}" if config.release else ""
+    to = f"{config.rollout:g} % of {config.channel!r}" if config.rollout < 100 else repr(config.channel)
+    released = f"; released on {to}" if config.release else ""
     print(f"run {run_id} finished{f'; {kept_back}' if kept_back else released}", flush=True)
 
 

@@ -270,16 +270,18 @@ def fetch(
     home: Path,
     progress: Callable[[float], None] = lambda fraction: None,
     room: Callable[[int], None] = lambda count: None,
+    tasks: Sequence[str] = TASKS,
 ) -> tuple[Artifact, int]:
     """The artifact of that version under `home`, downloading only what is not there. Returns it and the bytes downloaded.
 
-    An interrupted fetch goes on where it stopped; a file of the same content in another version is not downloaded again.
+    An interrupted fetch goes on where it stopped. Files and chunks that another version on the device has are copied from there.
 
     Args:
         room: told how many bytes are to come before the first of them does; raises where there is no room.
+        tasks: those that are of use here.
 
     Raises:
-        ArtifactError: what arrives is not what the manifest promises.
+        ArtifactError: what arrives is not what the manifest promises, or nothing that this SDK can run.
         LinkError: from the source.
     """
     target = home / checked_digest(version)  # it comes from the network, and names a folder
@@ -292,14 +294,18 @@ def fetch(
     manifest = parse_manifest(data)
     if manifest.version != version:
         raise ArtifactError(f"asked for version {version[:12]}, was sent {manifest.version[:12]}; refused")
+    if manifest.task not in tasks:
+        raise UnsupportedError(
+            f"the artifact {version[:12]} is for {manifest.task}; this app's SDK does {', '.join(tasks)}: update the app"
+        )
     partial = home / f"{version}.partial"
     room(manifest.bytes - sum(f.stat().st_size for f in partial.glob("*")))
     partial.mkdir(parents=True, exist_ok=True)
     received = len(data)
-    done, total = 0, max(1, manifest.bytes)
+    done, total, held = 0, max(1, manifest.bytes), _held_chunks(home)
     for name, file in manifest.files.items():
         if not _reuse(home, partial / name, file):
-            for size in _download(source, file, partial / name):
+            for size in _download(source, file, partial / name, held):
                 received += size
                 progress((done + (partial / name).stat().st_size) / total)
         done += file.bytes
@@ -311,10 +317,10 @@ def fetch(
 
 
 def _reuse(home: Path, path: Path, file: File) -> bool:
-    """Link a file of the same content from this or another version."""
+    """Copy a file of the same content from another version, whatever its name there."""
     if path.is_file() and path.stat().st_size == file.bytes and file_digest(path) == file.sha256:
         return True
-    for candidate in home.glob(f"*/{path.name}"):
+    for candidate in home.glob("*/*"):
         same_size = candidate != path and candidate.is_file() and candidate.stat().st_size == file.bytes
         if same_size and file_digest(candidate) == file.sha256:
             path.unlink(missing_ok=True)
@@ -323,8 +329,34 @@ def _reuse(home: Path, path: Path, file: File) -> bool:
     return False
 
 
-def _download(source: Source, file: File, path: Path) -> Iterator[int]:
-    """Append the missing chunks, each checked before it is written. Yields their sizes."""
+def _held_chunks(home: Path) -> dict[str, tuple[Path, int]]:
+    """Digest -> file and index of every chunk that the manifests under `home` name. Whether it is so shows when it is read."""
+    held = dict[str, tuple[Path, int]]()
+    for path in home.glob(f"*/{MANIFEST}"):
+        try:
+            files = parse_manifest(path.read_bytes()).files
+        except (OSError, ArtifactError):
+            continue
+        held |= {c: (path.with_name(name), i) for name, file in files.items() for i, c in enumerate(file.chunks)}
+    return held
+
+
+def _read_chunk(place: tuple[Path, int] | None, digest: str) -> bytes | None:
+    """A chunk from this device's disk, if it is there and undamaged."""
+    if place is None:
+        return None
+    path, index = place
+    try:
+        with path.open("rb") as stream:
+            stream.seek(index * CHUNK_BYTES)
+            data = stream.read(CHUNK_BYTES)
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == digest else None
+
+
+def _download(source: Source, file: File, path: Path, held: Mapping[str, tuple[Path, int]]) -> Iterator[int]:
+    """Append the missing chunks, each checked before it is written. Yields the sizes of those that were downloaded."""
     whole = min(path.stat().st_size // CHUNK_BYTES, len(file.chunks)) if path.exists() else 0
     if path.exists() and path.stat().st_size == file.bytes:
         whole = 0  # as long as it should be, yet with another digest: begin anew
@@ -333,7 +365,12 @@ def _download(source: Source, file: File, path: Path) -> Iterator[int]:
         stream.seek(whole * CHUNK_BYTES)
         stream.truncate()
         index = whole
-        if index < len(file.chunks):
+        while index < len(file.chunks):
+            own = _read_chunk(held.get(file.chunks[index]), file.chunks[index])
+            if own is not None:
+                stream.write(own)
+                index += 1
+                continue
             for data in source.download(file.sha256, index):
                 if index >= len(file.chunks) or hashlib.sha256(data).hexdigest() != file.chunks[index]:
                     raise ArtifactError(
@@ -343,6 +380,10 @@ def _download(source: Source, file: File, path: Path) -> Iterator[int]:
                 stream.flush()
                 index += 1
                 yield len(data)
+                if index < len(file.chunks) and file.chunks[index] in held:
+                    break  # the next one may be here
+            else:
+                break
         if index != len(file.chunks):
             raise ArtifactError(f"{path.name} ended after {index} of {len(file.chunks)} chunks; it will be continued")
 

@@ -108,7 +108,7 @@ def unmet(asked: Conditions, now: Readings, used: Used, local: datetime) -> Unme
 
     def need(where: dict[str, str], name: str, holds: bool | None, words: str, not_so: str) -> None:
         """holds: None where it is not known."""
-        if holds is False or (holds is None and asked.strict):
+        if asked.strict if holds is None else not holds:  # an app may say 0, or numpy's False
             where[name] = f"{words} ({'not known here' if holds is None else not_so})"
 
     if now.hold:

@@ -253,6 +253,11 @@ class Device:
             ConfigurationError: the device was closed.
         """
         self._require_open()
+        if (
+            self._thread is threading.current_thread()
+        ):  # from a callback: it goes on, also if that had stopped it before
+            self._participation.stopping.clear()
+            return
         with self._lifecycle:
             if self._thread is None or not self._thread.is_alive():
                 self._participation.stopping.clear()
@@ -283,11 +288,12 @@ class Device:
         if self._forked:
             return
         self._participation.stop()
-        thread = self._thread
-        if thread is threading.current_thread():  # from a callback: the thread ends when that returns
+        if self._thread is threading.current_thread():  # from a callback: the thread ends when that returns
             return
         with self._lifecycle:
+            thread = self._thread  # not before: another thread may just have started one
             while thread is not None and thread.is_alive():
+                self._participation.stop()
                 self._link.cancel()
                 thread.join(0.1)  # once more, for a call that began just then
             self._thread = None

@@ -34,7 +34,7 @@ from pocketfed.client_sdk.local import LocalExamples
 from pocketfed.client_sdk.models import Models
 from pocketfed.client_sdk.outbox import Outbox, Update
 from pocketfed.client_sdk.outgoing import UpdateForm
-from pocketfed.client_sdk.perform import Reply, Task, perform
+from pocketfed.client_sdk.perform import Kind, Reply, Task, perform
 from pocketfed.client_sdk.status import Voice
 from pocketfed.client_sdk.trainer import TrainConfig
 from pocketfed.client_sdk.trust import Trust
@@ -46,6 +46,7 @@ BACKOFF_S = (0.2, 30.0)  # shortest and longest pause after a failure
 LOOK_S = 10.0  # how often a device that may not work looks whether it may
 NEWS_S = 900.0  # how often one that may not train asks for releases
 RESUMABLE = ("OUT_OF_RANGE", "DATA_LOSS")  # an upload's refusals after which to ask where it stands and go on
+KINDS: dict[int, Kind] = {fleet.Assignment.TRAIN: "train", fleet.Assignment.EVALUATE: "evaluate"}
 # What a decline begins with where it is not an error's name: words that an operator counts.
 CODES: dict[type[Exception], str] = {TrainingDiverged: "LOCAL_FAILED_COMPUTE", NoExamples: "NOT_ELIGIBLE"}
 
@@ -280,6 +281,9 @@ class Participation:
         return False
 
     def _perform(self, assignment: fleet.Assignment, alive: Alive) -> Reply:
+        kind = KINDS.get(assignment.kind)
+        if kind is None:
+            raise UnsupportedError(f"an assignment of kind {assignment.kind} is not known to this SDK: update the app")
         self._say(f"preparing round {assignment.round}")
         form = _form(assignment)
         described = RunDescription(assignment.run, assignment.artifact_version, assignment.trainable_set, form)
@@ -290,7 +294,6 @@ class Participation:
         c = assignment.config
         config = TrainConfig.from_mapping({f.name: getattr(c, f.name) for f in c.DESCRIPTOR.fields})
         examples = self._local.training(trainer, config.max_length)
-        kind = "evaluate" if assignment.kind == fleet.Assignment.EVALUATE else "train"
         alive.phase = fleet.HeartbeatRequest.TRAINING
         self._say(
             f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples"
@@ -300,7 +303,7 @@ class Participation:
         if made is not None:
             return made
         kept = self._keeping.before(trainer, part)
-        task = Task(kind, theta, config, assignment.round, self._identity.name, form)  # type: ignore[arg-type]
+        task = Task(kind, theta, config, assignment.round, self._identity.name, form)
         # Of the last round that was, if any.
         broken_off = Checkpoint(self._home / "training.safetensors", self._checkpoint_s)
         reply = perform(trainer, task, examples, alive.should_stop, alive.tell, broken_off, kept)

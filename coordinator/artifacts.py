@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.signing import Keys, sign_version
+from pocketfed.coordinator.releases import add_release
+from pocketfed.coordinator.rollout import Rollout
+from pocketfed.coordinator.signing import Keys, sign_version, sign_way_back
 from pocketfed.coordinator.store import (
     CHUNK_BYTES,
     Artifact,
     Release,
     iterate_blob,
+    latest_release,
     put_artifact,
     split_chunks,
 )
@@ -315,15 +318,19 @@ def publish_artifact(
     trainable_set: str | None = None,
     keys: Keys | None = None,
     supersede: bool = False,
+    rollout: Rollout | None = None,
+    who: str = "",
 ) -> Release:
     """Store an artifact and release it on a channel with its initial parameters, all in the session's transaction.
 
     Args:
         keys: to sign with; without them only devices on this machine run it, and those that have pinned no publisher.
         supersede: what the channel ran before is not trained on any more either.
+        rollout: to how many devices, and when it is to be taken back; by default it is live at once.
 
     Raises:
         PublishError: the artifact does not carry the set. SigningError: no key to sign with, or an older version.
+        ReleaseError: it is to go out in stages, and nothing is live on the channel.
     """
     sets = artifact.manifest["trainable_sets"]
     chosen = trainable_set or next(iter(sets))
@@ -331,12 +338,15 @@ def publish_artifact(
         raise PublishError(f"the artifact has no trainable set {chosen!r}, only {', '.join(sets)}")
     files = ((artifact.folder / name).read_bytes() for name in artifact.manifest["files"])
     put_artifact(session, artifact.manifest, artifact.version, files)
+    parent = latest_release(session, channel)
     if keys is not None:
-        sign_version(session, keys, channel, artifact.version, supersede=supersede)
+        follows = parent.artifact_version if parent is not None else None
+        sign_version(session, keys, channel, artifact.version, supersede=supersede, follows=follows)
     parameters = artifact.manifest["files"][sets[chosen]["initial"]]["sha256"]
     release = Release(channel=channel, artifact_version=artifact.version, trainable_set=chosen, parameters=parameters)
-    session.add(release)
-    session.flush()
+    add_release(session, release, rollout or Rollout(), who)
+    if keys is not None and parent is not None and release.min_devices and parent.artifact_version != artifact.version:
+        sign_way_back(session, keys, release, parent.artifact_version)
     return release
 
 

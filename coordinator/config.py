@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pocketfed.coordinator.rollout import ReleaseError, Rollout
 from pocketfed.model.codecs import parse_codec
 from pocketfed.model.parameters import ParametersError
 
@@ -160,6 +162,11 @@ class RunConfig:
     retain_updates: bool = False  # keep what devices sent in the spool once its round has committed
     retain_rounds: int = 0  # keep the details of so many rounds; 0 for all
     release: bool = True  # release the result on the channel
+    rollout: float = 100.0  # percent of the devices that get it at first; 100: all, and it is judged by nobody
+    rollout_margin: float = 0.02  # of accuracy; worse by more in any cohort, and it is halted
+    rollout_loss_margin: float = 0.1  # nats an example, likewise, where the accuracy is no better
+    rollout_devices: int = 5  # of a cohort that have to report before it is judged
+    rollout_auto: bool = False  # it goes on to more devices by itself while no cohort is worse
     local: LocalTraining = field(default_factory=LocalTraining)
     update: UpdateForm = field(default_factory=UpdateForm)
 
@@ -193,6 +200,10 @@ class RunConfig:
         for name in ("name", "channel"):
             if not 0 < len(getattr(self, name)) <= 100:
                 raise RunConfigError(f"{name} is {getattr(self, name)[:100]!r}; it must have 1 to 100 characters")
+        try:
+            self.rollout_plan()
+        except ReleaseError as error:
+            raise RunConfigError(f"rollout: {error}") from None
         if self.cohort and self.quorum > self.cohort:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a cohort of {self.cohort}; lower it")
         if self.over_selection and (not self.cohort or self.mode == "fedbuff"):
@@ -218,6 +229,13 @@ class RunConfig:
             )
         if self.mode == "fedbuff" and self.quorum > self.buffer:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")
+
+    def rollout_plan(self, min_sdk: str = "", max_sdk: str = "") -> Rollout:
+        """How the result is released."""
+        watched_by, automatic = (self.rollout_devices, self.rollout_auto) if self.rollout < 100 else (0, False)
+        return Rollout(
+            self.rollout, self.rollout_margin, self.rollout_loss_margin, watched_by, min_sdk, max_sdk, automatic
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
@@ -248,8 +266,9 @@ def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name, value in values.items():
         if name not in fields:
+            near = sorted(fields, key=lambda n: -difflib.SequenceMatcher(None, name, n).ratio())[:20]
             raise RunConfigError(
-                f"there is no setting {prefix}{name}; the settings are {', '.join(prefix + n for n in fields)}"
+                f"there is no setting {prefix}{name[:100]}; the nearest are {', '.join(prefix + n for n in near)}"
             )
         default = fields[name].default
         wanted = Mapping if name == "strategy_options" else type(default)

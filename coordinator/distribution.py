@@ -10,16 +10,17 @@ import sqlalchemy as sa
 
 from pocketfed.coordinator.artifacts import manifest_bytes
 from pocketfed.coordinator.calls import Calls
+from pocketfed.coordinator.releases import release_for
 from pocketfed.coordinator.signing import newest_list, newest_signature
 from pocketfed.coordinator.store import (
     Artifact,
     Blob,
     Chunk,
+    Device,
     KeyList,
     Release,
     Signature,
     is_digest,
-    latest_release,
 )
 from pocketfed.protos import distribution_pb2 as pb
 from pocketfed.protos import distribution_pb2_grpc
@@ -44,27 +45,33 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
         self.calls = calls
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestReply:  # noqa: N802
-        _, channel = await self.calls.authenticate(context)
+        device_id, channel = await self.calls.authenticate(context)
         if not (request.version or request.channel):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "give a version or a channel")
-        reply = await self.calls.run(self._get_manifest, request, channel)
-        if reply is None:
+        reply = await self.calls.run(self._get_manifest, request, device_id, channel)
+        if isinstance(reply, str):
             what = (
                 f"version {request.version[:80]!r}"
                 if request.version
                 else f"release on channel {request.channel[:100]!r}"
             )
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no {what}; publish one with `pocketfed publish`")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no {what}; {reply}")
         return reply  # type: ignore[return-value]  # abort() does not return
 
-    def _get_manifest(self, request: pb.GetManifestRequest, channel: str) -> pb.GetManifestReply | None:
+    def _get_manifest(self, request: pb.GetManifestRequest, device_id: int, channel: str) -> pb.GetManifestReply | str:
+        """The reply, or why there is none."""
+        why = "publish one with `pocketfed publish`"
         with self.calls.store.read() as session:
             if not (request.version + request.channel).isprintable():
-                return None  # PostgreSQL takes no NUL
-            release = None if request.version else latest_release(session, request.channel)
+                return why  # PostgreSQL takes no NUL
+            release = None
+            if not request.version:
+                asks = session.get_one(Device, device_id)
+                release, not_yet = release_for(session, request.channel, asks.name, asks.sdk_version)
+                why = not_yet or why
             artifact = session.get(Artifact, request.version or (release.artifact_version if release else ""))
             if artifact is None:
-                return None
+                return why
             described = describe_release(session, release) if release else None
             signature = newest_signature(session, request.channel or channel, artifact.version)
             keys = newest_list(session)

@@ -19,9 +19,11 @@ from pocketfed.coordinator.enrolment import EnrolmentError, enrol, is_revoked, m
 from pocketfed.coordinator.forms import read_form
 from pocketfed.coordinator.gate import Refusal
 from pocketfed.coordinator.operators import record
+from pocketfed.coordinator.releases import release_for
+from pocketfed.coordinator.reports import hear
 from pocketfed.coordinator.signing import newest_list
 from pocketfed.coordinator.standing import last_refusal
-from pocketfed.coordinator.store import latest_release, now, printable
+from pocketfed.coordinator.store import now, printable
 from pocketfed.protos import fleet_pb2 as pb
 from pocketfed.protos import fleet_pb2_grpc
 
@@ -50,6 +52,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
         self._refused: set[int] = set()  # releases that devices did not take
+        self._runs: dict[int, tuple[int, int]] = {}  # what devices run, as they said last: written down when it changes
         calls.assignments.on_offer.append(self.offered)
 
     def offered(self) -> None:
@@ -87,12 +90,19 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         return pb.EnrolReply()
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Any) -> pb.CheckInReply:  # noqa: N802
-        device_id, channel = await self.calls.authenticate(context)
+        device_id, _ = await self.calls.authenticate(context)
         await self._require_protocol(request.protocol, context)
         wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
         end = self._loop.time() + wait_s
         stays_s = wait_s + AWAY_S
         await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version, stays_s)
+        runs = (request.release_id, request.refused_release)
+        if request.HasField("report") or self._runs.get(device_id) != runs:
+            if await self.calls.run(hear, self.calls.store, device_id, request):
+                self.offered()  # what some devices get has changed
+            if len(self._runs) >= self.calls.limits.peers:
+                self._runs.clear()
+            self._runs[device_id] = runs
         if request.refused_release and request.refused_release not in self._refused:
             await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
         self.calls.asking[device_id] += 1
@@ -103,7 +113,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             )  # whoever waits holds its lock while asking the store
             while True:
                 news = self._news
-                reply = await self.calls.run(self._answer, device_id, channel, request)
+                reply = await self.calls.run(self._answer, device_id, request)
                 left = end - self._loop.time()
                 answered = reply.HasField("assignment") or reply.HasField("release") or left <= 0
                 if answered:
@@ -124,7 +134,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         with contextlib.suppress(*tables.OUTAGES, tables.StoreError):  # it ends by itself a little later
             mark_gone(self.calls.store, device_id)
 
-    def _answer(self, device_id: int, channel: str, request: pb.CheckInRequest) -> pb.CheckInReply:
+    def _answer(self, device_id: int, request: pb.CheckInRequest) -> pb.CheckInReply:
         """
         Raises:
             Refusal: the device was revoked, be it while it waited.
@@ -135,9 +145,11 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this device was revoked; ask the operator")
         found = self.calls.assignments.next_for(device_id, self.calls.lease_s)
         with self.calls.store.read() as session:
-            newest = latest_release(session, channel)
-            if newest is not None and newest.id > request.release_id:
-                reply.release.CopyFrom(describe_release(session, newest))
+            device = session.get_one(tables.Device, device_id)
+            known, sdk = request.release_id, request.sdk_version
+            release, why_not = release_for(session, device.channel, device.name, sdk, known, device.release_id)
+            if release is not None:
+                reply.release.CopyFrom(describe_release(session, release))
             keys = newest_list(session)
             if keys is not None and keys.sequence > request.key_list:
                 reply.keys.MergeFrom(describe_signed(keys))
@@ -145,6 +157,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 reply.assignment.CopyFrom(self._describe(session, found))
             elif why := last_refusal(session, device_id):
                 reply.wait.reason += f"; {why}"
+            if found is None and why_not:
+                reply.wait.reason += f"; {why_not}"
         return reply
 
     def _note_refusal(self, device_id: int, release_id: int, why: str) -> None:

@@ -15,6 +15,7 @@ from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.forms import form_of
 from pocketfed.coordinator.operators import record
+from pocketfed.coordinator.releases import add_release, open_releases
 from pocketfed.coordinator.retention import delete_blobs
 from pocketfed.coordinator.screening import Tally
 from pocketfed.coordinator.store import (
@@ -327,19 +328,19 @@ def finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> N
         run = session.get_one(Run, run_id)
         run.status, run.reason, run.finished_at = "finished", None, now()
         _close_open(session, run_id)
-        newest = latest_release(session, run.channel)
+        newest = next(iter(open_releases(session, run.channel)), None)
         if config.release and newest is not None and newest.artifact_version != run.artifact_version:
             run.reason = f"not released: {run.channel!r} has gone on to the artifact {newest.artifact_version[:12]}"
         elif config.release:
-            session.add(
-                Release(
-                    channel=run.channel,
-                    artifact_version=run.artifact_version,
-                    trainable_set=run.trainable_set,
-                    run_id=run_id,
-                    parameters=put_blob(session, encode_vector(THETA, theta)),
-                )
+            release = Release(
+                channel=run.channel,
+                artifact_version=run.artifact_version,
+                trainable_set=run.trainable_set,
+                run_id=run_id,
+                parameters=put_blob(session, encode_vector(THETA, theta)),
             )
+            sdks = (newest.min_sdk, newest.max_sdk) if newest is not None else ("", "")
+            add_release(session, release, config.rollout_plan(*sdks), f"run {run_id}")
         told = run.reason or (f"released on {run.channel}" if config.release else "not to be released")
         record(session, "coordinator", "run.finish", run.name, "done", f"run {run_id}: {told}")
 

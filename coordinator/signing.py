@@ -234,49 +234,74 @@ def _next_sequence(last: int) -> int:
 
 
 def newest_signature(session: Session, channel: str, version: str | None = None) -> Signature | None:
-    rows = sa.select(Signature).where(Signature.channel == channel)
+    """What devices may be told; a way back that is still withheld is not."""
+    rows = sa.select(Signature).where(Signature.channel == channel, Signature.withheld_for.is_(None))
     if version is not None:
         rows = rows.where(Signature.artifact_version == version)
     return session.scalars(rows.order_by(Signature.sequence.desc()).limit(1)).first()
 
 
-def newest_releases(session: Session, channel: str, most: int = 100) -> list[tuple[Release, Signature | None]]:
-    """A channel's releases with the publisher's word on their version, the newest first."""
-    rows = session.scalars(sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(most))
-    return [(row, newest_signature(session, channel, row.artifact_version)) for row in rows]
-
-
 def sign_version(
-    session: Session, keys: Keys, channel: str, version: str, *, rollback: bool = False, supersede: bool = False
+    session: Session,
+    keys: Keys,
+    channel: str,
+    version: str,
+    *,
+    rollback: bool = False,
+    supersede: bool = False,
+    follows: str | None = None,
 ) -> Signature:
     """Say that a channel runs a version from now on. What it ran before may still be trained on, until the next one.
 
     Args:
         rollback: go back to a version that another has followed.
         supersede: what came before is not trained on any more either (it has a fault).
+        follows: the version that it follows, by default the newest: what was released since, in stages, may end before this.
 
     Raises:
         SigningError: no key to sign with, or an older version without `rollback`.
     """
-    name, key = current_key(session, keys)
     newest, before = newest_signature(session, channel), newest_signature(session, channel, version)
     if before is not None and newest is not None and newest.artifact_version != version and not rollback:
         raise SigningError(
             f"{version[:12]} was followed by {newest.artifact_version[:12]} on {channel!r}; devices refuse to go back unless "
             "told so: use `pocketfed release rollback`"
         )
-    sequence = _next_sequence(newest.sequence if newest else 0)
+    parent = (newest_signature(session, channel, follows) if follows is not None else None) or newest
+    oldest = parent.sequence if parent is not None and not supersede else None
+    return _sign(session, keys, channel, version, oldest, rollback)
+
+
+def _sign(
+    session: Session,
+    keys: Keys,
+    channel: str,
+    version: str,
+    oldest: int | None,
+    rollback: bool,
+    withheld_for: int | None = None,
+) -> Signature:
+    """oldest: sequence of what may still be trained on; None: nothing before this."""
+    name, key = current_key(session, keys)
+    last = session.scalar(sa.select(sa.func.max(Signature.sequence)).where(Signature.channel == channel)) or 0
+    sequence = _next_sequence(last)
     statement = {
         "type": ARTIFACT_TYPE,
         "channel": channel,
         "version": version,
         "sequence": sequence,
-        "oldest": newest.sequence if newest and not supersede else sequence,
+        "oldest": sequence if oldest is None else oldest,
         "rollback": rollback,
     }
     data = json.dumps(statement).encode()
     row = Signature(
-        channel=channel, sequence=sequence, artifact_version=version, key=name, statement=data, signature=key.sign(data)
+        channel=channel,
+        sequence=sequence,
+        artifact_version=version,
+        key=name,
+        statement=data,
+        signature=key.sign(data),
+        withheld_for=withheld_for,
     )
     session.add(row)
     session.flush()
@@ -288,40 +313,53 @@ def sign_again(session: Session, keys: Keys) -> list[str]:
     listed = listed_keys(newest_list(session))
     done = []
     for channel in session.scalars(sa.select(Signature.channel).distinct()).all():
-        newest = newest_signature(session, channel)
-        if newest is not None and listed.get(newest.key, {}).get("revoked", True):
-            sign_version(session, keys, channel, newest.artifact_version)
+        words = _words_in_use(session, channel)
+        if any(listed.get(word.key, {}).get("revoked", True) for word in words):
+            oldest = None
+            for word in words:
+                again = _sign(
+                    session, keys, channel, word.artifact_version, None if word.withheld_for else oldest,
+                    word.withheld_for is not None, word.withheld_for,
+                )  # fmt: skip
+                oldest = oldest or again.sequence
+                if word.withheld_for:
+                    session.delete(word)
             done.append(channel)
     return done
 
 
-def roll_back(session: Session, keys: Keys, channel: str, version: str) -> Release:
-    """Release what a channel had of an earlier version last, and sign that it is meant.
-
-    Args:
-        version: the beginning of it, if only one version on the channel begins so.
-
-    Raises:
-        SigningError: no such version on the channel, or more than one.
-    """
-    if not (version.isalnum() and len(version) <= 64):
-        raise SigningError(f"{version[:64]!r} is not the beginning of a version; `pocketfed release list` shows them")
-    rows = sa.select(Release).where(Release.channel == channel, Release.artifact_version.startswith(version))
-    found = {r.artifact_version: r for r in session.scalars(rows.order_by(Release.id))}  # the last one of each
-    if len(found) != 1:
-        raise SigningError(
-            f"{len(found)} versions on {channel!r} begin with {version!r}; give enough of one that was released there "
-            "(`pocketfed release list`)"
-        )
-    (last,) = found.values()
-    sign_version(session, keys, channel, last.artifact_version, rollback=True, supersede=True)
-    release = Release(
-        channel=channel,
-        artifact_version=last.artifact_version,
-        trainable_set=last.trainable_set,
-        parameters=last.parameters,
-        run_id=last.run_id,
+def _words_in_use(session: Session, channel: str) -> list[Signature]:
+    """The newest word on every version that the channel's devices run, in their order; a withheld way back is the last."""
+    open_ = sa.select(Release.artifact_version).where(
+        Release.channel == channel, Release.state.in_(("staged", "live", "paused"))
     )
-    session.add(release)
-    session.flush()
-    return release
+    words = {w.sequence: w for v in session.scalars(open_) if (w := newest_signature(session, channel, v))}
+    newest = newest_signature(session, channel)
+    if newest is not None:
+        words[newest.sequence] = newest
+    withheld = sa.select(Signature).where(Signature.channel == channel, Signature.withheld_for.is_not(None))
+    return [words[sequence] for sequence in sorted(words)] + list(session.scalars(withheld))
+
+
+# ---- the way back from a release -------------------------------------------------------------------------------------
+
+
+def sign_way_back(session: Session, keys: Keys, release: Release, version: str) -> Signature:
+    """Sign beforehand that devices may go back to a version, since the coordinator that halts a release has no key.
+
+    It is handed to no device before that. Sign it right after the release's own version: what comes later counts more.
+    """
+    return _sign(session, keys, release.channel, version, None, True, release.id)
+
+
+def hand_out_way_back(session: Session, release_id: int) -> bool:
+    """From now on devices are told. False if none was signed."""
+    found = session.scalars(sa.select(Signature).where(Signature.withheld_for == release_id)).all()
+    for row in found:
+        row.withheld_for = None
+    return bool(found)
+
+
+def drop_way_back(session: Session, release_id: int) -> None:
+    """It will not be needed, and nobody should find it."""
+    session.execute(sa.delete(Signature).where(Signature.withheld_for == release_id))

@@ -117,7 +117,11 @@ class Artifact(Base):
 
 
 class Release(Base):
-    """What devices on a channel should run: an artifact, one of its trainable sets, values for it. The newest holds."""
+    """What devices on a channel should run: an artifact, one of its trainable sets, values for it.
+
+    state: staged (for `percent` of the devices), live (for all), paused (for nobody new), halted (worse than its parent),
+    superseded, rolled_back. The newest that covers a device is the device's; see releases.py.
+    """
 
     __tablename__ = "releases"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -127,6 +131,16 @@ class Release(Base):
     parameters: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
     run_id: Mapped[int | None] = mapped_column(ForeignKey("runs.id"), index=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
+    state: Mapped[str] = mapped_column(String(20), default="live", server_default="live")
+    percent: Mapped[float] = mapped_column(default=100.0, server_default="100")  # of the channel's devices
+    parent_id: Mapped[int | None]  # the release it is to follow, and is measured against
+    undoes_id: Mapped[int | None]  # the release that it takes devices back from
+    margin: Mapped[float] = mapped_column(default=0.0, server_default="0")  # of accuracy that a cohort may lose
+    loss_margin: Mapped[float] = mapped_column(default=0.0, server_default="0")  # nats an example that it may gain
+    min_devices: Mapped[int] = mapped_column(default=0, server_default="0")  # that judge for a cohort; 0: nobody does
+    automatic: Mapped[bool] = mapped_column(default=False, server_default=sa.false())  # it goes on to more by itself
+    min_sdk: Mapped[str] = mapped_column(String(20), default="", server_default=sa.text("''"))
+    max_sdk: Mapped[str] = mapped_column(String(20), default="", server_default=sa.text("''"))
 
 
 class Device(Base):
@@ -149,6 +163,7 @@ class Device(Base):
     cohort: Mapped[str | None] = mapped_column(String(100))  # of the enrolment key, where it has one
     revoked_at: Mapped[datetime | None]
     shared_at: Mapped[datetime | None]  # when its credential was last seen in use at two places at once
+    release_id: Mapped[int | None]  # what it runs, as it says
 
 
 class Run(Base):
@@ -544,9 +559,9 @@ def put_artifact(session: Session, manifest: Mapping[str, Any], version: str, fi
 
 
 def latest_release(session: Session, channel: str) -> Release | None:
-    return session.scalars(
-        sa.select(Release).where(Release.channel == channel).order_by(Release.id.desc()).limit(1)
-    ).first()
+    """The newest that is for all of the channel's devices: what runs start from. releases.py knows what one device gets."""
+    live = sa.select(Release).where(Release.channel == channel, Release.state == "live")
+    return session.scalars(live.order_by(Release.id.desc()).limit(1)).first()
 
 
 def device_named(session: Session, name: str, **values: Any) -> Device:
@@ -599,6 +614,7 @@ class Signature(Base):
     statement: Mapped[bytes] = mapped_column(sa.LargeBinary)
     signature: Mapped[bytes] = mapped_column(sa.LargeBinary)
     created_at: Mapped[datetime] = mapped_column(default=now)
+    withheld_for: Mapped[int | None]  # the way back from that release: handed out once it was halted, not before
 
 
 class Operator(Base):
@@ -623,3 +639,36 @@ class Audit(Base):
     target: Mapped[str] = mapped_column(String(200), default="")
     outcome: Mapped[str] = mapped_column(String(20))  # done, refused, failed, noticed
     detail: Mapped[str] = mapped_column(String(500), default="")
+
+
+# ---- how releases fare -----------------------------------------------------------------------------------------------
+
+
+class ReleaseReport(Base):
+    """A release on one device's own held-out examples, beside the one that the device ran before."""
+
+    __tablename__ = "release_reports"
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), primary_key=True)
+    device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    before_id: Mapped[int]
+    cohort: Mapped[str | None] = mapped_column(String(100))  # the device's then
+    examples: Mapped[int]
+    correct: Mapped[int]
+    correct_before: Mapped[int]
+    loss_sum: Mapped[float]  # nats
+    loss_sum_before: Mapped[float]
+    went_back: Mapped[bool]  # the device by itself, to the one before
+    at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ReleaseEvent(Base):
+    """What a release came to be, when and why. Only ever added to."""
+
+    __tablename__ = "release_events"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    release_id: Mapped[int] = mapped_column(ForeignKey("releases.id"), index=True)
+    at: Mapped[datetime] = mapped_column(default=now)
+    state: Mapped[str] = mapped_column(String(20))
+    percent: Mapped[float]
+    who: Mapped[str] = mapped_column(String(120))
+    reason: Mapped[str] = mapped_column(String(500), default="")

@@ -495,7 +495,7 @@ def _whole(value: Any) -> int | None:
 
 def releases(session: Session, limit: int = 20, offset: int = 0) -> list[ReleaseLine]:
     """What channels were given, newest first."""
-    current = sa.select(sa.func.max(Release.id)).group_by(Release.channel)
+    current = sa.select(sa.func.max(Release.id)).where(Release.state == "live").group_by(Release.channel)
     query = (
         sa.select(Release, Run.name, Blob.bytes, Release.id.in_(current).label("current"))
         .outerjoin(Run, Run.id == Release.run_id)

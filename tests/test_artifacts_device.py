@@ -414,6 +414,34 @@ def test_a_file_that_another_version_has_is_not_downloaded_again(tmp_path: Path)
     open_artifact(tmp_path / first, first)  # the older one is still whole
 
 
+def test_of_a_new_version_only_the_chunks_that_no_held_version_has_are_downloaded(tmp_path: Path) -> None:
+    changed = BIG[:CHUNK_BYTES] + noise(CHUNK_BYTES, seed=2) + BIG[2 * CHUNK_BYTES :]
+    renamed = {("weights.bin" if name == "tokenize.onnx" else name): data for name, data in ONE.items()}
+    renamed |= {"tokenize.onnx": b"other"}
+    shelf = Shelf(LARGE, renamed | {"backbone.bin": changed})
+    _, first = fetch(shelf, shelf.versions[0], tmp_path)
+    assert first == sum(map(len, LARGE.values())) + len(shelf.manifests[shelf.versions[0]])
+    shelf.served.clear()
+    found, second = fetch(shelf, shelf.versions[1], tmp_path)
+    assert sorted(shelf.served) == sorted([(digest_of(changed), 1), (digest_of(b"other"), 0)])
+    assert second == CHUNK_BYTES + len(b"other") + len(shelf.manifests[shelf.versions[1]])
+    assert found.path("backbone.bin").read_bytes() == changed
+    assert found.path("weights.bin").read_bytes() == ONE["tokenize.onnx"]  # another name, the same bytes
+
+
+def test_a_held_chunk_that_is_damaged_or_gone_is_downloaded_instead(tmp_path: Path) -> None:
+    changed = BIG[:CHUNK_BYTES] + noise(CHUNK_BYTES, seed=2) + BIG[2 * CHUNK_BYTES :]
+    shelf = Shelf(LARGE, LARGE | {"backbone.bin": changed})
+    held, _ = fetch(shelf, shelf.versions[0], tmp_path)
+    data = bytearray(BIG)
+    data[2 * CHUNK_BYTES] ^= 1
+    held.path("backbone.bin").write_bytes(data[: 3 * CHUNK_BYTES])  # the third chunk damaged, the fourth gone
+    shelf.served.clear()
+    found, _ = fetch(shelf, shelf.versions[1], tmp_path)
+    assert set(shelf.served) == {(digest_of(changed), i) for i in (1, 2, 3)}
+    assert found.path("backbone.bin").read_bytes() == changed
+
+
 def test_a_file_longer_than_it_should_be_is_cut_and_mended(tmp_path: Path) -> None:
     files = ONE | {"backbone.bin": BIG[:CHUNK_BYTES]}
     shelf = Shelf(files)

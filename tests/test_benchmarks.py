@@ -216,3 +216,19 @@ def test_the_benchmark_of_the_gate_tells_what_it_adds() -> None:
     told = run_script("gate.py", "--devices", 3, "--calls", 50)
     assert told.count("p99") == 3
     assert "the gate adds" in told
+
+
+def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The soak of a day, for three hours of it: it works, it is interrupted, it never works when it may not, and does not grow."""
+    from pocketfed.client_sdk import status
+
+    monkeypatch.setattr(status, "OFTEN_S", 0.0)
+    soak = load("device_soak", monkeypatch)
+    found = soak.live(3, 0, tmp_path, soak.build(tmp_path))
+    assert found["wrong_steps"] == 0
+    assert found["handed_in"] >= 5
+    assert found["broken_off"] >= 1
+    assert abs(found["growth_files"]) <= 2
+    assert found["growth_mb"] < 25

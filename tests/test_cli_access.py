@@ -209,6 +209,52 @@ def test_the_commands_of_the_security_page_exist() -> None:
         assert {word for word in words if word.startswith("--")} <= known, words
 
 
+def test_a_release_goes_out_in_stages_by_commands_and_each_is_in_the_audit(
+    database: Path, nano_built: BuiltArtifact
+) -> None:
+    from pocketfed.coordinator.enrolment import enrol
+    from pocketfed.coordinator.store import Device, Store
+
+    version = nano_built.version
+    published = ("publish", nano_built.folder, "--channel", "stable", "--database", database, "--train")
+    staged = ("--rollout", 10, "--margin", 0.05, "--min-devices", 3, "--min-sdk", "0.2")
+    assert "the first release goes to all of them" in refused(*published, "head", *staged)
+    works(*published, "head")
+    assert "nobody judges cannot go on by itself" in refused(*published, "norms", "--auto")
+    told = works(*published, "norms", *staged)
+    assert "on 10 % of 'stable', training norms" in told
+    store = Store(str(database))
+    for number, holds in ((1, 1), (2, 2), (3, 1), (4, None)):
+        enrol(store, f"phone-{number}", "stable", "", f"{number}" * 43)
+        with store.write() as session:
+            session.get_one(Device, number).release_id = holds
+    store.close()
+    columns = ("id", "state", "percent", "parent", "devices", "share", "trains")
+    rows = [tuple(row[c] for c in columns) for row in listed("release", "list", "--database", database)]
+    assert rows == [(2, "staged", 10, 1, 1, 0.25, "norms"), (1, "live", 100, None, 2, 0.5, "head")]
+    shown = listed("release", "show", 2, "--database", database)
+    assert (shown["margin"], shown["loss_margin"], shown["min_devices"], shown["min_sdk"]) == (0.05, 0.1, 3, "0.2")
+    assert (shown["cohorts"], [h["state"] for h in shown["history"]]) == ([], ["staged"])
+    assert works("release", "pause", 2, "--database", database) == "release 2 is paused at 10 % of 'stable'\n"
+    told = works("release", "promote", 2, "--percent", 50, "--auto", "--database", database)
+    assert told == "release 2 is staged for 50 % of 'stable', and goes on by itself\n"
+    assert "has 50 % of the devices, more than 20" in refused(
+        "release", "promote", 2, "--percent", 20, "--database", database
+    )
+    assert works("release", "promote", 2, "--database", database) == "release 2 is live for 100 % of 'stable'\n"
+    assert "as release 3" in works("release", "rollback", 1, "--database", database)
+    assert "there is no release 9" in refused("release", "show", 9, "--database", database)
+    shown = works("release", "list", "--database", database)
+    assert all(text in shown for text in ("superseded", "rolled_back", "1 of 4", version[:12]))
+    assert all(text in works("release", "show", 2, "--database", database) for text in ("paused 10 %", "staged 50 %"))
+    acts = [(a["act"], a["target"], a["outcome"]) for a in reversed(listed("audit", "--database", database))]
+    assert acts == [
+        ("publish", f"stable {version}", "failed"), ("publish", f"stable {version}", "done"),
+        ("publish", f"stable {version}", "done"), ("pause", "2", "done"), ("promote", "2 50 % auto", "done"),
+        ("promote", "2 20 %", "failed"), ("promote", "2", "done"), ("rollback", "stable 1", "done"),
+    ]  # fmt: skip
+
+
 @contextlib.contextmanager
 def process(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     child = subprocess.Popen(

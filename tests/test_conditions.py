@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pocketfed.client_sdk.clock import Clock
@@ -75,6 +76,16 @@ def test_a_reading_is_missing_by_name_and_in_words_and_what_is_not_known_counts_
     assert not unmet(Conditions(**asked), Readings(), Used(), NOON).all
     strict = unmet(Conditions(**asked, strict=True), Readings(), Used(), NOON)
     assert strict.all[name].endswith("(not known here)")
+
+
+@pytest.mark.parametrize("no", [False, 0, np.bool_(False)])
+def test_what_an_app_means_by_no_is_no(no: Any) -> None:
+    asked = Conditions(charging=True, idle=True, unmetered=True)
+    assert list(unmet(asked, Readings(charging=no, idle=no, metered=not no), Used(), NOON).all) == [
+        "charging",
+        "idle",
+        "unmetered",
+    ]
 
 
 def test_what_was_used_up_is_missing_too() -> None:
@@ -247,7 +258,7 @@ def test_bytes_are_of_a_day_and_outlive_the_process(tmp_path: Path) -> None:
     assert usage.bytes_today() == Usage(tmp_path / "usage.json", clock).bytes_today() == 0
 
 
-def test_the_pause_after_a_round_outlives_the_process_and_a_clock_that_is_set_back(tmp_path: Path) -> None:
+def test_fault_13_the_pause_after_a_round_outlives_the_process_and_a_clock_that_is_set_back(tmp_path: Path) -> None:
     clock = Hands()
     usage = Usage(tmp_path / "usage.json", clock)
     assert usage.since_round_s() == float("inf")

@@ -20,7 +20,16 @@ import pytest
 import sqlalchemy as sa
 from safetensors import safe_open
 
-from pocketfed.client_sdk import Conditions, ConfigurationError, Device, LinkError, Progress, Readings, link
+from pocketfed.client_sdk import (
+    ArtifactError,
+    Conditions,
+    ConfigurationError,
+    Device,
+    LinkError,
+    Progress,
+    Readings,
+    link,
+)
 from pocketfed.client_sdk.artifacts import Artifact
 from pocketfed.client_sdk.perform import Task, perform
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
@@ -30,7 +39,7 @@ from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.grid import FleetGrid
 from pocketfed.coordinator.rounds import RoundResult, RunError, create_run, drive_run
 from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
-from pocketfed.coordinator.store import Assignment, Store, Update, latest_release
+from pocketfed.coordinator.store import Assignment, Store, Update, latest_release, put_blob
 from pocketfed.coordinator.store import Device as DeviceRow
 from pocketfed.model.parameters import encode_vector
 from pocketfed.model.tasks import Dataset
@@ -405,6 +414,73 @@ def test_fault_02_an_update_whose_round_has_ended_meanwhile_is_dropped_and_the_d
     assert scene.end().devices == 1  # in its next attempt
 
 
+# ---- 14 and 19: what a coordinator should not send ---------------------------------------------------------------------
+
+
+def test_fault_14_parameters_that_are_not_what_was_promised_are_dropped_and_a_broken_download_goes_on(
+    scene: Scene,
+) -> None:
+    device = scene.device()
+    device.fetch()
+    values = np.arange(600_000, dtype=np.float32)  # three chunks
+    data = encode_vector("theta", values)
+    with scene.store.write() as session:
+        digest = put_blob(session, data)
+    download, asked = device._link.download, list[int]()
+
+    def sent(change: Callable[[bytes], bytes], most: int) -> Any:
+        def send(digest: str, first_chunk: int = 0) -> Iterator[bytes]:
+            asked.append(first_chunk)
+            yield from [change(c) for c in list(download(digest, first_chunk))[:most]]
+
+        return send
+
+    device._link.download = sent(lambda c: bytes(len(c)), 3)  # type: ignore[method-assign]
+    with pytest.raises(ArtifactError, match=f"do not have the digest {digest[:12]}"):
+        device._models.parameters(digest, len(values))
+    for most in (2, 3):
+        device._link.download = sent(bytes, most)  # type: ignore[method-assign]
+        with contextlib.suppress(ArtifactError):
+            found = device._models.parameters(digest, len(values))
+    assert found.tobytes() == values.tobytes()
+    assert asked == [0, 0, 2]
+    device._link.download = sent(bytes, 0)  # type: ignore[method-assign]
+    assert device._models.parameters(digest, len(values)).tobytes() == values.tobytes()  # from disk
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kind": 77}, "UnsupportedError: an assignment of kind 77 is not known to this SDK: update the app"),
+        ({"kind": 0}, "UnsupportedError: an assignment of kind 0 is not known"),
+        ({"trainable_set": "../x"}, "ArtifactError: the artifact"),
+        ({"artifact_version": "../x"}, "Refused: "),
+        ({"parameters_digest": "../../x"}, "ArtifactError: '../../x' is not a SHA-256"),
+    ],
+)
+def test_fault_19_an_assignment_that_makes_no_sense_here_is_given_back_with_the_reason(
+    scene: Scene, change: dict[str, Any], says: str
+) -> None:
+    device = scene.device()
+    end = device._link.end_check_in
+
+    def changed(call: Any) -> Any:
+        reply = end(call)
+        if reply.HasField("assignment"):
+            for name, value in change.items():
+                setattr(reply.assignment, name, value)
+        return reply
+
+    device._link.end_check_in = changed  # type: ignore[method-assign]
+    device.start()
+    scene.begin(max_attempts=1, max_failed_rounds=1)
+    scene.wait("cannot do round 1: ")
+    scene.wait("waiting for work", scene.said.index(next(s for s in scene.said if s.startswith("cannot do round"))))
+    assert (scene.assignment().error or "").startswith(says)
+    assert device.predict("play some jazz").label in scene.dataset.labels
+
+
 # ---- 27: a full disk and a damaged checkpoint ------------------------------------------------------------------------
 
 
@@ -475,7 +551,7 @@ def test_fault_28_two_threads_may_start_stop_and_predict_at_once(scene: Scene) -
         thread.join(PATIENCE_S)
     assert failures == []
     device.stop()
-    assert [t.name for t in threading.enumerate() if t.name.startswith("pocketfed-phone")] == []
+    assert [t.name for t in threading.enumerate() if t.name == "pocketfed-phone"] == []
     device.start()
     scene.begin()
     assert scene.end().devices == 1

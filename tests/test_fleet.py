@@ -636,7 +636,7 @@ def test_a_download_goes_on_at_another_server_where_it_broke_off(coordinator: Co
     link.close()
 
 
-def test_parameters_longer_than_they_can_be_are_not_kept_in_memory(coordinator: Coordinator) -> None:
+def test_fault_18_parameters_longer_than_they_can_be_are_not_kept(coordinator: Coordinator) -> None:
     device, _ = coordinator.device(0)
     taken = []
 

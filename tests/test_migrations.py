@@ -27,8 +27,11 @@ from pocketfed.coordinator.store import (
     Base,
     Chunk,
     Device,
+    Release,
+    ReleaseEvent,
     Round,
     Run,
+    Signature,
     Store,
     StoreError,
     put_blob,
@@ -156,6 +159,55 @@ def test_fault_25_a_newer_schema_is_refused_with_what_to_do(database: str) -> No
             StoreError, match=r"has schema revision 9999, newer than .*; upgrade pocketfed or use another"
         ):
             Store(database, create=create)
+
+
+def test_releases_of_before_are_live_or_superseded_and_going_back_a_schema_gives_nobody_more(database: str) -> None:
+    engine = database_of(database, "0003")
+    with engine.begin() as connection:
+        digest = connection.execute(sa.text("SELECT digest FROM blobs")).scalar_one()
+        for number, channel in ((1, "stable"), (2, "beta"), (3, "stable")):
+            connection.execute(
+                sa.text(
+                    "INSERT INTO releases (id, channel, artifact_version, trainable_set, parameters, created_at) "
+                    "VALUES (:id, :channel, 'v1', 'head', :digest, :at)"
+                ),
+                {"id": number, "channel": channel, "digest": digest, "at": AT},
+            )
+    store = Store(database)
+    with store.write() as session:
+        rows = session.scalars(sa.select(Release).order_by(Release.id)).all()
+        assert [(r.state, r.percent, r.min_devices) for r in rows] == [
+            ("superseded", 100.0, 0), ("live", 100.0, 0), ("live", 100.0, 0),
+        ]  # fmt: skip
+        session.add(
+            Release(
+                id=4, channel="stable", artifact_version="v1", trainable_set="head", parameters=digest, state="staged"
+            )
+        )
+        for sequence, withheld_for in ((5, None), (6, 4)):
+            session.add(
+                Signature(
+                    channel="stable", sequence=sequence, artifact_version="v1", key="k", statement=b"", signature=b"",
+                    withheld_for=withheld_for,
+                )
+            )  # fmt: skip
+        session.flush()
+        session.add(ReleaseEvent(release_id=4, state="staged", percent=10, who="ann"))
+    store.close()
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0003")
+    with engine.connect() as connection:  # an older coordinator offers the newest to all, and tells all words
+        assert connection.execute(sa.text("SELECT id FROM releases ORDER BY id")).scalars().all() == [1, 2, 3]
+        assert connection.execute(sa.text("SELECT sequence FROM signatures")).scalars().all() == [5]
+    engine.dispose()
+    store = Store(database)
+    with store.read() as session:
+        assert session.scalars(sa.select(Release.state).order_by(Release.id)).all() == ["superseded", "live", "live"]
+    store.close()
 
 
 def pocketfed(point: str, *words: str, folder: Path) -> tuple[int, str]:

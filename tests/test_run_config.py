@@ -88,8 +88,8 @@ def test_overrides_never_change_what_they_are_laid_over() -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"round": 3}, "there is no setting round; the settings are name, channel, rounds"),
-        ({"local": {"epoch": 3}}, r"there is no setting local\.epoch; the settings are local\.epochs"),
+        ({"round": 3}, "there is no setting round; the nearest are rounds, "),
+        ({"local": {"epoch": 3}}, r"there is no setting local\.epoch; the nearest are local\.epochs"),
         ({"rounds": "3"}, "rounds is '3'; it must be of type int"),
         ({"rounds": True}, "rounds is True; it must be of type int"),
         ({"rounds": 2.5}, r"rounds is 2\.5; it must be of type int"),

@@ -31,6 +31,7 @@ from pocketfed.coordinator import signing
 from pocketfed.coordinator.artifacts import BuiltArtifact, manifest_bytes, publish_artifact
 from pocketfed.coordinator.assignments import Assignments, Header, UploadError
 from pocketfed.coordinator.operators import audit_lines
+from pocketfed.coordinator.releases import roll_back
 from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
 from pocketfed.coordinator.signing import SigningError
 from pocketfed.coordinator.store import (
@@ -353,7 +354,7 @@ def test_fault_16_a_device_goes_back_for_the_publisher_and_for_nobody_else(fleet
     assert f"artifact {fleet.first.version[:12]} is older than {fleet.second.version[:12]}" in fleet.check_in()
     assert fleet.runs() == fleet.second.version
     with fleet.store.write() as session:
-        signing.roll_back(session, fleet.keys, "stable", fleet.first.version[:10])
+        roll_back(session, fleet.keys, "stable", fleet.first.version[:10])
     fleet.check_in()
     assert fleet.runs() == fleet.first.version
 
