@@ -139,7 +139,9 @@ class Participation:
         if not missing.transfer and self._clock.passed() >= self._next_news:
             self._next_news = self._clock.passed() + NEWS_S
             self.ensure_enrolled()
-            self._check_in(0, 0.0)
+            reply = self._check_in(0, 0.0)
+            if reply.HasField("assignment"):  # of before the process was started anew
+                self._decline_for(reply.assignment, missing)
         if not missing.compute:
             self.judge()
         self._voice.wait_for(self._watch.look().all.values())
