@@ -82,6 +82,7 @@ class Participation:
         self._woken = threading.Event()  # by stop(), or by the app that says that something has changed
         self.failing = False  # the last attempt to talk to the coordinator failed
         self._refused: tuple[int, str] = (0, "")  # a release that is not taken, and why
+        self._too_few: tuple[int, int, int] | None = None  # release and examples that gave nothing to judge by
         self._next_news = float("-inf")
 
     def stop(self) -> None:
@@ -209,13 +210,13 @@ class Participation:
         self._say(f"keeps its model: {error}", error=True)
 
     def judge(self) -> None:
-        judge(
-            self._models,
-            self._local,
-            self._fallback_margin,
-            lambda: self.stopping.is_set() or not self._watch.may_compute(),
-            self._say,
-        )
+        """As `judging.judge`; where it had too few examples, not again before something has changed."""
+        state = (self._models.held_release_id(), self._local.count(), self._local.count_held_out())
+        should_stop = lambda: self.stopping.is_set() or not self._watch.may_compute()  # noqa: E731
+        if state != self._too_few and not judge(
+            self._models, self._local, self._fallback_margin, should_stop, self._say
+        ):
+            self._too_few = state
 
     # ---- working ---------------------------------------------------------------------------------------------------------
 
