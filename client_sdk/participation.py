@@ -189,7 +189,7 @@ class Participation:
                 self._adopt(reply.release)
             except (UntrustedError, UnsupportedError) as error:
                 self._refuse(reply.release.id, error)
-            except ArtifactError as error:
+            except (ArtifactError, StorageError) as error:
                 if not reply.HasField("assignment"):
                     raise
                 self._say(f"keeps its model: {error}", error=True)  # the assignment may be of another
