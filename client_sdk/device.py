@@ -308,7 +308,7 @@ class Device:
             self._usage.save()
             release(self._lock_file)
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """In a forked child: let go of home's lock, which the parent goes on holding, and refuse every call."""
         self._forked = True
         nowhere = os.open(os.devnull, os.O_RDWR)

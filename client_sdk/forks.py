@@ -40,7 +40,7 @@ def _in_child() -> None:
     global _forked_after_use, _used_here
     _forked_after_use = _forked_after_use or _used_here
     for device in list(_devices):
-        device.abandon()
+        device._abandon()
         _left_behind.append(device)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketfed.client_sdk.errors import TrainingStopped
+from pocketfed.client_sdk.errors import ArtifactError, ConfigurationError, TrainingStopped
+from pocketfed.client_sdk.link import log
 from pocketfed.client_sdk.local import LocalExamples
 from pocketfed.client_sdk.models import Models
 from pocketfed.client_sdk.trainer import Examples, Trainer, make_batch
@@ -106,30 +107,38 @@ def judge(
     margin: float,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda status: None,
-) -> None:
+) -> bool:
     """Compare a new release with the one before on the held-out examples; go back if it is worse. Once a release.
+
+    Returns:
+        False where there are not enough examples to judge by.
 
     Raises:
         TrainingStopped: should_stop said so; it is done another time.
     """
-    pair = models.pair_to_judge() if local.count_held_out() else None
+    if not local.count_held_out():
+        return False
+    pair = models.pair_to_judge()
     if pair is None:
-        return
+        return True
     new, before = pair
-    if not new.trainer.task == before.trainer.task == "classification":
-        models.judged(new.release_id, {}, None)
-        return
     held_out = local.held_out([new.trainer, before.trainer])
     if not held_out:
-        return
+        return False
     say("comparing the new model with the one before")
-    found = compare(
-        score(new.trainer, new.theta, held_out[0], should_stop),
-        score(before.trainer, before.theta, held_out[1], should_stop),
-    )
+    try:
+        found = compare(
+            score(new.trainer, new.theta, held_out[0], should_stop),
+            score(before.trainer, before.theta, held_out[1], should_stop),
+        )
+    except (ArtifactError, ConfigurationError) as error:  # no memory for both, say: then the new one stays
+        log.warning("release %d cannot be compared with the one before: %s", new.release_id, error)
+        models.judged(new.release_id, {}, None)
+        return True
     report = found.to_report(new.release_id, before.release_id)
     if models.judged(new.release_id, report, before if found.is_worse(margin) else None):
         say(
             f"went back to the model before: of {found.examples} held-out examples the new one gets {found.correct} right, "
             f"that one {found.correct_before}"
         )
+    return True

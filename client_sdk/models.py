@@ -110,9 +110,8 @@ class Models:
             if self._model is None and shelf is not None:
                 self._model = self._open(shelf.in_use)
                 if self._model is None:
-                    self._damaged = (
-                        True  # fetched anew as soon as the coordinator is asked; until then the one before does
-                    )
+                    # Fetched anew as soon as the coordinator is asked; until then the one before does.
+                    self._damaged = True
                     self._model = self._open(shelf.before) if shelf.before is not None else None
             return self._model
 
@@ -204,9 +203,8 @@ class Models:
                 self._model = self._personal(self._model.trainer, self._model.released, self._model.release_id)
 
     def _theta_path(self, digest: str) -> Path:
-        return (
-            self._home / f"theta-{checked_digest(digest)[:16]}.safetensors"
-        )  # it comes from the network, and names a file
+        digest = checked_digest(digest)  # it comes from the network, and names a file
+        return self._home / f"theta-{digest[:16]}.safetensors"
 
     def _tidy(self, also: Container[Path] = ()) -> None:
         """Delete artifacts and parameters that nothing on the device uses any more.

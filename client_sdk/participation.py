@@ -90,6 +90,7 @@ class Participation:
         self._woken = threading.Event()  # by stop(), or by the app that says that something has changed
         self.failing = False  # the last attempt to talk to the coordinator failed
         self._refused: tuple[int, str] = (0, "")  # a release that is not taken, and why
+        self._too_few: tuple[int, int, int] | None = None  # release and examples that gave nothing to judge by
         self._next_news = float("-inf")
 
     def stop(self) -> None:
@@ -144,7 +145,9 @@ class Participation:
         if not missing.transfer and self._clock.passed() >= self._next_news:
             self._next_news = self._clock.passed() + NEWS_S
             self.ensure_enrolled()
-            self._check_in(0, 0.0)
+            reply = self._check_in(0, 0.0)
+            if reply.HasField("assignment"):  # of before the process was started anew
+                self._decline_for(reply.assignment, missing)
         if not missing.compute:
             self.judge()
         self._voice.wait_for(self._watch.look().all.values())
@@ -193,7 +196,7 @@ class Participation:
                 self._adopt(reply.release)
             except (UntrustedError, UnsupportedError) as error:
                 self._refuse(reply.release.id, error)
-            except ArtifactError as error:
+            except (ArtifactError, StorageError) as error:
                 if not reply.HasField("assignment"):
                     raise
                 self._say(f"keeps its model: {error}", error=True)  # the assignment may be of another
@@ -214,13 +217,13 @@ class Participation:
         self._say(f"keeps its model: {error}", error=True)
 
     def judge(self) -> None:
-        judge(
-            self._models,
-            self._local,
-            self._fallback_margin,
-            lambda: self.stopping.is_set() or not self._watch.may_compute(),
-            self._say,
-        )
+        """As `judging.judge`; where it had too few examples, not again before something has changed."""
+        state = (self._models.held_release_id(), self._local.count(), self._local.count_held_out())
+        should_stop = lambda: self.stopping.is_set() or not self._watch.may_compute()  # noqa: E731
+        if state != self._too_few and not judge(
+            self._models, self._local, self._fallback_margin, should_stop, self._say
+        ):
+            self._too_few = state
 
     # ---- working ---------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -638,6 +639,57 @@ def test_fault_28_a_forked_child_is_told_and_disturbs_nothing(scene: Scene, tmp_
     assert lines[1].split()[0] in scene.dataset.labels
     assert lines[1].split()[1] == "False"
     assert lines[2:] == ["still locked", "1"]
+
+
+@pytest.mark.parametrize(
+    "waits", ["for a condition", "in a round that is broken off", "with a kept update", "for work"]
+)
+def test_stopping_takes_less_than_two_seconds_whatever_the_device_waits_for(scene: Scene, waits: str) -> None:
+    device = scene.device()
+    if waits == "for a condition":
+        scene.sensors.now = replace(GOOD, charging=False)
+    moment, lost = (1.0, {"metered": True}) if "kept" in waits else (0.3, {"charging": False})
+    scene.sensors.at("training", moment, lambda: setattr(scene.sensors, "now", replace(GOOD, **lost)))
+    scene.sensors.at("training", moment, device.reconsider)
+    device.start()
+    if "round" in waits or "update" in waits:
+        scene.begin(max_attempts=1, max_failed_rounds=1)
+        scene.wait("the update of round 1 is kept" if "update" in waits else "round 1 is broken off")
+    else:
+        scene.wait("waits for" if "condition" in waits else "waiting for work")
+    began = time.monotonic()
+    device.stop()
+    assert time.monotonic() - began < 2.0
+    assert device.status() == "stopped"
+    assert (scene.folder / "home" / "update.kept").exists() == ("update" in waits)
+    if "update" in waits:  # it is handed in when the device is started again
+        scene.sensors.now = GOOD
+        device.start()
+        assert scene.end().devices == 1
+
+
+def test_fault_26_a_round_of_before_a_restart_is_given_back_by_a_device_that_may_no_longer_work(scene: Scene) -> None:
+    killed(scene, "training", 0.3)
+    scene.sensors.now = replace(GOOD, charging=False)
+    scene.device().start()
+    scene.wait("gave round 1 back; waits for a charger")
+    scene.wait("waits for a charger")
+    with scene.store.read() as session:
+        first = session.scalars(sa.select(Assignment).order_by(Assignment.offered_at)).first()
+    assert first is not None
+    assert first.error == "NOT_ELIGIBLE: charging"
+    scene.sensors.now = GOOD
+    scene.devices[-1].reconsider()
+    assert scene.end().devices == 1  # in its next attempt
+
+
+def test_the_sdk_starts_no_process_handles_no_signal_and_ends_no_app() -> None:
+    forbidden = re.compile(
+        r"\b(import (signal|subprocess|multiprocessing)|from (signal|subprocess)|os\.(system|_exit|kill|popen)|sys\.exit)"
+    )
+    sources = [p for p in (Path(__file__).parents[1] / "client_sdk").glob("*.py") if p.name != "flower_app.py"]
+    assert len(sources) > 20
+    assert [p.name for p in sources if forbidden.search(p.read_text())] == []
 
 
 # ---- 29: training that diverges --------------------------------------------------------------------------------------

@@ -257,6 +257,13 @@ def test_another_geometry_tokenizer_task_head_and_trainable_set_arrive_without_a
     fleet.check_in()
     assert fleet.reports == []  # no label of the device is one of both: nothing to compare
     assert fleet.shelf()["went_back"] is False
+    opened, opening = list[int](), fleet.device._models._open
+    fleet.device._models._open = lambda *a: opened.append(1) or opening(*a)  # type: ignore[method-assign, func-returns-value]
+    fleet.check_in()
+    assert opened == []  # and that is not found out again at every check-in
+    fleet.device.add_examples([("feed the cat", "cat")])
+    fleet.check_in()
+    assert opened == [1]
 
 
 def with_manifest(built: BuiltArtifact, **changes: Any) -> BuiltArtifact:
