@@ -373,7 +373,7 @@ def test_a_run_with_private_parameters_that_the_set_lacks_is_not_created(fleet: 
         fleet.drive(UpdateForm(private=("pooler",)))
 
 
-def test_an_update_in_another_form_is_quarantined_and_one_that_is_too_long_never_spooled(fleet: Fleet) -> None:
+def test_an_update_in_another_form_is_quarantined(fleet: Fleet) -> None:
     form = form_of(UpdateForm("topk:0.1"), fleet.built.manifest["trainable_sets"]["head"])
     values = np.ones(fleet.size, np.float32)
     assert len(encode(parse_codec("float32"), values)) < form.most_bytes, "so small a set: only its content tells"
@@ -391,6 +391,33 @@ def test_an_update_in_another_form_is_quarantined_and_one_that_is_too_long_never
     quarantined = [why or "" for status, why in fleet.statuses() if status == "quarantined"]
     assert len(quarantined) == 1
     assert quarantined[0].startswith("unreadable: expected tensors ['high', 'low', 'scale', 'values'], found ['delta']")
+
+
+def test_more_bytes_than_the_form_can_have_are_never_spooled(fleet: Fleet) -> None:
+    update = UpdateForm("int8", private=("classifier.bias",))
+    form = form_of(update, fleet.built.manifest["trainable_sets"]["head"])
+    link = sdk_link.Link(fleet.address)
+    link.enrol("raw", "stable", "A" * 43)
+    done: list[Vector] = []
+    driver = threading.Thread(target=lambda: done.append(fleet.drive(update, min_devices=1, rounds=1)))
+    driver.start()
+    reply = fleet_pb2.CheckInReply()
+    while not reply.HasField("assignment"):  # the release comes first
+        reply = link.end_check_in(link.begin_check_in(12, 1, PATIENCE_S))
+    told = reply.assignment.form
+    assert (told.codec, list(told.private)) == ("int8", ["classifier.bias"])
+    long = b"x" * (form.most_bytes + 1)
+    with pytest.raises(sdk_link.Refused, match="is larger than the") as refused:
+        link.upload(reply.assignment.id, long, hashlib.sha256(long).hexdigest(), 12, {})
+    assert refused.value.code == "RESOURCE_EXHAUSTED"
+    assert not any(fleet.server.assignments.spool.iterdir())
+    values = np.linspace(-1, 1, form.split.shared_size, dtype=np.float32)
+    data = encode(form.codec, values)
+    assert link.upload(reply.assignment.id, data, hashlib.sha256(data).hexdigest(), 12, {}).accepted
+    link.close()
+    driver.join(PATIENCE_S)
+    assert done
+    assert fleet.statuses() == {("aggregated", None)}
 
 
 # ---- kill -9 ------------------------------------------------------------------------------------------------------------
