@@ -270,6 +270,7 @@ def fetch(
     home: Path,
     progress: Callable[[float], None] = lambda fraction: None,
     room: Callable[[int], None] = lambda count: None,
+    tasks: Sequence[str] = TASKS,
 ) -> tuple[Artifact, int]:
     """The artifact of that version under `home`, downloading only what is not there. Returns it and the bytes downloaded.
 
@@ -277,9 +278,10 @@ def fetch(
 
     Args:
         room: told how many bytes are to come before the first of them does; raises where there is no room.
+        tasks: those that are of use here.
 
     Raises:
-        ArtifactError: what arrives is not what the manifest promises.
+        ArtifactError: what arrives is not what the manifest promises, or nothing that this SDK can run.
         LinkError: from the source.
     """
     target = home / checked_digest(version)  # it comes from the network, and names a folder
@@ -292,6 +294,10 @@ def fetch(
     manifest = parse_manifest(data)
     if manifest.version != version:
         raise ArtifactError(f"asked for version {version[:12]}, was sent {manifest.version[:12]}; refused")
+    if manifest.task not in tasks:
+        raise UnsupportedError(
+            f"the artifact {version[:12]} is for {manifest.task}; this app's SDK does {', '.join(tasks)}: update the app"
+        )
     partial = home / f"{version}.partial"
     room(manifest.bytes - sum(f.stat().st_size for f in partial.glob("*")))
     partial.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ FIELDS = (
     "answers",
     "best_loss",
     "bad_epochs",
+    "first_loss",
 )
 
 

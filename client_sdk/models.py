@@ -11,14 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pocketfed.client_sdk.artifacts import CHUNK_BYTES, Artifact, Source, checked_digest, fetch, open_artifact
-from pocketfed.client_sdk.errors import ArtifactError, UntrustedError
+from pocketfed.client_sdk.errors import ArtifactError, UnsupportedError, UntrustedError
 from pocketfed.client_sdk.keeping import Keeping
 from pocketfed.client_sdk.link import Link, log
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.releases import Held, Shelf, read_shelf, write_shelf
+from pocketfed.client_sdk.trainer import pad
 from pocketfed.client_sdk.trust import Trust
 from pocketfed.model.parameters import ParametersError, Vector, decode_vector, vector_bytes
+
+TASKS_HERE = ("classification",)  # what `Device.predict` and the examples of an app are made for
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Models:
             trainer = self.trainer(release.artifact_version, release.trainable_set, progress, release=True)
             held = Held(release.id, release.artifact_version, release.trainable_set, release.parameters_digest)
             theta = self.parameters(held.digest, trainer.size, progress)
+            _try_out(trainer, theta)
             before = self._in_use_before(held)
             self._trust.adopt(release.artifact_version, self._channel)
             shelf = Shelf(held, before, judged=before is None)
@@ -221,7 +227,7 @@ class Models:
             if self._trust.publisher or key not in self._trainers:
                 source = self._vouched(version, release)
             if key not in self._trainers:
-                artifact, _ = fetch(source, version, self._home / "artifacts", progress, self._room)
+                artifact, _ = fetch(source, version, self._home / "artifacts", progress, self._room, TASKS_HERE)
                 # Sessions of older versions go.
                 self._trainers = {k: v for k, v in self._trainers.items() if k[0] == version}
                 self._trainers[key] = PlanTrainer(
@@ -304,6 +310,24 @@ class _Described:
 
     def download(self, digest: str, first_chunk: int) -> Iterator[bytes]:
         return self.link.download(digest, first_chunk)
+
+
+def _try_out(trainer: PlanTrainer, theta: Vector) -> None:
+    """One prediction, before a model takes the place of one that works.
+
+    Raises:
+        UnsupportedError: it does not run here, or what it says is no number.
+    """
+    try:
+        logits = trainer.logits(theta, *pad(trainer.encode(["a"])))
+    except Exception as error:  # the runtime raises bare exceptions of many private classes
+        raise UnsupportedError(
+            f"artifact {trainer.artifact.manifest.version[:12]} does not run here: {error}"
+        ) from None
+    if not np.isfinite(logits).all():
+        raise UnsupportedError(
+            f"what artifact {trainer.artifact.manifest.version[:12]} predicts with these parameters is no number; they are not used"
+        )
 
 
 def _checked_vector(data: bytes, digest: str, size: int) -> Vector:

@@ -19,6 +19,7 @@ from pocketfed.client_sdk.optimizers import OPTIMIZERS, Optimizer, make_optimize
 from pocketfed.model.parameters import Parameter, Vector
 
 BUCKET_BATCHES = 16  # so many batches' examples are sorted by length together: little padding, still well mixed
+DIVERGED = 10.0  # times the first step's loss, or times 1 where that is less
 SCHEDULES = ("constant", "linear", "cosine")
 Ids = NDArray[np.int64]
 Labels = NDArray[Any] | Sequence[Ids]
@@ -280,7 +281,7 @@ def train(
         NoExamples: nothing to train on.
         ConfigurationError: a label that the head does not have.
         TrainingStopped: should_stop said so.
-        TrainingDiverged: a loss, gradient or parameter is not finite.
+        TrainingDiverged: a loss, gradient or parameter is not finite, or the loss has grown DIVERGED times.
     """
     if not len(examples):
         raise NoExamples("the device has no labelled examples; add some before it takes part")
@@ -305,6 +306,10 @@ def train(
             f"the parameters are not finite after {state.steps} steps; use a learning rate below {config.learning_rate:g}"
         )
     metrics = _metrics(state, trainer.task, examples.truncated, held_out is not None)
+    if metrics["loss"] > DIVERGED * max(1.0, state.first_loss):
+        raise TrainingDiverged(
+            f"the loss grew from {state.first_loss:g} to {metrics['loss']:g}; use a learning rate below {config.learning_rate:g}"
+        )
     if checkpoint is not None:
         checkpoint.remove()
     return Trained(result - theta, len(examples), metrics | {"seconds": time.perf_counter() - started})
@@ -373,6 +378,7 @@ class _State:
     answers: int = 0
     best_loss: float = math.inf
     bad_epochs: int = 0
+    first_loss: float = 0.0
 
 
 def _epoch_generator(seed: int, epoch: int) -> np.random.Generator:
@@ -410,6 +416,8 @@ def _step(trainer: Trainer, theta: Vector, state: _State, batch: Batch, config: 
     _clip(gradient, config.max_grad_norm, loss, state.steps)
     state.optimizer.learning_rate = learning_rate_at(state.steps, total, config)
     state.optimizer.step(state.current, gradient)
+    if state.steps == 0:
+        state.first_loss = loss
     if state.steps_in_epoch == 0:
         state.loss_sum, state.weight, state.right, state.answers = 0.0, 0.0, 0, 0
     state.loss_sum, state.weight = state.loss_sum + loss * batch.weight, state.weight + batch.weight

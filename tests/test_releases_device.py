@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,20 @@ from pocketfed.client_sdk.local import LocalExamples
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate, train
 from pocketfed.coordinator import signing
-from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
+from pocketfed.coordinator.artifacts import (
+    BuiltArtifact,
+    build_artifact,
+    describe_file,
+    manifest_bytes,
+    publish_artifact,
+)
+from pocketfed.coordinator.operators import audit_lines
 from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
 from pocketfed.coordinator.store import Release, Store, put_blob
+from pocketfed.model.config import STUDENTS
 from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset
+from pocketfed.model.tokenization import train_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +203,9 @@ def test_two_models_of_one_artifact_share_its_files_and_only_the_last_two_are_ke
 def test_a_device_does_not_go_back_to_what_the_publisher_no_longer_stands_for(
     fleet: Fleet, learned: Vector, nano_built: BuiltArtifact
 ) -> None:
-    import hashlib
-
-    from pocketfed.coordinator.artifacts import manifest_bytes
-
     fleet.release(learned)
     fleet.check_in()
-    data = nano_built.manifest | {"parent": nano_built.version}
-    other = BuiltArtifact(hashlib.sha256(manifest_bytes(data)).hexdigest(), data, nano_built.folder)
+    other = with_manifest(nano_built, parent=nano_built.version)
     with fleet.store.write() as session:
         publish_artifact(session, other, "stable", "full", fleet.keys, supersede=True)
     fleet.check_in()
@@ -228,6 +234,86 @@ def test_a_model_damaged_on_disk_is_stood_in_for_by_the_one_before_until_it_is_f
     fleet.check_in()
     assert fleet.device._models.current().release_id == second  # type: ignore[union-attr]
     assert (fleet.shelf()["id"], fleet.shelf()["before"]["id"]) == (second, first)
+
+
+# ---- another model under a shipped app -------------------------------------------------------------------------------
+
+
+def test_another_geometry_tokenizer_task_head_and_trainable_set_arrive_without_an_app_update(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.check_in()
+    assert fleet.device.predict("play some jazz").label in fleet.dataset.labels
+    vocabulary = train_vocabulary(["feed the cat", "walk the dog"], 60)
+    config = STUDENTS["nano"].with_changes(vocab_size=len(vocabulary), hidden_size=48, num_hidden_layers=1)
+    built = build_artifact(
+        tmp_path / "other", config=config, state={}, vocabulary=vocabulary, labels=("cat", "dog", "bird"),
+        trainable_sets=("head",), quantized=False, max_length=16, seed=1,
+    )  # fmt: skip
+    with fleet.store.write() as session:
+        publish_artifact(session, built, "stable", "head", fleet.keys)
+    fleet.check_in()
+    assert set(fleet.device.predict("feed the cat").probabilities) == {"cat", "dog", "bird"}
+    fleet.check_in()
+    assert fleet.reports == []  # no label of the device is one of both: nothing to compare
+    assert fleet.shelf()["went_back"] is False
+
+
+def with_manifest(built: BuiltArtifact, **changes: Any) -> BuiltArtifact:
+    data = built.manifest | changes
+    return BuiltArtifact(hashlib.sha256(manifest_bytes(data)).hexdigest(), data, built.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"min_sdk": "9.0"}, "the artifact needs SDK '9.0', this is 0.2.0: update the app"),
+        ({"task": "regression", "labels": ["warmth"]}, "is for regression; this app's SDK does classification"),
+    ],
+)
+def test_what_this_sdk_cannot_run_is_refused_told_and_never_tried(
+    fleet: Fleet, learned: Vector, nano_built: BuiltArtifact, changes: dict[str, Any], says: str
+) -> None:
+    fleet.release(learned)
+    fleet.check_in()
+    held = fleet.shelf()
+    other = with_manifest(nano_built, **changes)
+    with fleet.store.write() as session:
+        publish_artifact(session, other, "stable", "full", fleet.keys)
+    for _ in range(2):  # it is not offered again
+        fleet.check_in()
+    assert says in fleet.device.status()
+    assert fleet.shelf() == held
+    assert fleet.accuracy() > 0.9
+    assert not list((fleet.folder / "home" / "artifacts").glob(f"{other.version}*"))  # not a byte of it was fetched
+    with fleet.store.read() as session:
+        assert [a.target for a in audit_lines(session) if a.act == "release.refused"] == [f"3 {other.version}"]
+
+
+@pytest.mark.parametrize("break_it", ["a plan that the runtime refuses", "parameters that give no numbers"])
+def test_a_model_that_does_not_run_here_never_takes_the_place_of_one_that_does(
+    fleet: Fleet, learned: Vector, nano_built: BuiltArtifact, tmp_path: Path, break_it: str
+) -> None:
+    fleet.release(learned)
+    fleet.check_in()
+    held = fleet.shelf()
+    if break_it.startswith("parameters"):
+        fleet.release(np.full_like(learned, 3e38))
+    else:
+        folder = tmp_path / "newer"
+        shutil.copytree(nano_built.folder, folder)
+        name = nano_built.manifest["trainable_sets"]["full"]["predict"]
+        (folder / name).write_bytes(b"a plan in words of ten years from now")
+        files = nano_built.manifest["files"] | {name: describe_file((folder / name).read_bytes())}
+        data = nano_built.manifest | {"files": files}
+        (folder / "manifest.json").write_bytes(manifest_bytes(data))
+        newer = BuiltArtifact(hashlib.sha256(manifest_bytes(data)).hexdigest(), data, folder)
+        with fleet.store.write() as session:
+            publish_artifact(session, newer, "stable", "full", fleet.keys)
+    fleet.check_in()
+    assert fleet.device.status().startswith("keeps its model: ")
+    assert fleet.shelf() == held
+    assert fleet.accuracy() > 0.9
 
 
 # ---- what is held out ------------------------------------------------------------------------------------------------
