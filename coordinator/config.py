@@ -151,7 +151,7 @@ class RunConfig:
     max_examples: int = 10_000  # the most that one device's weight can be
     max_update_norm: float = 0.0  # larger updates are quarantined; 0 for no limit
     # The next three count medians of what the run has accepted lately; 0 switches one off.
-    examples_factor: float = 4.0  # larger weights are lowered to that
+    examples_factor: float = 2.0  # larger weights are lowered to that, and weight × length to as many medians of it
     clip_factor: float = 3.0  # longer updates are scaled down to that
     refuse_factor: float = 30.0  # longer ones are quarantined
     max_offences: int = 3  # quarantined updates before the run samples a device no more; 0 for never

@@ -136,6 +136,20 @@ def test_fault_09_a_giant_leaves_no_trace_in_what_others_are_clipped_to(place: i
     assert after.tobytes() == without.tobytes()
 
 
+def test_fault_09_whatever_one_device_claims_it_moves_the_mean_no_further_than_two_ordinary_ones() -> None:
+    """Ten times as long, against the others, and with a billion examples: clipped to 3 medians, it weighs 2/3 of one."""
+    row = np.full(SIZE, 0.1, np.float32)
+    good = [trained(f"d{i}", row * np.float32(1 + 1e-3 * i)) for i in range(9)]
+    tally = Tally()
+    passed = list(screen([*good, trained("x", -10 * row, 10**9)], START, LIMITS, tally))
+    weights = {reply.metadata.reply_to_message_id: reply.content["metrics"]["num-examples"] for reply in passed}
+    assert (tally.clipped, tally.capped) == (1, 1)
+    assert weights["x"] == pytest.approx(2 / 3 * 10, rel=1e-2)
+    arrays, _ = make_strategy("StreamingFedAvg", {}).aggregate_train(1, passed)
+    moved = (arrays[THETA].numpy() - START) / row
+    assert moved == pytest.approx((9 - 2) / (9 + 2 / 3), rel=1e-2)  # nine forward, one that counts as two back
+
+
 def test_fault_06_to_10_are_told_from_uploads_in_the_spool_too(tmp_path: Path) -> None:
     rows = honest(4)
     replies = [spooled(tmp_path, f"d{i}", row) for i, row in enumerate(rows)]
@@ -163,12 +177,12 @@ def test_fault_06_to_10_are_told_from_uploads_in_the_spool_too(tmp_path: Path) -
     assert after.tobytes() == without.tobytes()
 
 
-def test_fault_08_a_boast_counts_as_four_times_the_median_and_no_more() -> None:
-    deltas = [np.zeros(SIZE, np.float32) + v for v in (1, 1, 1, 2)]
+def test_fault_08_a_boast_counts_as_twice_the_median_and_no_more() -> None:
+    deltas = [np.zeros(SIZE, np.float32) + v for v in (2, 2, 2, 1)]
     replies = [trained(f"d{i}", d, n) for i, (d, n) in enumerate(zip(deltas, (10, 10, 10, 10**9), strict=True))]
     after, tally = result(replies)
     assert tally.capped == 1
-    assert after - START == pytest.approx((30 * 1 + 40 * 2) / 70)
+    assert after - START == pytest.approx((30 * 2 + 20 * 1) / 50)
 
 
 def test_fault_08_without_any_weight_nothing_is_aggregated() -> None:
@@ -188,7 +202,7 @@ def test_fault_09_a_long_update_is_clipped_to_three_medians_for_every_strategy()
         replies = [trained(f"d{i}", unit * np.float32(f)) for i, f in enumerate((1, 1, 1, 20))]
         after, tally = result(replies, strategy)
         assert (tally.clipped, tally.accepted) == (1, 4)
-        assert (after - START)[0] == pytest.approx((1 + 1 + 1 + 3) / 4)
+        assert (after - START)[0] == pytest.approx((3 * 10 + 3 * 20 / 3) / (30 + 20 / 3))  # it weighs 20/3
 
 
 def test_fault_10_the_same_bytes_count_once_in_a_round_and_once_in_the_rounds_remembered() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,24 @@ def test_the_names_are_ours_first_then_flowers_and_none_for_trees() -> None:
     assert names[0] == DEFAULT
     assert {"FedAvg", "FedProx", "FedAdam", "FedAdagrad", "FedYogi", "FedAvgM", "FedMedian", "Krum"} <= set(names)
     assert not any("Xgb" in name or "Privacy" in name for name in names)
+
+
+def test_what_flower_exports_is_offered_or_cannot_be() -> None:
+    """So that test_recovery.py, which resumes every strategy that is offered, leaves out no other by accident."""
+    import flwr.serverapp.strategy as flower
+
+    not_strategies = {"Strategy", "Result"}
+    of_trees = {"FedXgbBagging", "FedXgbCyclic"}
+    wants = {name: inspect.signature(getattr(flower, name)).parameters for name in flower.__all__}
+    around_another = {name for name, parameters in wants.items() if "strategy" in parameters}
+    assert around_another == {
+        f"DifferentialPrivacy{where}{how}Clipping"
+        for where in ("ClientSide", "ServerSide")
+        for how in ("Adaptive", "Fixed")
+    }
+    offered = {name for name in strategy_names() if not name.startswith("Streaming")}
+    assert offered | not_strategies | of_trees | around_another == set(flower.__all__)
+    assert len(offered) == 12
 
 
 @pytest.mark.parametrize(

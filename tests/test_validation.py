@@ -78,6 +78,16 @@ def test_fault_08_a_boast_is_lowered_to_the_runs_cap_and_to_five_times_the_media
     assert capped_examples(90, Limits(3, 100), Reference(examples=12)) == 90  # no factor, no rule
 
 
+def test_fault_09_a_long_update_weighs_less_so_that_length_and_weight_are_not_both_used_up() -> None:
+    limits = Limits(3, 100, examples_factor=2.0)
+    known = Reference(norm=2.0, examples=10, influence=20.0)
+    assert capped_examples(10**9, limits, known, norm=2.0) == 20  # 2 · 10 examples, 2 · 20 of weight × length
+    assert capped_examples(10**9, limits, known, norm=5.0) == 8  # 2 · 20 / 5
+    assert capped_examples(7, limits, known, norm=5.0) == 7
+    assert capped_examples(15, limits, known, norm=1e-9) == 15
+    assert capped_examples(15, Limits(3, 100), known, norm=5.0) == 15
+
+
 @pytest.mark.parametrize(
     ("values", "code", "says"),
     [
@@ -130,8 +140,8 @@ def test_fault_10_an_update_of_next_to_nothing_is_refused() -> None:
 
 def test_medians_take_three_and_of_two_in_the_middle_the_lower() -> None:
     assert reference(History((1.0, 2.0), (5, 6))) == Reference(None, None)
-    assert reference(History((9.0, 1e9, 3.0), (5, 6, 7))) == Reference(9.0, 6)
-    assert reference(History((1e9, 1.0, 1e9, 2.0), (5, 6, 7, 8))) == Reference(2.0, 6)
+    assert reference(History((9.0, 1e9, 3.0), (5, 6, 7))) == Reference(9.0, 6, 45.0)
+    assert reference(History((1e9, 1.0, 1e9, 2.0), (5, 6, 7, 8))) == Reference(2.0, 6, 16.0)  # of 5e9, 6, 7e9 and 16
 
 
 def test_the_history_forgets_the_oldest() -> None:
