@@ -232,3 +232,36 @@ def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_i
     assert found["broken_off"] >= 1
     assert abs(found["growth_files"]) <= 2
     assert found["growth_mb"] < 25
+
+
+# ---- forms ---------------------------------------------------------------------------------------------------------
+
+
+def test_forms_are_compared_on_the_same_student_and_examples(
+    tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forms = load("forms", monkeypatch)
+    for name, part in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
+        rows = [json.dumps({"text": e.text, "label": e.label}) for e in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    out = tmp_path / "rows.jsonl"
+    words = ["forms.py", "--data", str(tmp_path), "--model", "nano", "--forms", "full/float32,full/int8,head/topk:0.1"]
+    words += ["--seeds", "0", "--rounds", "2", "--devices", "3", "--partition", "iid", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    forms.main()
+    plain, coded, head = forms.read_rows(out)
+    assert [r["form"] for r in (plain, coded, head)] == ["full/float32", "full/int8", "head/topk:0.1"]
+    assert plain["parameters"] == coded["parameters"] > head["parameters"]
+    assert 3.8 < plain["bytes_up"] / coded["bytes_up"] < 4
+    assert plain["bytes_down"] == coded["bytes_down"]
+    assert "| full/int8 | 1 |" in capsys.readouterr().out
+    forms.main()  # what is there is not done again
+    assert len(forms.read_rows(out)) == 3
+
+
+def test_differences_are_taken_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = load("forms", monkeypatch)
+    ours = [{"seed": 0, "accuracy": 0.90}, {"seed": 1, "accuracy": 0.80}, {"seed": 2, "accuracy": 0.5}]
+    others = [{"seed": 1, "accuracy": 0.81}, {"seed": 0, "accuracy": 0.93}]
+    assert forms.difference(ours, others) == "-2.0 ± 1.4"  # -3 and -1
+    assert forms.difference(ours, []) == ""

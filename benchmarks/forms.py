@@ -1,8 +1,8 @@
 """What the form of an update costs: bytes up and down a device and round, and test accuracy, codec by codec.
 
-    python benchmarks/codecs.py --data DATA --model STUDENT --forms full/float32,full/topk:0.003,lora:8/int8 --seeds 0,1,2 \\
-        --out codecs.jsonl
-    python benchmarks/codecs.py --table codecs.jsonl
+    python benchmarks/forms.py --data DATA --model STUDENT --forms full/float32,full/topk:0.003,lora:8/int8 --seeds 0,1,2 \\
+        --out forms.jsonl
+    python benchmarks/forms.py --table forms.jsonl
 
 A form is TRAINABLE_SET/CODEC. All forms of a seed train the same student on the same examples on the same devices. Runs that
 `--out` has already are not done again. The ratio is to full/float32 of the same data: what FedAvg of the whole model sends.
