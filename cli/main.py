@@ -8,7 +8,7 @@ import sys
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, database, fleet, model, simulate
+from pocketfed.cli import access, advise, database, fleet, health, model, simulate
 
 # What each sub-command needs beyond the base install, as extras of the distribution.
 EXTRAS = {
@@ -34,6 +34,7 @@ app.command()(model.export)
 app.command()(fleet.publish)
 app.command()(fleet.serve)
 app.command()(fleet.device)
+app.command()(health.health)
 app.command()(simulate.simulate)
 app.command()(advise.advise)
 app.command()(fleet.dashboard)
