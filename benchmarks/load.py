@@ -9,6 +9,7 @@ wire protocol and nothing else (raw messages, so that the load costs little besi
 
 * check-ins: `--at-once` devices ask for work again and again (wait_s = 0), each answered before it asks anew, while
   `--polls` other devices hold long polls open, each on a connection of its own. Latency is what the asking process sees.
+* sampling: in this process: who is there (of so many enrolled, `--polls` or all of them) and a cohort of 100 of them.
 * rounds: all of `--polls` devices take part in rounds of a tiny update (16 numbers): offer, check-in, upload, aggregation.
 * downloads: a blob in 1 MiB chunks, read by the SDK's own Link, beside the same bytes over a raw TCP socket: the same number
   of processes on each side, 1 MiB writes from memory, read into one buffer; both with and without SHA-256 of what arrives.
@@ -35,6 +36,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ import numpy as np
 import sqlalchemy as sa
 
 from pocketfed.client_sdk.link import Link
+from pocketfed.coordinator.assignments import devices_online
+from pocketfed.coordinator.enrolment import capped
+from pocketfed.coordinator.sampling import sample_cohort
 from pocketfed.coordinator.store import Device, Release, Store, now, put_artifact, put_blob
 from pocketfed.model.parameters import encode_vector
 from pocketfed.protos import fleet_pb2
@@ -179,7 +184,6 @@ def check_in_request(wait_s: float, examples: int) -> bytes:
 async def poll(address: str, first: int, count: int, seconds: float, examples: int) -> None:
     """Hold long polls open, a connection each; take what is offered and hand in a tiny update, until the time is up."""
     ask = check_in_request(60.0, examples)
-    data = encode_vector("delta", np.full(SIZE, 0.01, np.float32))
     uploads, failures = 0, dict[str, int]()
 
     async def device(number: int, channel: grpc.aio.Channel) -> None:
@@ -207,7 +211,6 @@ async def poll(address: str, first: int, count: int, seconds: float, examples: i
                 failures[key] = failures.get(key, 0) + 1
                 await asyncio.sleep(1.0)
 
-    del data
     channels = [grpc.aio.insecure_channel(address, OWN_CONNECTION) for _ in range(count)]
     for some in range(0, count, 100):
         await asyncio.gather(*(c.channel_ready() for c in channels[some : some + 100]))
@@ -415,6 +418,32 @@ def measure_rounds(given: argparse.Namespace) -> dict[str, Any]:
             }
 
 
+def measure_sampling(given: argparse.Namespace, devices: int) -> dict[str, Any]:
+    """Median CPU time of 9."""
+    with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
+        store = Store(given.database or f"{scratch}/load.db")
+        prepare(store, devices)
+        row: dict[str, Any] = {"devices": devices}
+        for there in sorted({min(given.polls, devices), devices}):
+            until = now() + timedelta(hours=1)
+            with store.write() as session:
+                session.execute(sa.update(Device).where(Device.id <= there).values(examples=5, present_until=until))
+            who, whom = [], []
+            for seed in range(9):
+                begin = time.process_time()
+                with store.read() as session:
+                    online = capped(session, devices_online(session, "stable"))
+                between = time.process_time()
+                sample_cohort(online, 100, seed, 1, 1)
+                who.append(between - begin)
+                whom.append(time.process_time() - between)
+            assert len(online) == there
+            row[f"online_ms_{there}"] = round(1000 * statistics.median(who), 2)
+            row[f"sample_ms_{there}"] = round(1000 * statistics.median(whom), 2)
+        store.close()
+        return row
+
+
 def throughput(processes: list[Process]) -> dict[str, float]:
     """Of processes that began together: all bytes over the time from the first to begin to the last to end."""
     go(*processes)
@@ -473,7 +502,7 @@ def middle(values: Sequence[float]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="check-ins,rounds,downloads")
+    parser.add_argument("--parts", default="check-ins,sampling,rounds,downloads")
     parser.add_argument("--devices", default="100,1000,10000", help="enrolled devices")
     parser.add_argument("--polls", type=int, default=1000, help="long polls open; at most half of the devices")
     parser.add_argument("--at-once", type=int, default=32, help="check-ins under way at a time")
@@ -494,6 +523,7 @@ def main() -> None:
         return
     parts: dict[str, Callable[[], Any]] = {
         "check-ins": lambda: [shown(measure_check_ins(given, int(n))) for n in given.devices.split(",")],
+        "sampling": lambda: [shown(measure_sampling(given, int(n))) for n in given.devices.split(",")],
         "rounds": lambda: shown(measure_rounds(given)),
         "downloads": lambda: measure_downloads(given),
     }
