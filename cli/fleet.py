@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pocketfed.model.tasks import Example
 
 T = TypeVar("T")
+FILES = 65536  # open at once, at most
 OFFER_S = 10.0  # a device that was there takes what it is offered within so long, or counts as gone
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
 KeysFolder = Annotated[
@@ -265,8 +266,9 @@ def _allow_many_connections() -> None:
         import resource
 
         soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < most or most < 0:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (65536 if most < 0 else min(most, 65536), most))
+        wanted = FILES if most < 0 else min(most, FILES)
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _say() -> Logger:

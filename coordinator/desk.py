@@ -34,7 +34,7 @@ Answer = Callable[[Session, Asked, Assignment | None, bool], pb.CheckInReply]
 
 
 def serve(
-    assignments: Assignments, lease_s: float, answer: Answer, unknown: Exception, batch: Sequence[Asked]
+    assignments: Assignments, lease_s: float, answer: Answer, unknown: Callable[[], Exception], batch: Sequence[Asked]
 ) -> list[pb.CheckInReply | Exception]:
     """All of them in one transaction; devices that are not enrolled, or not any more, get `unknown`."""
     ids = sorted({asked.device_id for asked in batch})
@@ -42,7 +42,7 @@ def serve(
         known = set(session.scalars(sa.select(Device.id).where(Device.id.in_(ids), Device.revoked_at.is_(None))))
         asking = sorted({a.device_id for a in batch if a.request is not None} & known)
         found = assignments.take(session, asking, lease_s)  # before devices: uploads lock them in this order too
-        mark_seen(session, _seen(batch, found))
+        mark_seen(session, _seen([asked for asked in batch if asked.device_id in known], found))
         offended = offenders(session, ids)
         replies: list[pb.CheckInReply | Exception] = []
         for asked in batch:
@@ -50,7 +50,7 @@ def serve(
             if asked.request is None:
                 replies.append(pb.CheckInReply())
             elif its not in known:
-                replies.append(unknown)
+                replies.append(unknown())
             else:
                 replies.append(answer(session, asked, found.get(its), its in offended))
     if any(asked.stays_s is not None for asked in batch):

@@ -62,7 +62,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
         self._loop = asyncio.get_running_loop()
-        unknown = Refusal(grpc.StatusCode.UNAUTHENTICATED, REVOKED)
+        unknown = functools.partial(Refusal, grpc.StatusCode.UNAUTHENTICATED, REVOKED)
         work = functools.partial(serve, calls.assignments, calls.lease_s, self._answer, unknown)
         self._desk: Batches[Asked, pb.CheckInReply] = Batches(calls.run, work)
         self._counting = Batches[tuple[int, Header], Receipt](

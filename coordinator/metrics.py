@@ -80,7 +80,7 @@ class Metrics:
         calls = HistogramMetricFamily(
             "pocketfed_rpc_seconds", "What calls took, the wait of long polls left out", labels=("method", "code")
         )
-        for labels, histogram in sorted(tally.calls.items()):
+        for labels, histogram in sorted(tally.calls.copy().items()):
             calls.add_metric(labels, *_cumulative(histogram))
         yield calls
         writes = HistogramMetricFamily("pocketfed_database_write_seconds", "From a write's begin to its commit")

@@ -128,7 +128,7 @@ class Recorder:
     def _figures(self) -> Mapping[str, float]:
         """What only grows."""
         called, errors, calls = Counter[int](), 0, 0
-        for (_, code), histogram in list(self._tally.calls.items()):
+        for (_, code), histogram in self._tally.calls.copy().items():
             called.update(dict(enumerate(histogram.counts)))
             calls += sum(histogram.counts)
             errors += 0 if code in EXPECTED else sum(histogram.counts)

@@ -149,7 +149,7 @@ def test_an_offer_wakes_those_it_is_for_and_nobody_else(store: Store) -> None:
         assert fleet is not None
         fleet._desk._work = lambda batch: (  # type: ignore[method-assign, assignment]
             asked.extend(a.device_id for a in batch),
-            serve(server.assignments, 5.0, fleet._answer, ValueError(), batch),
+            serve(server.assignments, 5.0, fleet._answer, ValueError, batch),
         )[1]
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             ask = fleet_pb2_grpc.FleetStub(channel).CheckIn
