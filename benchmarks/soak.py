@@ -1,14 +1,16 @@
 """Thousands of tiny rounds in one coordinator: do memory, file descriptors and the database stay flat?
 
-python benchmarks/soak.py --rounds 10000 [--retain-rounds 100] [--database URL]
+python benchmarks/soak.py --rounds 10000 [--retain-rounds 100] [--every 1000] [--minutes 25] [--database URL]
 
 Two devices of 16 parameters each, without a model: they take their assignments and hand in updates as gRPC calls would, spool
-and all, from a thread of this process. Prints one line a tenth of the way, and the growth from the second to the last.
+and all, from a thread of this process. Prints a line every so many rounds, and the growth from the second line to the last.
+Of the database the file and its write-ahead log are counted; of the time what the rounds since the line before took.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +24,7 @@ import numpy as np
 from pocketfed.coordinator.assignments import Assignments, Header
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.grid import FleetGrid
-from pocketfed.coordinator.progress import RoundResult, create_run
+from pocketfed.coordinator.progress import Interrupted, RoundResult, create_run
 from pocketfed.coordinator.rounds import drive_run
 from pocketfed.coordinator.store import Release, Store, device_named, put_artifact, put_blob
 from pocketfed.model.parameters import encode_vector
@@ -39,6 +41,13 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def database_mb(store: Store) -> float:
+    file = store.file
+    if file is None:
+        return 0.0
+    return sum(p.stat().st_size for p in (file, file.with_name(file.name + "-wal")) if p.exists()) / 1e6
+
+
 def prepare(store: Store) -> dict[int, str]:
     """An artifact of nothing but its starting parameters, released, and two devices."""
     initial = encode_vector("theta", np.zeros(SIZE, np.float32))
@@ -51,10 +60,11 @@ def prepare(store: Store) -> dict[int, str]:
         return {device_named(session, name, examples=5).id: name for name in ("a", "b")}
 
 
-def serve_devices(assignments: Assignments, nodes: dict[int, str], offered: threading.Semaphore, seed: int) -> None:
+def serve_devices(
+    assignments: Assignments, nodes: dict[int, str], offered: threading.Semaphore, done: threading.Event, seed: int
+) -> None:
     draw = np.random.default_rng(seed)
-    while True:
-        offered.acquire()
+    while offered.acquire() and not done.is_set():
         for node in nodes:
             found = assignments.next_for(node, 60.0)
             if found is None:
@@ -69,6 +79,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10_000)
     parser.add_argument("--retain-rounds", type=int, default=100)
+    parser.add_argument("--every", type=int, default=1000, help="rounds between two lines")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after so long; 0: when all rounds are done")
     parser.add_argument("--strategy", default="FedAdam")
     parser.add_argument("--database")
     parser.add_argument("--seed", type=int, default=0)
@@ -86,29 +98,43 @@ def main() -> None:
         run_id = create_run(store, config)
         assignments, offered = Assignments(store, Path(scratch) / "spool"), threading.Semaphore(0)
         assignments.on_offer.append(offered.release)
-        threading.Thread(target=serve_devices, args=(assignments, nodes, offered, given.seed), daemon=True).start()
+        done = threading.Event()
+        devices = threading.Thread(target=serve_devices, args=(assignments, nodes, offered, done, given.seed))
+        devices.start()
         measured: list[dict[str, float]] = []
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), [time.perf_counter(), time.process_time()]
 
         def look(result: RoundResult) -> None:
-            if result.number and result.number % max(1, given.rounds // 10) == 0:
-                size = store.file.stat().st_size / 1e6 if store.file else 0.0
+            if result.number and result.number % given.every == 0:
+                wall, cpu = time.perf_counter(), time.process_time()
                 measured.append(
                     {
                         "round": result.number,
                         "rss_mb": round(resident_mb(), 1),
                         "open_files": open_files(),
-                        "database_mb": round(size, 2),
-                        "seconds": round(time.perf_counter() - started, 1),
+                        "database_mb": round(database_mb(store), 2),
+                        "ms_a_round": round(1000 * (wall - spent[0]) / given.every, 1),
+                        "cpu_ms_a_round": round(1000 * (cpu - spent[1]) / given.every, 1),
                     }
                 )
+                spent[:] = wall, cpu
                 print(json.dumps(measured[-1]), flush=True)
 
+        def should_stop() -> bool:
+            return bool(given.minutes) and time.perf_counter() - started > 60 * given.minutes
+
         grid = FleetGrid(assignments, run_id, lambda: nodes, SIZE, 60.0)
-        drive_run(store, run_id, grid, config, on_round=look, on_settled=assignments.forget)
-        second, last = measured[1], measured[-1]
-        growth = {name: round(last[name] - second[name], 2) for name in ("rss_mb", "open_files", "database_mb")}
-        print(json.dumps({"growth_from_the_second_line_to_the_last": growth}))
+        with contextlib.suppress(Interrupted):
+            drive_run(
+                store, run_id, grid, config, on_round=look, on_settled=assignments.forget, should_stop=should_stop
+            )
+        done.set()
+        offered.release()
+        devices.join()
+        if len(measured) > 2:
+            second, last = measured[1], measured[-1]
+            growth = {name: round(last[name] - second[name], 2) for name in ("rss_mb", "open_files", "database_mb")}
+            print(json.dumps({"rounds": last["round"] - second["round"], "growth": growth}))
         store.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, database, fleet, model, release, simulate
+from pocketfed.cli import access, advise, database, fleet, health, model, release, simulate
 from pocketfed.cli.device import SUMMARY
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -21,6 +21,7 @@ app.command()(model.evaluate)
 app.command()(model.export)
 app.command()(fleet.publish)
 app.command()(fleet.serve)
+app.command()(health.health)
 app.command("device", help=SUMMARY)(lambda: None)  # for --help only: main() gives it to cli/device.py
 app.command()(simulate.simulate)
 app.command()(advise.advise)

@@ -11,7 +11,7 @@ from pocketfed.cli.output import CommandError
 
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
 
-app = typer.Typer(help="Look after a database: upgrade its schema, check what it holds.", no_args_is_help=True)
+app = typer.Typer(help="Look after a database: upgrade its schema, copy it, check what it holds.", no_args_is_help=True)
 
 
 @app.command()
@@ -22,6 +22,36 @@ def upgrade(database: Database) -> None:
     store = Store(database, must_exist=True)
     store.close()
     print(f"{store.name} has the newest schema")
+
+
+@app.command()
+def backup(
+    database: Database,
+    out: Annotated[Path, typer.Option(help="The copy: a file that does not exist.")],
+) -> None:
+    """Copy a SQLite database as it is at one moment, while it is in use. For PostgreSQL there is pg_dump."""
+    import contextlib
+    import os
+    import sqlite3
+
+    from pocketfed.coordinator.store import Store
+
+    store = Store(database, create=False)
+    store.close()
+    if store.file is None:
+        raise CommandError(f"{store.name} is no SQLite file; copy it with `pg_dump --format=custom --file={out}`")
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise CommandError(f"{out} is there already, or its folder is not; give a new file in a folder that exists")
+    partial = out.with_name(f".{out.name}.partial")
+    partial.unlink(missing_ok=True)
+    with (
+        contextlib.closing(sqlite3.connect(store.file)) as source,
+        contextlib.closing(sqlite3.connect(partial)) as copy,
+    ):
+        source.backup(copy)  # in one step: what is written meanwhile is not in it, and does not wait for it
+        copy.execute("PRAGMA journal_mode=DELETE")  # the copy is one file
+    os.replace(partial, out)
+    print(f"{out} is a copy of {store.name} ({out.stat().st_size:,} bytes)")
 
 
 @app.command()

@@ -21,6 +21,8 @@ from pocketfed.cli.output import (
 from pocketfed.cli.stopping import on_termination, wait
 
 if TYPE_CHECKING:
+    from logging import Logger
+
     from pocketfed.coordinator.config import RunConfig
     from pocketfed.coordinator.grid import FleetGrid
     from pocketfed.coordinator.server import CoordinatorServer
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pocketfed.model.tasks import Example
 
 T = TypeVar("T")
+FILES = 65536  # open at once, at most
 OFFER_S = 10.0  # a device that was there takes what it is offered within so long, or counts as gone
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
 KeysFolder = Annotated[
@@ -185,19 +188,36 @@ def serve(
         bool,
         typer.Option("--allow-plaintext-off-loopback", help="No TLS: who is in between reads tokens and updates."),
     ] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus there; 0 for any free port.")
+    ] = None,
+    health_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Tell the health (gRPC) there too, also while another coordinator serves."),
+    ] = None,
+    watch_address: Annotated[
+        str, typer.Option(help="Where --metrics-port and --health-port listen; they are open to who can connect.")
+    ] = "127.0.0.1",
+    log_format: Annotated[str, typer.Option(help="text, or json: one object a line, on stdout.")] = "text",
     exit_when_done: Annotated[bool, typer.Option(help="End when the run has ended.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the run's rounds to this file when it has ended.")] = None,
 ) -> None:
     """Serve artifacts and assignments to devices, and drive a run: one that was left unfinished, or the one given."""
+    import contextlib
     import dataclasses
     import threading
 
     from pocketfed.coordinator.config import load_run_config
+    from pocketfed.coordinator.health import Health
     from pocketfed.coordinator.leadership import lead
+    from pocketfed.coordinator.logs import FORMATS, logging_as
     from pocketfed.coordinator.server import CoordinatorServer, ServerConfig, check_listen, default_spool
     from pocketfed.coordinator.store import Store, database_url
     from pocketfed.coordinator.tls import find_tls
+    from pocketfed.coordinator.vitals import Recorder, Tally
 
+    if log_format not in FORMATS:
+        raise CommandError(f"--log-format is {log_format!r}; choose one of {', '.join(FORMATS)}")
     tls = find_tls(certs) if certs else None
     if certs and tls is None:
         raise CommandError(
@@ -216,39 +236,71 @@ def serve(
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists():
         _check_free(listen)  # before a database is made; where there is one, its coordinator may use the port still
     check_listen(serving)
-    store = Store(database)
-    try:
+    _allow_many_connections()
+    with contextlib.ExitStack() as stack:
+        say = stack.enter_context(logging_as(log_format))
+        store = Store(database)
+        stack.callback(store.close)
         stopping = threading.Event()
         on_termination(stopping.set)
-        place = spool or default_spool(store)
-        with lead(store, place, _tell_waiting, stopping.is_set) as leadership:
-            if leadership is None:
-                return
-            host = _check_free(listen)
-            left = _unfinished(store, resume)
-            configs = [c for _, c in left] + ([config] if config is not None else [])
-            if configs:
-                serving = dataclasses.replace(serving, lease_s=configs[0].lease_s)
-            server = CoordinatorServer(store, serving, place)
-            server.assignments.sweep()
-            for run_id, left_config in left:  # before a device can hear that its time was up
-                _grid(store, server, run_id, left_config).reopen(left_config.deadline_s)
-            with server:
-                print(f"listening on {host}:{server.port}" + (", with TLS" if tls else ""), flush=True)
-                for run_id, left_config in left:
-                    print(f"run {run_id}: goes on where it was left", flush=True)
-                    _drive(store, server, run_id, left_config, _check_run(left_config), json, stopping.is_set)
-                if config is not None and config not in [c for _, c in left]:
-                    _drive(store, server, None, config, test, json, stopping.is_set)
-                if not (configs and exit_when_done):
-                    print("serving until Ctrl-C", flush=True)
-                    wait(stopping)
-    finally:
-        store.close()
+        place, health, tally = spool or default_spool(store), Health(), Tally()
+        if health_port is not None:
+            bound = stack.enter_context(health.served(watch_address, health_port))
+            say.info("health on %s:%d", watch_address, bound)
+        if metrics_port is not None:
+            from pocketfed.coordinator.metrics import Metrics, serve_metrics
+
+            metrics = Metrics(store, place, tally, lambda: health.leads)
+            bound = stack.enter_context(serve_metrics(metrics, watch_address, metrics_port))
+            say.info("metrics on http://%s:%d/metrics", watch_address, bound)
+        leadership = stack.enter_context(lead(store, place, _tell_waiting, stopping.is_set))
+        if leadership is None:
+            return
+        host = _check_free(listen)
+        left = _unfinished(store, resume)
+        configs = [c for _, c in left] + ([config] if config is not None else [])
+        if configs:
+            serving = dataclasses.replace(serving, lease_s=configs[0].lease_s)
+        server = CoordinatorServer(store, serving, place, health, tally)
+        server.assignments.sweep()
+        for run_id, left_config in left:  # before a device can hear that its time was up
+            _grid(store, server, run_id, left_config).reopen(left_config.deadline_s)
+        with server, Recorder(store, place, tally):
+            say.info("listening on %s:%d%s", host, server.port, ", with TLS" if tls else "")
+            for run_id, left_config in left:
+                say.info("run %d: goes on where it was left", run_id, extra={"run": run_id})
+                _drive(store, server, run_id, left_config, _check_run(left_config), json, stopping.is_set, log_format)
+            if config is not None and config not in [c for _, c in left]:
+                _drive(store, server, None, config, test, json, stopping.is_set, log_format)
+            if not (configs and exit_when_done):
+                say.info("serving until Ctrl-C")
+                wait(stopping)
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system allows without asking: each device is one."""
+    import contextlib
+
+    with contextlib.suppress(
+        ImportError, ValueError, OSError
+    ):  # not on Windows; macOS may have a lower limit of its own
+        import resource
+
+        soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES if most < 0 else min(most, FILES)
+        if 0 <= soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+def _say() -> Logger:
+    """What `serve` tells whoever started it."""
+    import logging
+
+    return logging.getLogger("pocketfed.serve")
 
 
 def _tell_waiting(holder: str) -> None:
-    print(f"another coordinator ({holder}) serves this database; waiting to take over", flush=True)
+    _say().info("another coordinator (%s) serves this database; waiting to take over", holder)
 
 
 def _unfinished(store: Store, resume: bool) -> list[tuple[int, RunConfig]]:
@@ -267,7 +319,7 @@ def _unfinished(store: Store, resume: bool) -> list[tuple[int, RunConfig]]:
             with store.read() as session:
                 name = session.get_one(Run, run_id).name
             _note(store, "run.stop", name, f"run {run_id} given up")
-            print(f"run {run_id}: given up", flush=True)
+            _say().info("run %d: given up", run_id, extra={"run": run_id})
     return left
 
 
@@ -310,6 +362,7 @@ def _drive(
     test: Sequence[Example],
     json: Path | None,
     should_stop: Callable[[], bool],
+    log_format: str = "text",
 ) -> None:
     """Drive a run, or a new one, to its end. Where the database or the disk fails, the run waits for them."""
     import contextlib
@@ -326,15 +379,15 @@ def _drive(
     with noting(store, local_admin(), "run.start", config.name, told):
         run_id = create_run(store, config) if run_id is None else run_id
     grid = _grid(store, server, run_id, config)
-    print(f"run {run_id}: waiting for {config.min_devices} devices", flush=True)
-    print(f"run {run_id} collects: {config.update}", flush=True)
-    print_round_header()
+    _say().info("run %d: waiting for %d devices", run_id, config.min_devices, extra={"run": run_id})
+    _say().info("run %d collects: %s", run_id, config.update, extra={"run": run_id})
+    tell_round = _teller(run_id, log_format)
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         evaluate = _test_set(store, run_id, config, test, Path(scratch)) if test else None
         forget = server.assignments.forget
         try:
             theta = _patiently(
-                lambda: drive_run(store, run_id, grid, config, evaluate, print_round, forget, should_stop), should_stop
+                lambda: drive_run(store, run_id, grid, config, evaluate, tell_round, forget, should_stop), should_stop
             )
         finally:
             if should_stop():
@@ -354,7 +407,25 @@ def _drive(
         kept_back = session.get_one(Run, run_id).reason
     to = f"{config.rollout:g} % of {config.channel!r}" if config.rollout < 100 else repr(config.channel)
     released = f"; released on {to}" if config.release else ""
-    print(f"run {run_id} finished{f'; {kept_back}' if kept_back else released}", flush=True)
+    _say().info("run %d finished%s", run_id, f"; {kept_back}" if kept_back else released, extra={"run": run_id})
+
+
+def _teller(run_id: int, log_format: str) -> Callable[[Any], None]:
+    """Tells of each round: a row of a table, or a line of the log."""
+    if log_format == "text":
+        print_round_header()
+        return print_round
+    told = ("status", "devices", "failed", "accuracy", "loss", "seconds")
+
+    def tell(result: Any) -> None:
+        fields = {name: getattr(result, name) for name in told} | {"run": run_id, "round": result.number}
+        _say().info("round %d %s%s", result.number, result.status, _because(result.reason), extra=fields)
+
+    return tell
+
+
+def _because(reason: str | None) -> str:
+    return f": {reason}" if reason else ""
 
 
 def _patiently(drive: Callable[[], T], should_stop: Callable[[], bool]) -> T:
@@ -371,7 +442,7 @@ def _patiently(drive: Callable[[], T], should_stop: Callable[[], bool]) -> T:
             if not is_outage(error) or should_stop():
                 raise
             why = " ".join(str(getattr(error, "orig", None) or error).split())
-            print(f"cannot go on: {why}; trying again in {pause:.0f} s", flush=True)
+            _say().warning("cannot go on: %s; trying again in %.0f s", why, pause)
         end = time.monotonic() + pause
         while time.monotonic() < end and not should_stop():
             time.sleep(0.1)

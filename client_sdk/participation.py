@@ -20,6 +20,7 @@ from pocketfed.client_sdk.errors import (
     ConfigurationError,
     NoExamples,
     PocketfedError,
+    StorageError,
     TrainingDiverged,
     TrainingStopped,
     UnsupportedError,

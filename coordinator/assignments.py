@@ -6,12 +6,13 @@ import hashlib
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -19,6 +20,7 @@ from sqlalchemy.orm import Session
 from pocketfed.coordinator.forms import knows_forms
 from pocketfed.coordinator.store import Assignment, Device, History, Run, Store, Update, is_digest, now, printable
 
+T = TypeVar("T")
 OPEN = ("offered", "accepted")
 AWAY_S = 2.0  # a device that has its answer is back, or sends its first heartbeat, within so long
 REPLAYED = "STALE_OR_FOREIGN"
@@ -68,7 +70,7 @@ class Receipt:
 
 @dataclass
 class Assignments:
-    """The assignments of a store.
+    """The assignments of a store. Where several rows are locked, it is in the order of their ids, assignments before devices.
 
     `changed` is notified whenever a device came or an assignment ended; `on_offer` is called when there are new ones.
 
@@ -82,11 +84,18 @@ class Assignments:
     def __post_init__(self) -> None:
         self.spool.mkdir(parents=True, exist_ok=True)
         self.changed = threading.Condition()
+        self.changes = 0  # how often it was notified
         self.on_offer: list[Callable[[], None]] = []
 
     def notify_changed(self) -> None:
         with self.changed:
+            self.changes += 1
             self.changed.notify_all()
+
+    def wait_changed(self, since: int, timeout_s: float) -> None:
+        """Until something has changed since `changes` was that."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.changes != since, timeout_s)
 
     def notify_offered(self) -> None:
         for callback in self.on_offer:
@@ -96,20 +105,34 @@ class Assignments:
 
     def next_for(self, device_id: int, lease_s: float) -> Assignment | None:
         """The device's open assignment, marked as accepted; the same one again until it is settled."""
-        moment = now()
         with self.store.write() as session:
-            mine = sa.select(Assignment).where(Assignment.device_id == device_id, Assignment.status.in_(OPEN))
-            # Overdue ones are passed over: a coordinator that was killed may have left some that nobody closes.
-            rows = session.scalars(mine.order_by(Assignment.offered_at).with_for_update())
-            usable = (a for a in rows if not _overdue(a, moment))
-            found = next(usable, None)
-            if found is None:
-                return None
-            found.status = "accepted"
-            found.accepted_at = found.accepted_at or moment
-            found.lease_until = moment + timedelta(seconds=lease_s)
-            session.get_one(Device, device_id).present_until = moment + timedelta(seconds=AWAY_S)
+            found = self.take(session, [device_id], lease_s).get(device_id)
+            if found is not None:
+                session.get_one(Device, device_id).present_until = now() + timedelta(seconds=AWAY_S)
             return found
+
+    def take(self, session: Session, device_ids: Sequence[int], lease_s: float) -> dict[int, Assignment]:
+        """The open assignments of these devices, one each, marked as accepted."""
+        moment, found = now(), dict[int, Assignment]()
+        if not device_ids:
+            return found
+        open_ = sa.select(Assignment).where(Assignment.device_id.in_(device_ids), Assignment.status.in_(OPEN))
+        rows = session.scalars(open_.order_by(Assignment.id).with_for_update()).all()
+        for row in sorted(rows, key=lambda a: a.offered_at):
+            # Overdue ones are passed over: a coordinator that was killed may have left some that nobody closes.
+            if row.device_id in found or _overdue(row, moment):
+                continue
+            row.status, row.accepted_at = "accepted", row.accepted_at or moment
+            row.lease_until = moment + timedelta(seconds=lease_s)
+            found[row.device_id] = row
+        return found
+
+    def offered_to(self, session: Session) -> set[int]:
+        """Devices that have something new to take."""
+        moment = now()
+        columns = (Assignment.device_id, Assignment.lease_until, Assignment.deadline)
+        rows = session.execute(sa.select(*columns).where(Assignment.status == "offered"))
+        return {row.device_id for row in rows if not _overdue(row, moment)}
 
     def heartbeat(self, device_id: int, assignment_id: str, phase: str, progress: float, lease_s: float) -> bool:
         """Extend the lease. False: the assignment has ended, stop."""
@@ -128,22 +151,24 @@ class Assignments:
                 found.status, found.error, found.finished_at = "failed", printable(reason, 500), now()
         self.notify_changed()
 
-    def add_download(self, device_id: int, count: int) -> None:
-        """Bytes sent to a device, booked on the assignment that it holds."""
+    def add_downloads(self, sent: Sequence[tuple[int, int]]) -> list[Exception | None]:
+        """Bytes sent to devices (id, how many), booked on the assignments that they hold."""
+        counts = Counter[int]()
+        for device_id, count in sent:
+            counts[device_id] += count
         with self.store.write() as session:
-            session.execute(
-                sa.update(Assignment)
-                .where(Assignment.device_id == device_id, Assignment.status == "accepted")
-                .values(bytes_down=Assignment.bytes_down + count)
-            )
+            mine = sa.select(Assignment).where(Assignment.device_id.in_(counts), Assignment.status == "accepted")
+            for row in session.scalars(mine.order_by(Assignment.id).with_for_update()):
+                row.bytes_down += counts[row.device_id]
+        return [None] * len(sent)
 
     def expire(self, assignment_ids: Sequence[str], reason: str | None = None) -> None:
         """Close those whose lease or deadline has passed; all that are open, if there is another `reason` to."""
         moment = now()
         with self.store.write() as session:
-            for some in _portions(assignment_ids):
+            for some in portions(assignment_ids):
                 mine = sa.select(Assignment).where(Assignment.id.in_(some), Assignment.status.in_(OPEN))
-                for found in session.scalars(mine.with_for_update()):
+                for found in session.scalars(mine.order_by(Assignment.id).with_for_update()):
                     why = reason or _overdue(found, moment)
                     if why:
                         found.status, found.error, found.finished_at = "expired", why, moment
@@ -152,11 +177,7 @@ class Assignments:
         """`lock`: nobody else changes it until the transaction ends."""
         usable = assignment_id.isprintable()  # PostgreSQL takes no NUL
         found = session.get(Assignment, assignment_id, with_for_update=lock or None) if usable else None
-        if found is not None and found.device_id != device_id:
-            raise Foreign(found, device_id)
-        if found is None:
-            raise UploadError("not_found", f"this device holds no assignment {assignment_id[:MAX_NAME]!r}")
-        return found
+        return _of(found, assignment_id, device_id)
 
     @contextmanager
     def _noting_refusals(self) -> Iterator[None]:
@@ -164,11 +185,14 @@ class Assignments:
         try:
             yield
         except Foreign as error:
-            known = sa.select(History.id).filter_by(**error.refusal)
-            with self.store.write() as session:
-                if session.scalar(known) is None:
-                    session.add(History(**error.refusal))
+            self._note(error)
             raise
+
+    def _note(self, error: Foreign) -> None:
+        known = sa.select(History.id).filter_by(**error.refusal)
+        with self.store.write() as session:
+            if session.scalar(known) is None:
+                session.add(History(**error.refusal))
 
     def forget(self, assignment_ids: Iterable[str]) -> None:
         """Delete what devices sent for assignments that are settled, be it whole or in part."""
@@ -238,54 +262,82 @@ class Assignments:
         Raises:
             UploadError: bytes are missing (send the rest), or the whole has another digest (start again).
         """
-        part, path = self._part(header.assignment_id), self.upload_path(header.assignment_id)
-        if header.total_bytes:
-            size = part.stat().st_size if part.exists() else 0
-            if size < header.total_bytes:
-                raise UploadError("invalid", f"{size} of {header.total_bytes} bytes have arrived; send the rest")
-            with part.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                os.fsync(stream.fileno())
-            if digest != header.digest:
-                part.unlink()
-                raise UploadError("data_loss", "what arrived does not have the digest announced; start again at byte 0")
-        with self._noting_refusals(), self.store.write() as session:
-            found = self._mine(session, device_id, header.assignment_id, lock=True)
-            if session.get(Update, header.assignment_id) is not None:
-                return Receipt(True)
-            why = found.error or found.status if found.status not in OPEN else _overdue(found, now())
-            if why:
-                part.unlink(missing_ok=True)
-                return Receipt(False, f"too late: {why}; check in for the next")
-            if self._is_replay(session, found, header):
-                part.unlink(missing_ok=True)
-                found.status, found.error, found.finished_at = "failed", f"{REPLAYED}: {header.digest}", now()
-                return Receipt(False, f"{REPLAYED}: these very bytes were handed in for other parameters")
-            if header.total_bytes:
-                os.replace(part, path)  # only now: a second upload must not take the place of one that counts
-                _sync_folder(self.spool)
-            found.status, found.finished_at, found.progress = "uploaded", now(), 1.0
-            device = session.get_one(Device, device_id)  # it will be there for the next round
-            device.last_seen_at, device.present_until = now(), now() + timedelta(seconds=AWAY_S)
-            metrics = {n: float(v) for n, v in header.metrics.items() if math.isfinite(v)}
-            session.add(
-                Update(
-                    assignment_id=header.assignment_id,
-                    num_examples=header.num_examples,
-                    bytes=header.total_bytes,
-                    digest=header.digest,
-                    metrics=metrics,
-                )
-            )
-        self.notify_changed()
-        return Receipt(True)
+        self.check_arrived(header)
+        (result,) = self.count([(device_id, header)])
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    def _is_replay(self, session: Session, assignment: Assignment, header: Header) -> bool:
-        """Whether the same bytes came before, from any device, as an update of other parameters."""
+    def check_arrived(self, header: Header) -> None:
+        """
+        Raises:
+            UploadError: as `finish`.
+        """
+        part = self._part(header.assignment_id)
         if not header.total_bytes:
-            return False
-        before = sa.select(Update.assignment_id).join(Assignment).where(Update.digest == header.digest)
-        return session.scalar(before.where(Assignment.parameters != assignment.parameters).limit(1)) is not None
+            return
+        size = part.stat().st_size if part.exists() else 0
+        if size < header.total_bytes:
+            raise UploadError("invalid", f"{size} of {header.total_bytes} bytes have arrived; send the rest")
+        with part.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        if digest != header.digest:
+            part.unlink()
+            raise UploadError("data_loss", "what arrived does not have the digest announced; start again at byte 0")
+
+    def count(self, arrived: Sequence[tuple[int, Header]]) -> list[Receipt | Exception]:
+        """Uploads that have arrived (device id, header) count from now on: in one transaction, which costs as much as one."""
+        ids = sorted({header.assignment_id for _, header in arrived if header.assignment_id.isprintable()})
+        results: list[Receipt | Exception] = []
+        with self.store.write() as session:
+            mine = sa.select(Assignment).where(Assignment.id.in_(ids)).order_by(Assignment.id).with_for_update()
+            held = {row.id: row for row in session.scalars(mine)}
+            known = set(session.scalars(sa.select(Update.assignment_id).where(Update.assignment_id.in_(ids))))
+            trained = _trained(session, {header.digest for _, header in arrived})
+            counted: list[int] = []
+            for device_id, header in arrived:
+                try:
+                    found = _of(held.get(header.assignment_id), header.assignment_id, device_id)
+                    results.append(self._count(session, found, header, known, trained))
+                except UploadError as error:
+                    results.append(error)
+                    continue
+                if results[-1] == Receipt(True):
+                    counted.append(device_id)
+            if counted:
+                _sync_folder(self.spool)
+            mark_back(session, counted)
+        for foreign in (result for result in results if isinstance(result, Foreign)):
+            self._note(foreign)
+        self.notify_changed()
+        return results
+
+    def _count(
+        self, session: Session, found: Assignment, header: Header, known: set[str], trained: dict[str, set[str]]
+    ) -> Receipt:
+        """known: assignments that have their update; trained: digest -> the parameters that such an update came for."""
+        part = self._part(header.assignment_id)
+        if found.id in known:
+            return Receipt(True)
+        why = found.error or found.status if found.status not in OPEN else _overdue(found, now())
+        if why:
+            part.unlink(missing_ok=True)
+            return Receipt(False, f"too late: {why}; check in for the next")
+        if header.total_bytes and trained.get(header.digest, set()) - {found.parameters}:
+            part.unlink(missing_ok=True)
+            found.status, found.error, found.finished_at = "failed", f"{REPLAYED}: {header.digest}", now()
+            return Receipt(False, f"{REPLAYED}: these very bytes were handed in for other parameters")
+        if header.total_bytes:
+            # Only now: a second upload must not take the place of one that counts.
+            os.replace(part, self.upload_path(header.assignment_id))
+        found.status, found.finished_at, found.progress = "uploaded", now(), 1.0
+        metrics = {n: float(v) for n, v in header.metrics.items() if math.isfinite(v)}
+        told = {"num_examples": header.num_examples, "digest": header.digest, "metrics": metrics}
+        session.add(Update(assignment_id=found.id, bytes=header.total_bytes, **told))
+        known.add(found.id)
+        trained.setdefault(header.digest, set()).add(found.parameters)
+        return Receipt(True)
 
     # ---- after a crash -----------------------------------------------------------------------------------------------
 
@@ -304,7 +356,7 @@ class Assignments:
             if path.suffix in (".update", ".part"):
                 files.setdefault(path.stem, []).append(path)
         with self.store.read() as session:
-            for some in _portions(list(files)):
+            for some in portions(list(files)):
                 known = sa.select(Assignment.id, Assignment.status, Run.config).join(Run).where(Assignment.id.in_(some))
                 for row_id, status, config in session.execute(known):
                     if status in (*OPEN, "uploaded") or config.get("retain_updates"):
@@ -312,6 +364,37 @@ class Assignments:
         for path in (path for paths in files.values() for path in paths):
             path.unlink(missing_ok=True)
         return len(files)
+
+
+def _of(found: Assignment | None, assignment_id: str, device_id: int) -> Assignment:
+    """
+    Raises:
+        UploadError: there is no such assignment, or it is another device's.
+    """
+    if found is not None and found.device_id != device_id:
+        raise Foreign(found, device_id)
+    if found is None:
+        raise UploadError("not_found", f"this device holds no assignment {assignment_id[:MAX_NAME]!r}")
+    return found
+
+
+def _trained(session: Session, digests: set[str]) -> dict[str, set[str]]:
+    """Which parameters updates of these bytes came for, from any device: the same bytes for others are a replay."""
+    rows = sa.select(Update.digest, Assignment.parameters).join(Assignment).where(Update.digest.in_(digests - {""}))
+    found: dict[str, set[str]] = {}
+    for digest, parameters in session.execute(rows.distinct()):
+        found.setdefault(digest, set()).add(parameters)
+    return found
+
+
+def mark_back(session: Session, device_ids: Sequence[int]) -> None:
+    """These devices have just done their work: they will be there for the next round."""
+    moment, device = now(), sa.bindparam("device", type_=sa.Integer)
+    there = {"last_seen_at": moment, "present_until": moment + timedelta(seconds=AWAY_S)}
+    session.flush()  # assignments are locked before devices, everywhere
+    if device_ids:
+        statement = sa.update(Device).where(Device.id == device).values(there)
+        session.connection().execute(statement, [{"device": i} for i in sorted(set(device_ids))])
 
 
 def _sync_folder(folder: Path) -> None:
@@ -323,7 +406,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _overdue(assignment: Assignment, moment: datetime) -> str | None:
+def _overdue(assignment: Any, moment: datetime) -> str | None:
     """Why an open assignment is to be closed, or None."""
     if assignment.deadline is not None and moment > assignment.deadline:
         return "the round's deadline has passed"
@@ -332,7 +415,7 @@ def _overdue(assignment: Assignment, moment: datetime) -> str | None:
     return None
 
 
-def _portions(ids: Sequence[str], size: int = 1000) -> Iterator[Sequence[str]]:
+def portions(ids: Sequence[T], size: int = 1000) -> Iterator[Sequence[T]]:
     """A database takes only so many values in one statement."""
     return (ids[start : start + size] for start in range(0, len(ids), size))
 

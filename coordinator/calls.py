@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 from pocketfed.coordinator.assignments import Assignments
 from pocketfed.coordinator.limits import Buckets, Limits
 from pocketfed.coordinator.store import Store
+from pocketfed.coordinator.vitals import Tally
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,9 +25,11 @@ class Caller:
 
     device_id: int
     channel: str
+    token_hash: str
 
 
 caller: ContextVar[Caller] = ContextVar("caller")
+waited_s: ContextVar[float] = ContextVar("waited_s", default=0.0)  # of a call: how long it had nothing to do
 
 
 class Places:
@@ -68,8 +71,8 @@ class Calls:
     enrolment_key: str = ""
     key_needed: bool = False  # to enrol, even where there is no key yet
     limits: Limits = field(default_factory=Limits)
+    tally: Tally = field(default_factory=Tally)
     stopping: bool = False  # long polls answer at once
-    asking: Counter[int] = field(default_factory=Counter)  # device id -> long polls open now
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "pocketfed-sql"))
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import grpc
 import sqlalchemy as sa
 
 from pocketfed.coordinator.artifacts import manifest_bytes
+from pocketfed.coordinator.batches import Batches
 from pocketfed.coordinator.calls import Calls
 from pocketfed.coordinator.releases import release_for
 from pocketfed.coordinator.signing import newest_list, newest_signature
@@ -24,6 +26,8 @@ from pocketfed.coordinator.store import (
 )
 from pocketfed.protos import distribution_pb2 as pb
 from pocketfed.protos import distribution_pb2_grpc
+
+KEPT_BYTES = 64 << 20  # more than the released backbone as int8
 
 
 def describe_release(session: Any, release: Release) -> pb.Release:
@@ -43,6 +47,8 @@ def describe_signed(row: KeyList | Signature) -> pb.Signed:
 class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
+        self._kept = Kept(KEPT_BYTES)
+        self._booking: Batches[tuple[int, int], None] = Batches(calls.run, calls.assignments.add_downloads)
 
     async def GetManifest(self, request: pb.GetManifestRequest, context: Any) -> pb.GetManifestReply:  # noqa: N802
         device_id, channel = await self.calls.authenticate(context)
@@ -83,7 +89,7 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
                 keys=describe_signed(keys) if keys else None,
             )
 
-    async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.DownloadChunk]:  # noqa: N802
+    async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[bytes]:  # noqa: N802
         device_id, _ = await self.calls.authenticate(context)
         if not is_digest(request.digest):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{request.digest[:80]!r} is not a SHA-256")
@@ -98,18 +104,50 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
         sent = 0
         try:
             for digest in chunks[request.first_chunk :]:
-                data = await self.calls.run(self._chunk, digest)
-                yield pb.DownloadChunk(data=data, digest=digest, total_bytes=total)
-                sent += len(data)
+                held = self._kept.get((digest, total))
+                if held is None:
+                    held = await self.calls.run(self._chunk, digest, total)
+                self._kept.put((digest, total), held)
+                yield held[1]
+                sent += held[0]
         finally:
             if sent:
-                await self.calls.run(self.calls.assignments.add_download, device_id, sent)
+                await self._booking.ask((device_id, sent))
 
     def _blob(self, digest: str) -> tuple[list[str], int] | None:
         with self.calls.store.read() as session:
             blob = session.get(Blob, digest)
             return None if blob is None else (list(blob.chunks), blob.bytes)
 
-    def _chunk(self, digest: str) -> bytes:
+    def _chunk(self, digest: str, total: int) -> tuple[int, bytes]:
+        """How many bytes a chunk has, and its message."""
         with self.calls.store.read() as session:
-            return session.scalars(sa.select(Chunk.data).where(Chunk.digest == digest)).one()
+            data = session.scalars(sa.select(Chunk.data).where(Chunk.digest == digest)).one()
+        return len(data), pb.DownloadChunk(data=data, digest=digest, total_bytes=total).SerializeToString()
+
+
+class Kept:
+    """The messages sent last, as they go over the wire: the whole fleet fetches the same few megabytes.
+
+    >>> kept = Kept(most=10)
+    >>> for name in ("a", "b", "a", "c"):
+    ...     kept.put((name, 4), (4, bytes(4)))
+    >>> [kept.get((name, 4)) is not None for name in ("a", "b", "c")]
+    [True, False, True]
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._held = most, 0
+        self._messages: OrderedDict[tuple[str, int], tuple[int, bytes]] = OrderedDict()
+
+    def get(self, key: tuple[str, int]) -> tuple[int, bytes] | None:
+        return self._messages.get(key)
+
+    def put(self, key: tuple[str, int], counted: tuple[int, bytes]) -> None:
+        if key not in self._messages:
+            self._messages[key] = counted
+            self._held += len(counted[1])
+        self._messages.move_to_end(key)
+        while self._held > self._most:
+            _, (_, message) = self._messages.popitem(last=False)
+            self._held -= len(message)

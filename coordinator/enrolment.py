@@ -5,13 +5,24 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
-from datetime import datetime, timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, cast
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, EnrolmentKey, Round, Store, now, printable
+from pocketfed.coordinator.store import (
+    Assignment,
+    Device,
+    EnrolmentKey,
+    Round,
+    Store,
+    UtcDateTime,
+    now,
+    printable,
+)
 
 MAX_NAME = 100
 MIN_TOKEN, MAX_TOKEN = 32, 200
@@ -171,21 +182,13 @@ def enrol(
             ) from None
 
 
-def authenticate(store: Store, token: str) -> tuple[int, str] | None:
-    """(device id, channel) of a token, or None; a revoked device is not known either."""
-    if not MIN_TOKEN <= len(token) <= MAX_TOKEN:
-        return None
+def authenticate(store: Store, hashes: Sequence[str]) -> list[tuple[int, str] | Exception | None]:
+    """(device id, channel) for each hash of a token, or None; a revoked device is not known either."""
     with store.read() as session:
-        row = session.execute(
-            sa.select(Device.id, Device.channel).where(
-                Device.token_hash == hash_token(token), Device.revoked_at.is_(None)
-            )
-        ).first()
-    return None if row is None else (row.id, row.channel)
-
-
-def is_revoked(session: Session, device_id: int) -> bool:
-    return session.scalars(sa.select(Device.revoked_at).where(Device.id == device_id)).first() is not None
+        columns = sa.select(Device.token_hash, Device.id, Device.channel)
+        rows = session.execute(columns.where(Device.token_hash.in_(hashes), Device.revoked_at.is_(None)))
+        known = {row.token_hash: (row.id, row.channel) for row in rows}
+    return [known.get(token_hash) for token_hash in hashes]
 
 
 def revoke_device(session: Session, name: str) -> None:
@@ -230,22 +233,34 @@ def capped(session: Session, online: Mapping[int, str]) -> dict[int, str]:
     return {d: name for d, name in online.items() if came_with.get(d) is None or d in kept}
 
 
-def mark_seen(store: Store, device_id: int, examples: int, sdk_version: str, stays_s: float) -> None:
-    """A device has come and stays for so long."""
-    with store.write() as session:
-        session.execute(
-            sa.update(Device)
-            .where(Device.id == device_id)
-            .values(
-                last_seen_at=now(),
-                present_until=now() + timedelta(seconds=stays_s),
-                examples=min(examples, 2**31 - 1),
-                sdk_version=printable(sdk_version, 50),
-            )
-        )
+@dataclass(frozen=True)
+class Seen:
+    """A device is there until `until`. told: its check-in; None: it said nothing, its connection has ended."""
+
+    device_id: int
+    until: datetime
+    told: Any
 
 
-def mark_gone(store: Store, device_id: int) -> None:
-    """A device's connection has ended."""
-    with store.write() as session:
-        session.execute(sa.update(Device).where(Device.id == device_id).values(present_until=now()))
+def mark_seen(session: Session, seen: Sequence[Seen]) -> None:
+    """Write down who is there, and until when."""
+    moment, device = now(), sa.bindparam("device", type_=sa.Integer)
+    came = [
+        {
+            "device": s.device_id,
+            "until": s.until,
+            "now": moment,
+            "labelled": min(s.told.examples, 2**31 - 1),
+            "version": printable(s.told.sdk_version, 50),
+        }
+        for s in seen
+        if s.told is not None
+    ]
+    gone = [{"device": s.device_id, "until": s.until} for s in seen if s.told is None]
+    table, until = cast(sa.Table, Device.__table__), sa.bindparam("until", type_=UtcDateTime)
+    if came:
+        told = {"last_seen_at": sa.bindparam("now", type_=UtcDateTime), "examples": sa.bindparam("labelled")}
+        told |= {"present_until": until, "sdk_version": sa.bindparam("version")}
+        session.connection().execute(sa.update(table).where(table.c.id == device).values(told), came)
+    if gone:
+        session.connection().execute(sa.update(table).where(table.c.id == device).values(present_until=until), gone)

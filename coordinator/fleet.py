@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import logging
 import math
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, cast
 
 import grpc
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from pocketfed.coordinator import store as tables
-from pocketfed.coordinator.assignments import AWAY_S, Header, UploadError
-from pocketfed.coordinator.calls import Calls
+from pocketfed.coordinator.assignments import AWAY_S, Header, Receipt, UploadError, portions
+from pocketfed.coordinator.batches import Batches
+from pocketfed.coordinator.calls import Calls, waited_s
+from pocketfed.coordinator.desk import Asked, serve
 from pocketfed.coordinator.distribution import describe_release, describe_signed
-from pocketfed.coordinator.enrolment import EnrolmentError, enrol, is_revoked, mark_gone, mark_seen
+from pocketfed.coordinator.enrolment import EnrolmentError, enrol
 from pocketfed.coordinator.forms import read_form
 from pocketfed.coordinator.gate import Refusal
 from pocketfed.coordinator.operators import record
-from pocketfed.coordinator.releases import release_for
+from pocketfed.coordinator.releases import open_releases, release_for
 from pocketfed.coordinator.reports import hear
 from pocketfed.coordinator.signing import newest_list
 from pocketfed.coordinator.standing import last_refusal
-from pocketfed.coordinator.store import now, printable
+from pocketfed.coordinator.store import is_outage, now, printable
 from pocketfed.protos import fleet_pb2 as pb
 from pocketfed.protos import fleet_pb2_grpc
 
 log = logging.getLogger("pocketfed.coordinator")
 PROTOCOL = 1
 MAX_WAIT_S = 60.0
+LOOK_S = 2.0  # how often somebody looks what is new for those that wait, if nothing has said so before
+REVOKED = "this device was revoked; ask the operator"
+KEYS = object()
+TRAIN_CONFIG = frozenset(pb.TrainConfig.DESCRIPTOR.fields_by_name)
 _UPLOAD_CODES = {
     "not_found": grpc.StatusCode.NOT_FOUND,
     "invalid": grpc.StatusCode.INVALID_ARGUMENT,
@@ -45,24 +55,72 @@ _ENROLMENT_CODES = {
 
 
 class FleetServicer(fleet_pb2_grpc.FleetServicer):
-    """Made on the server's event loop; `offered` wakes all long polls and may be called from any thread."""
+    """Made on the server's event loop; `offered` says that there is news, and may be called from any thread.
+
+    One look at the database, a moment after that and every LOOK_S (another process may have published), finds whom of those
+    that wait it concerns.
+    """
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
         self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
+        unknown = functools.partial(Refusal, grpc.StatusCode.UNAUTHENTICATED, REVOKED)
+        work = functools.partial(serve, calls.assignments, calls.lease_s, self._answer, unknown)
+        self._desk: Batches[Asked, pb.CheckInReply] = Batches(calls.run, work)
+        self._counting = Batches[tuple[int, Header], Receipt](
+            calls.run, lambda arrived: calls.assignments.count(arrived)
+        )
+        self._waiting: dict[int, list[asyncio.Event]] = {}  # device id -> its long polls
+        self._stirred = asyncio.Event()
         self._refused: set[int] = set()  # releases that devices did not take
         self._runs: dict[int, tuple[int, int]] = {}  # what devices run, as they said last: written down when it changes
+        calls.tally.polls = lambda: sum(map(len, list(self._waiting.values())))
+        calls.tally.queue = lambda: len(self._desk) + len(self._counting)
         calls.assignments.on_offer.append(self.offered)
+        self._looking = self._loop.create_task(self._look())
 
     def offered(self) -> None:
         # The loop is gone once the server has stopped; then nobody waits either.
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._wake)
+            self._loop.call_soon_threadsafe(self._stirred.set)
 
-    def _wake(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+    def close(self) -> None:
+        """All that wait are answered at once."""
+        self._looking.cancel()
+        self._wake(self._waiting)
+
+    def _wake(self, devices: Iterable[int]) -> None:
+        for device_id in devices:
+            for news in self._waiting.get(device_id, ()):
+                news.set()
+
+    async def _look(self) -> None:
+        seen: Any = None
+        while True:
+            if self._waiting or seen is None:
+                try:
+                    released, devices = await self.calls.run(self._find_news, list(self._waiting))
+                    self._wake(devices if released == seen or seen is None else list(self._waiting))
+                    seen = released
+                except Exception as error:
+                    if not is_outage(error):
+                        log.exception("looking for news failed")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stirred.wait(), LOOK_S)
+            self._stirred.clear()
+
+    def _find_news(self, waiting: Sequence[int]) -> tuple[Any, set[int]]:
+        """What is released (those that wait hear of another), and which of these devices have work or were revoked."""
+        with self.calls.store.read() as session:
+            released = (
+                session.scalar(sa.select(sa.func.max(tables.ReleaseEvent.id))),  # a new one, and each step it takes
+                session.scalar(sa.select(sa.func.max(tables.KeyList.sequence))),
+            )
+            devices = self.calls.assignments.offered_to(session)
+            for some in portions(waiting):
+                gone = sa.select(tables.Device.id).where(tables.Device.id.in_(some))
+                devices.update(session.scalars(gone.where(tables.Device.revoked_at.is_not(None))))
+        return released, devices
 
     async def _require_protocol(self, protocol: int, context: Any) -> None:
         if protocol != PROTOCOL:
@@ -90,12 +148,10 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         return pb.EnrolReply()
 
     async def CheckIn(self, request: pb.CheckInRequest, context: Any) -> pb.CheckInReply:  # noqa: N802
-        device_id, _ = await self.calls.authenticate(context)
+        device_id, channel = await self.calls.authenticate(context)
         await self._require_protocol(request.protocol, context)
         wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
         end = self._loop.time() + wait_s
-        stays_s = wait_s + AWAY_S
-        await self.calls.run(mark_seen, self.calls.store, device_id, request.examples, request.sdk_version, stays_s)
         runs = (request.release_id, request.refused_release)
         if request.HasField("report") or self._runs.get(device_id) != runs:
             if await self.calls.run(hear, self.calls.store, device_id, request):
@@ -105,60 +161,64 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             self._runs[device_id] = runs
         if request.refused_release and request.refused_release not in self._refused:
             await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
-        self.calls.asking[device_id] += 1
-        answered = False
+        asked, news, answered = Asked(device_id, channel, request, wait_s + AWAY_S), asyncio.Event(), False
+        self._waiting.setdefault(device_id, []).append(news)
         try:
-            await self.calls.run(
-                self.calls.assignments.notify_changed
-            )  # whoever waits holds its lock while asking the store
             while True:
-                news = self._news
-                reply = await self.calls.run(self._answer, device_id, request)
+                news.clear()
+                reply = await self._desk.ask(asked)
                 left = end - self._loop.time()
                 answered = reply.HasField("assignment") or reply.HasField("release") or left <= 0
                 if answered:
                     return reply
+                if not self.calls.stopping:
+                    began = self._loop.time()
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(news.wait(), left)
+                    waited_s.set(waited_s.get() + self._loop.time() - began)
                 if self.calls.stopping:
                     answered = True
                     return pb.CheckInReply(wait=pb.Wait(retry_after_s=1.0, reason="the coordinator is stopping"))
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), left)
+                asked = dataclasses.replace(asked, stays_s=None)
         finally:  # also when the device has gone: its connection's end cancels this call
-            self.calls.asking[device_id] -= 1
-            if not self.calls.asking[device_id]:
-                del self.calls.asking[device_id]
-                if not answered:
-                    self._loop.run_in_executor(self.calls.threads, self._mark_gone, device_id)
+            self._waiting[device_id].remove(news)
+            if not self._waiting[device_id]:
+                del self._waiting[device_id]
+                if not answered and not self.calls.stopping:
+                    gone = self._desk.ask(Asked(device_id, channel, None, 0.0))
+                    gone.add_done_callback(asyncio.Future.exception)  # its time ends by itself a little later
 
-    def _mark_gone(self, device_id: int) -> None:
-        with contextlib.suppress(*tables.OUTAGES, tables.StoreError):  # it ends by itself a little later
-            mark_gone(self.calls.store, device_id)
-
-    def _answer(self, device_id: int, request: pb.CheckInRequest) -> pb.CheckInReply:
-        """
-        Raises:
-            Refusal: the device was revoked, be it while it waited.
-        """
+    def _answer(
+        self, session: Session, asked: Asked, found: tables.Assignment | None, offended: bool
+    ) -> pb.CheckInReply:
+        request = cast(pb.CheckInRequest, asked.request)
         reply = pb.CheckInReply(wait=pb.Wait(reason="there is no work for this device now"))
-        with self.calls.store.read() as session:
-            if is_revoked(session, device_id):
-                raise Refusal(grpc.StatusCode.UNAUTHENTICATED, "this device was revoked; ask the operator")
-        found = self.calls.assignments.next_for(device_id, self.calls.lease_s)
-        with self.calls.store.read() as session:
-            device = session.get_one(tables.Device, device_id)
-            known, sdk = request.release_id, request.sdk_version
-            release, why_not = release_for(session, device.channel, device.name, sdk, known, device.release_id)
-            if release is not None:
-                reply.release.CopyFrom(describe_release(session, release))
-            keys = newest_list(session)
-            if keys is not None and keys.sequence > request.key_list:
-                reply.keys.MergeFrom(describe_signed(keys))
-            if found is not None:
-                reply.assignment.CopyFrom(self._describe(session, found))
-            elif why := last_refusal(session, device_id):
-                reply.wait.reason += f"; {why}"
-            if found is None and why_not:
-                reply.wait.reason += f"; {why_not}"
+        known = session.info  # one for all check-ins of the transaction
+        if asked.channel not in known:
+            known[asked.channel] = open_releases(session, asked.channel)
+        device = session.get_one(tables.Device, asked.device_id)
+        release, why_not = release_for(
+            session,
+            asked.channel,
+            device.name,
+            request.sdk_version,
+            request.release_id,
+            device.release_id,
+            known[asked.channel],
+        )
+        if release is not None:
+            reply.release.CopyFrom(describe_release(session, release))
+        if KEYS not in known:
+            known[KEYS] = newest_list(session)
+        keys = known[KEYS]
+        if keys is not None and keys.sequence > request.key_list:
+            reply.keys.MergeFrom(describe_signed(keys))
+        if found is not None:
+            reply.assignment.CopyFrom(self._describe(session, found))
+        elif offended and (why := last_refusal(session, asked.device_id)):
+            reply.wait.reason += f"; {why}"
+        if found is None and why_not:
+            reply.wait.reason += f"; {why_not}"
         return reply
 
     def _note_refusal(self, device_id: int, release_id: int, why: str) -> None:
@@ -170,11 +230,13 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 record(
                     session, device.name, "release.refused", f"{release_id} {release.artifact_version}", "noticed", why
                 )
-                log.warning("device %s refused release %d: %s", device.name, release_id, printable(why, 500))
+                told = {"device": device.name, "release": release_id}
+                log.warning(
+                    "device %s refused release %d: %s", device.name, release_id, printable(why, 500), extra=told
+                )
 
     def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:
         run = session.get_one(tables.Run, found.run_id)
-        fields = {f.name: f for f in pb.TrainConfig.DESCRIPTOR.fields}
         config = {k.replace("-", "_"): v for k, v in found.config.items()}
         form = {k.removeprefix("update."): v for k, v in found.config.items() if k.startswith("update.")}
         deadline_s = (found.deadline - now()).total_seconds() if found.deadline else 86400.0
@@ -187,7 +249,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             trainable_set=run.trainable_set,
             parameters_digest=found.parameters,
             parameters_bytes=session.get_one(tables.Blob, found.parameters).bytes,
-            config=pb.TrainConfig(**{k: v for k, v in config.items() if k in fields}),
+            config=pb.TrainConfig(**{k: v for k, v in config.items() if k in TRAIN_CONFIG}),
             lease_s=self.calls.lease_s,
             deadline_s=max(0.0, deadline_s),
             form=pb.UpdateForm(**form) if form else None,
@@ -250,7 +312,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                     await self.calls.run(self.calls.assignments.append, header, part.data)
             if header is None:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with a header")
-            receipt = await self.calls.run(self.calls.assignments.finish, device_id, header)
+            await self.calls.run(self.calls.assignments.check_arrived, header)
+            receipt = await self._counting.ask((device_id, header))
         except UploadError as error:
             await context.abort(_UPLOAD_CODES[error.kind], str(error))
         return pb.Receipt(assignment_id=header.assignment_id, accepted=receipt.accepted, reason=receipt.reason)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -19,14 +21,17 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
 
-from pocketfed.coordinator.calls import Caller, Calls, caller
-from pocketfed.coordinator.enrolment import authenticate, hash_token
+from pocketfed.coordinator.batches import Batches
+from pocketfed.coordinator.calls import Caller, Calls, caller, waited_s
+from pocketfed.coordinator.enrolment import MAX_TOKEN, MIN_TOKEN, authenticate, hash_token
 from pocketfed.coordinator.leadership import Deposed
 from pocketfed.coordinator.limits import ENROL_BYTES, address_of
 from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.store import Device, Store, is_outage, now
 
-OPEN_TO_ALL = "Enrol"
+ENROL = "Enrol"
+OPEN_TO_ALL = {ENROL: "enrolments", "Check": "questions for the health"}  # methods that need no credential
+LOOKS_BY_ITSELF = "CheckIn"  # asks the store whether the device is known, in the transaction that it needs anyway
 INSTANCE = "pocketfed-instance"  # metadata: which process of the device is calling
 RETRY_AFTER = "retry-after-s"  # trailing metadata: when a call that came too soon may come again
 SHARED_AGAIN = timedelta(hours=1)  # a credential in use at two places is written down once in so long
@@ -48,14 +53,21 @@ class Gate:
 
     def __init__(self, calls: Calls) -> None:
         self.calls, self.limits = calls, calls.limits
-        self._right: OrderedDict[str, None] = OrderedDict()  # hashes of tokens that were right; looked up all the same
+        # Hashes of tokens that were right, and whose they are. Looked up all the same, once in every call.
+        self._right: OrderedDict[str, Caller | None] = OrderedDict()
+        self._credentials = Batches[str, tuple[int, str] | None](calls.run, partial(authenticate, calls.store))
         self._open: Counter[int] = Counter()  # device id -> calls under way
         self._transfers: Counter[int] = Counter()  # device id -> uploads and downloads under way
 
-    def add(self, server: grpc.aio.Server, service: Any, servicer: Any) -> None:
-        """Register a service (its descriptor) with the object that has its methods."""
+    def add(self, server: grpc.aio.Server, service: Any, servicer: Any, open_to_all: Collection[str] = ()) -> None:
+        """Register a service (its descriptor) with the object that has its methods.
+
+        open_to_all: methods that need no credential; the only ones of the service that are served, if there are any.
+        """
         handlers = {}
         for method in service.methods:
+            if open_to_all and method.name not in open_to_all:
+                continue
             target = getattr(servicer, method.name)
             if method.server_streaming:
                 handlers[method.name] = grpc.stream_stream_rpc_method_handler(self._many_replies(method, target))
@@ -68,15 +80,20 @@ class Gate:
             with self._counted(await self._admit(method.name, context), method.client_streaming):
                 if method.client_streaming:
                     parts = self._parts(raw, method)
-                    return bytes((await _within(self.limits.transfer_s, target(parts, context))).SerializeToString())
+                    return self._sent(await _within(self.limits.transfer_s, target(parts, context)))
                 request = await self._one(raw, method)
-                reply = await target(request, context)
-                if method.name == OPEN_TO_ALL:
-                    self._remember(hash_token(request.token))
-                return bytes(reply.SerializeToString())
+                try:
+                    reply = await target(request, context)
+                except Refusal as refusal:
+                    if refusal.code is StatusCode.UNAUTHENTICATED:
+                        self._right.pop(caller.get().token_hash, None)
+                    raise
+                if method.name == ENROL:
+                    self._remember(hash_token(request.token), None)
+                return self._sent(reply)
 
         async def handle(raw: AsyncIterator[bytes], context: Any) -> bytes:  # gRPC asks for a function with `async`
-            return await _told(answer(raw, context), context)
+            return await self._told(method.name, answer(raw, context), context)
 
         return handle
 
@@ -84,10 +101,10 @@ class Gate:
         async def answer(raw: AsyncIterator[bytes], context: Any) -> None:
             with self._counted(await self._admit(method.name, context), transfer=True):
                 request = await self._one(raw, method)
-                await _within(self.limits.transfer_s, _send(target(request, context), context))
+                await _within(self.limits.transfer_s, self._send(target(request, context), context))
 
         async def handle(raw: AsyncIterator[bytes], context: Any) -> None:
-            await _told(answer(raw, context), context)
+            await self._told(method.name, answer(raw, context), context)
 
         return handle
 
@@ -96,8 +113,8 @@ class Gate:
     async def _admit(self, method: str, context: Any) -> int | None:
         """The caller's device id, None for one that enrols. Nothing of the request has been read by then."""
         address = address_of(context.peer())
-        if method == OPEN_TO_ALL:
-            _require(self.calls.doubtful.take(address), "enrolments from this address")
+        if method in OPEN_TO_ALL:
+            _require(self.calls.doubtful.take(address), f"{OPEN_TO_ALL[method]} from this address")
             return None
         metadata = dict(context.invocation_metadata() or ())
         given = metadata.get("authorization", "")
@@ -107,21 +124,26 @@ class Gate:
             _require(self.calls.of_credential.take(digest), "calls of this device")
         else:
             _require(self.calls.doubtful.wait_s(address), "calls with unknown tokens from this address")
-        found = await self.calls.run(authenticate, self.calls.store, token)
-        if found is None:
-            self._right.pop(digest, None)
-            self.calls.doubtful.take(address)
-            raise Refusal(
-                StatusCode.UNAUTHENTICATED, "this device is not known here; enrol it (again), with a new home folder"
-            )
-        self._remember(digest)
-        caller.set(Caller(*found))
-        if self.calls.places.shared(found[0], str(metadata.get(INSTANCE, ""))[:64]):
-            await self.calls.run(_note_shared, self.calls.store, found[0])
-        return found[0]
+        known = self._right.get(digest) if method == LOOKS_BY_ITSELF else None
+        if known is None:
+            usable = MIN_TOKEN <= len(token) <= MAX_TOKEN
+            found = await self._credentials.ask(digest) if usable else None
+            if found is None:
+                self._right.pop(digest, None)
+                self.calls.doubtful.take(address)
+                raise Refusal(
+                    StatusCode.UNAUTHENTICATED,
+                    "this device is not known here; enrol it (again), with a new home folder",
+                )
+            known = Caller(*found, digest)
+        self._remember(digest, known)
+        caller.set(known)
+        if self.calls.places.shared(known.device_id, str(metadata.get(INSTANCE, ""))[:64]):
+            await self.calls.run(_note_shared, self.calls.store, known.device_id)
+        return known.device_id
 
-    def _remember(self, digest: str) -> None:
-        self._right[digest] = None
+    def _remember(self, digest: str, whose: Caller | None) -> None:
+        self._right[digest] = whose
         self._right.move_to_end(digest)
         if len(self._right) > self.limits.peers:
             self._right.popitem(last=False)
@@ -152,18 +174,78 @@ class Gate:
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     async def _one(self, raw: AsyncIterator[bytes], method: Any) -> Any:
-        data = await _next(raw, self.limits.request_s)
+        data = await self._next(raw, self.limits.request_s)
         if data is None:
             raise Refusal(StatusCode.INVALID_ARGUMENT, f"{method.name} came without a request")
-        if method.name == OPEN_TO_ALL and len(data) > ENROL_BYTES:
-            raise Refusal(StatusCode.INVALID_ARGUMENT, f"an enrolment of {len(data)} bytes is more than {ENROL_BYTES}")
+        if method.name in OPEN_TO_ALL and len(data) > ENROL_BYTES:
+            raise Refusal(StatusCode.INVALID_ARGUMENT, f"a request of {len(data)} bytes is more than {ENROL_BYTES}")
         return _parse(method, data)
 
     async def _parts(self, raw: AsyncIterator[bytes], method: Any) -> AsyncIterator[Any]:
-        while (data := await _next(raw, self.limits.part_s)) is not None:
+        while (data := await self._next(raw, self.limits.part_s)) is not None:
             if not data:
                 raise Refusal(StatusCode.INVALID_ARGUMENT, "a part of the upload is empty")
             yield _parse(method, data)
+
+    async def _next(self, raw: AsyncIterator[bytes], limit_s: float) -> bytes | None:
+        try:
+            async with asyncio.timeout(limit_s):
+                data = await anext(aiter(raw), None)
+        except TimeoutError:
+            raise Refusal(StatusCode.DEADLINE_EXCEEDED, f"nothing came for {limit_s:g} s; begin again") from None
+        self.calls.tally.bytes_in += len(data or b"")
+        return data
+
+    # ---- answering ---------------------------------------------------------------------------------------------------
+
+    def _sent(self, reply: Any) -> bytes:
+        data = reply if isinstance(reply, bytes) else bytes(reply.SerializeToString())
+        self.calls.tally.bytes_out += len(data)
+        return data
+
+    async def _send(self, replies: Any, context: Any) -> None:
+        try:
+            async for reply in replies:
+                await context.write(self._sent(reply))
+        finally:
+            await replies.aclose()
+
+    async def _told(self, method: str, work: Awaitable[T], context: Any) -> T:
+        """Faults as statuses; what is unexpected is logged here and not shown to a peer."""
+        code, began = "OK", time.perf_counter()
+        try:
+            return await work
+        except Refusal as refusal:
+            code = refusal.code.name
+            trailing = ((RETRY_AFTER, f"{refusal.retry_after_s:.2f}"),) if refusal.retry_after_s else ()
+            await context.abort(refusal.code, str(refusal), trailing)
+        except grpc.aio.AbortError:
+            code = _name(context.code())
+            raise
+        except asyncio.CancelledError:
+            code = StatusCode.CANCELLED.name
+            raise
+        except grpc.aio.BaseError:  # gRPC's own: the peer has gone
+            code = StatusCode.CANCELLED.name
+            raise asyncio.CancelledError from None
+        except Exception as error:
+            if is_outage(error) or isinstance(error, Deposed):
+                code = StatusCode.UNAVAILABLE.name
+                log.warning("a call failed: %s", error, extra={"rpc": method})
+                await context.abort(
+                    StatusCode.UNAVAILABLE, "the coordinator cannot store anything now; try again later"
+                )  # so that devices keep their work and come again
+            code = StatusCode.INTERNAL.name
+            log.exception("a call failed", extra={"rpc": method})
+            await context.abort(StatusCode.INTERNAL, "the coordinator failed; its log says more")
+        finally:
+            self.calls.tally.called(method, code, time.perf_counter() - began - waited_s.get())
+        raise AssertionError("abort() does not return")
+
+
+def _name(code: Any) -> str:
+    """A status code's name: gRPC tells what a servicer has set as a number."""
+    return next((known.name for known in StatusCode if code in (known, known.value[0])), "UNKNOWN")
 
 
 def _require(wait_s: float, what: str) -> None:
@@ -178,50 +260,12 @@ def _parse(method: Any, data: bytes) -> Any:
         raise Refusal(StatusCode.INVALID_ARGUMENT, f"{len(data)} bytes are not a {method.input_type.name}") from None
 
 
-async def _next(raw: AsyncIterator[bytes], limit_s: float) -> bytes | None:
-    try:
-        async with asyncio.timeout(limit_s):
-            return await anext(aiter(raw), None)
-    except TimeoutError:
-        raise Refusal(StatusCode.DEADLINE_EXCEEDED, f"nothing came for {limit_s:g} s; begin again") from None
-
-
 async def _within(limit_s: float, work: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(limit_s):
             return await work
     except TimeoutError:
         raise Refusal(StatusCode.DEADLINE_EXCEEDED, f"not done after {limit_s:g} s; go on with another call") from None
-
-
-async def _send(replies: Any, context: Any) -> None:
-    try:
-        async for reply in replies:
-            await context.write(reply.SerializeToString())
-    finally:
-        await replies.aclose()
-
-
-async def _told(work: Awaitable[T], context: Any) -> T:
-    """Faults as statuses; what is unexpected is logged here and not shown to a peer."""
-    try:
-        return await work
-    except Refusal as refusal:
-        trailing = ((RETRY_AFTER, f"{refusal.retry_after_s:.2f}"),) if refusal.retry_after_s else ()
-        await context.abort(refusal.code, str(refusal), trailing)
-    except grpc.aio.AbortError:
-        raise
-    except grpc.aio.BaseError:  # gRPC's own: the peer has gone
-        raise asyncio.CancelledError from None
-    except Exception as error:
-        if is_outage(error) or isinstance(error, Deposed):
-            log.warning("a call failed: %s", error)
-            await context.abort(
-                StatusCode.UNAVAILABLE, "the coordinator cannot store anything now; try again later"
-            )  # so that devices keep their work and come again
-        log.exception("a call failed")
-        await context.abort(StatusCode.INTERNAL, "the coordinator failed; its log says more")
-    raise AssertionError("abort() does not return")
 
 
 def _note_shared(store: Store, device_id: int) -> None:
@@ -233,4 +277,4 @@ def _note_shared(store: Store, device_id: int) -> None:
                 "two processes use it in turns: copied home folder, or stolen token; `pocketfed devices revoke` ends it"
             )
             record(session, device.name, "credential.shared", device.name, "noticed", told)
-            log.warning("the credential of %s is in use at two places", device.name)
+            log.warning("the credential of %s is in use at two places", device.name, extra={"device": device.name})

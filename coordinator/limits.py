@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 MESSAGE_BYTES = (1 << 20) + (64 << 10)  # a part of an update has at most 1 MiB
@@ -75,6 +76,7 @@ class Buckets:
         return len(self._held)
 
 
+@lru_cache(maxsize=4096)
 def address_of(peer: str) -> str:
     """Whom a connection's address counts for.
 

@@ -249,15 +249,15 @@ def commit_attempt(store: Store, run_id: int, number: int, done: Attempt, retry:
 
 def _settle(session: Session, row: Round, done: Attempt) -> int:
     """Book what was settled since the last commit on this round. Returns how many updates were accepted."""
-    mine = sa.select(Assignment).where(Assignment.run_id == row.run_id, Assignment.counted_in.is_(None))
+    mine = sa.select(Assignment, Update).outerjoin(Update, Update.assignment_id == Assignment.id)
+    mine = mine.where(Assignment.run_id == row.run_id, Assignment.counted_in.is_(None))
     accepted = 0
-    for assignment in session.scalars(mine.where(Assignment.status.not_in(OPEN))):
+    for assignment, update in session.execute(mine.where(Assignment.status.not_in(OPEN))).all():
         told = done.tally.statuses.get(assignment.id)
         if assignment.kind == "evaluate":
             told = ("aggregated", None, None) if assignment.status == "uploaded" else None
         elif told is None and assignment.status == "uploaded":
             continue  # it waits for a later buffer
-        update = session.get(Update, assignment.id)
         if told is not None:
             status, why, norm = told
             if status == "aggregated" and done.reason:
@@ -367,5 +367,5 @@ def give_up(store: Store, run_id: int, reason: str) -> list[str]:
 
 def _close_open(session: Session, run_id: int) -> None:
     mine = sa.select(Assignment).where(Assignment.run_id == run_id, Assignment.status.in_(OPEN))
-    for found in session.scalars(mine.with_for_update()):
+    for found in session.scalars(mine.order_by(Assignment.id).with_for_update()):
         found.status, found.error, found.finished_at = "expired", "the run has ended", now()

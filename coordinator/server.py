@@ -16,13 +16,17 @@ from pocketfed.coordinator.distribution import DistributionServicer
 from pocketfed.coordinator.enrolment import capped
 from pocketfed.coordinator.fleet import FleetServicer
 from pocketfed.coordinator.gate import Gate
+from pocketfed.coordinator.health import SERVICE as HEALTH
+from pocketfed.coordinator.health import Health
 from pocketfed.coordinator.limits import Limits, server_options
 from pocketfed.coordinator.store import Store
 from pocketfed.coordinator.tls import Tls, TlsError, is_loopback, server_credentials
+from pocketfed.coordinator.vitals import Tally
 from pocketfed.protos import distribution_pb2, fleet_pb2
 
 log = logging.getLogger("pocketfed.coordinator")
 STOP_S = 2.0  # what calls under way get to end
+PROBE_S = 5.0  # how often it is tried whether the database takes anything
 
 
 class ServeError(RuntimeError):
@@ -70,14 +74,24 @@ def check_listen(config: ServerConfig) -> None:
 class CoordinatorServer:
     """Serves a store's artifacts and assignments to devices, from `start()` to `stop()`."""
 
-    def __init__(self, store: Store, config: ServerConfig, spool: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        config: ServerConfig,
+        spool: Path | None = None,
+        health: Health | None = None,
+        tally: Tally | None = None,
+    ) -> None:
         self.store, self.config = store, config
+        self.health, self.tally = health or Health(), tally or Tally()
         self.assignments = Assignments(store, spool or default_spool(store))
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pocketfed-server", daemon=True)
         self._calls: Calls | None = None
         self._server: grpc.aio.Server | None = None
+        self._fleet: FleetServicer | None = None
+        self._probing: asyncio.Task[None] | None = None
 
     def start(self) -> int:
         """Returns the port.
@@ -107,12 +121,17 @@ class CoordinatorServer:
     async def _start(self) -> int:
         config, limits = self.config, self.config.limits
         key_needed = not is_loopback(config.listen.rpartition(":")[0])
-        self._calls = Calls(self.store, self.assignments, config.lease_s, config.enrolment_key, key_needed, limits)
+        self._calls = Calls(
+            self.store, self.assignments, config.lease_s, config.enrolment_key, key_needed, limits, self.tally
+        )
+        self.store.on_write = self.tally.wrote
         self._server = grpc.aio.server(options=server_options(limits), maximum_concurrent_rpcs=limits.calls_at_once)
         gate = Gate(self._calls)
-        gate.add(self._server, fleet_pb2.DESCRIPTOR.services_by_name["Fleet"], FleetServicer(self._calls))
+        self._fleet = FleetServicer(self._calls)
+        gate.add(self._server, fleet_pb2.DESCRIPTOR.services_by_name["Fleet"], self._fleet)
         distribution = DistributionServicer(self._calls)
         gate.add(self._server, distribution_pb2.DESCRIPTOR.services_by_name["Distribution"], distribution)
+        gate.add(self._server, HEALTH, self.health, open_to_all=("Check",))
         if config.tls is not None:
             port = self._server.add_secure_port(config.listen, server_credentials(config.tls))
         else:
@@ -120,15 +139,43 @@ class CoordinatorServer:
         if port == 0:
             raise RuntimeError("not bound")
         await self._server.start()
+        self.health.leads = True
+        self._probing = self._loop.create_task(self._probe(self._calls))
         return port
 
+    async def _probe(self, calls: Calls) -> None:
+        """Ready for as long as the database takes what is written."""
+        while True:
+            try:
+                await calls.run(self._try_to_write)
+                ready = True
+            except Exception as error:
+                ready = False
+                if self.health.ready:
+                    log.warning("not ready: the database takes nothing (%s)", error)
+            self.health.set_ready(ready)
+            await asyncio.sleep(PROBE_S)
+
+    def _try_to_write(self) -> None:
+        with self.store.write():  # begins, asks whether this coordinator leads, and has nothing to commit
+            pass
+
     async def _stop(self, server: grpc.aio.Server) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        self.health.set_ready(False)
+        self.health.leads = False
         ending = asyncio.ensure_future(server.stop(STOP_S))
         await asyncio.sleep(0)  # no new calls from here on
         if self._calls is not None:
             self._calls.stopping = True
-        self.assignments.notify_offered()  # long polls end now, not when their grace is over
+        if self._fleet is not None:
+            self._fleet.close()  # long polls end now, not when their grace is over
         await ending
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     def online(self, channel: str, forms: bool = False) -> dict[int, str]:
         """Devices (id -> name) that could take part now. forms: as in `devices_online`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
@@ -50,6 +52,12 @@ def set_aside(store: Store, run_id: int, most: int) -> set[int]:
     with store.read() as session:
         offenders = {device for device, count in offences(session, run_id).items() if most and count >= most}
         return offenders | set(session.scalars(refusals.distinct()))
+
+
+def offenders(session: Session, device_ids: Sequence[int]) -> set[int]:
+    """Those of the devices that had an update quarantined."""
+    quarantined = sa.select(Assignment.device_id).where(Assignment.status == "quarantined")
+    return set(session.scalars(quarantined.where(Assignment.device_id.in_(device_ids)).distinct()))
 
 
 def last_refusal(session: Session, device_id: int) -> str | None:

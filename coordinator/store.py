@@ -221,13 +221,14 @@ class Assignment(Base):
     __tablename__ = "assignments"
     __table_args__ = (
         UniqueConstraint("run_id", "round", "attempt", "device_id", "kind"),
+        sa.Index("ix_assignments_device_id_status", "device_id", "status"),
         sa.Index("ix_assignments_run_id_counted_in", "run_id", "counted_in"),
     )
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
     round: Mapped[int]
     attempt: Mapped[int] = mapped_column(default=1)
-    device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"), index=True)
+    device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"))
     kind: Mapped[str] = mapped_column(String(10))  # train, evaluate
     counted_in: Mapped[int | None]  # the round whose commit settled it: a later one where rounds are buffered
     status: Mapped[str] = mapped_column(String(20), default="offered", index=True)
@@ -302,6 +303,29 @@ class Lease(Base):
     held_until: Mapped[datetime]
 
 
+class Vitals(Base):
+    """How the leading coordinator did in the `seconds` before `at`; kept for a day (vitals.py)."""
+
+    __tablename__ = "vitals"
+    at: Mapped[datetime] = mapped_column(primary_key=True)
+    seconds: Mapped[float]
+    calls: Mapped[int]
+    errors: Mapped[int]  # calls that ended otherwise than well, hang-ups left out
+    p50_ms: Mapped[float]  # of a call, the wait of a long poll left out
+    p95_ms: Mapped[float]
+    p99_ms: Mapped[float]
+    bytes_in: Mapped[int] = mapped_column(sa.BigInteger)
+    bytes_out: Mapped[int] = mapped_column(sa.BigInteger)
+    write_ms: Mapped[float]  # a transaction that writes, on average
+    devices: Mapped[int]  # there at that moment, as all that follows
+    polls: Mapped[int]
+    queue: Mapped[int]  # check-ins and uploads waiting for the database
+    spool_files: Mapped[int]
+    spool_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    rss_bytes: Mapped[int] = mapped_column(sa.BigInteger)
+    open_files: Mapped[int]
+
+
 def database_url(text: str) -> URL:
     """`fleet.db`, `/data/fleet.db` or any SQLAlchemy URL.
 
@@ -329,7 +353,8 @@ def database_url(text: str) -> URL:
 class Store:
     """An open database. Sessions come from `read()` and `write()`; a write is one transaction.
 
-    `fence` is called at the start of every write and raises where this process may not write any more (leadership.py).
+    `fence` is called at the start of every write and raises where this process may not write any more (leadership.py);
+    `on_write` is told how long a write took, from its begin to its commit.
 
     Args:
         database: a file name or SQLAlchemy URL.
@@ -343,6 +368,7 @@ class Store:
     def __init__(self, database: str, create: bool = True, must_exist: bool = False) -> None:
         self.url = database_url(database)
         self.fence: Callable[[Session], None] | None = None
+        self.on_write: Callable[[float], None] = lambda seconds: None
         if (must_exist or not create) and self.file is not None and not self.file.exists():
             raise StoreError(
                 f"there is no database {self.file}; start `pocketfed simulate` or `pocketfed serve` with it first"
@@ -432,6 +458,7 @@ class Store:
 
     @contextmanager
     def write(self) -> Iterator[Session]:
+        began = time.perf_counter()
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             if self.is_sqlite:
                 # What is read here must still hold when it is written; SQLite would take its lock only then.
@@ -439,6 +466,7 @@ class Store:
             if self.fence is not None:
                 self.fence(session)
             yield session
+        self.on_write(time.perf_counter() - began)
 
     def close(self) -> None:
         self.engine.dispose()

@@ -61,7 +61,7 @@ def arm(point: str) -> None:
         case "between rename and row":
             wrap(assignments, "_sync_folder", after=die)
         case "between upload and receipt":
-            wrap(assignments.Assignments, "finish", after=die)
+            wrap(assignments.Assignments, "count", after=die)
         case "mid-aggregation":
             wrap(screening, "capped_examples", after=on_call(2))
         case "before the commit":

@@ -427,6 +427,24 @@ def test_fault_20_a_revoked_device_is_out_with_its_next_call_and_ends_its_long_p
             link.enrol("phone", "stable", TOKEN)
 
 
+def test_fault_20_a_revoked_device_whose_credential_was_right_a_moment_ago_is_out_and_sampled_no_more(
+    store: Store,
+) -> None:
+    with CoordinatorServer(store, ServerConfig("127.0.0.1:0")) as server, linked(f"127.0.0.1:{server.port}") as link:
+        link.enrol("phone", "stable", TOKEN)
+        for _ in range(2):  # from the second call on the gate knows the credential
+            assert link.end_check_in(link.begin_check_in(3, 0, 0.0)).HasField("wait")
+        assert server.online("stable") == {1: "phone"}
+        with store.write() as session:
+            revoke_device(session, "phone")
+        with pytest.raises(Refused, match="this device was revoked; ask the operator") as caught:
+            link.end_check_in(link.begin_check_in(3, 0, 0.0))
+        assert caught.value.code == "UNAUTHENTICATED"
+        assert server.online("stable") == {}
+        with pytest.raises(Refused, match="not known here"):
+            link.end_check_in(link.begin_check_in(3, 0, 0.0))
+
+
 def test_fault_20_a_server_that_another_authority_signed_is_not_talked_to(store: Store, tmp_path: Path) -> None:
     ours, theirs = (make_certificates(tmp_path / name, ["127.0.0.1"]) for name in ("ours", "theirs"))
     with serving(store, tls=ours) as address:

@@ -680,15 +680,15 @@ def test_fault_23_while_nothing_can_be_stored_devices_are_told_to_try_again_and_
     device, heard = coordinator.device(0)
     refused = threading.Semaphore(0)
     assignments = coordinator.server.assignments
-    finish, left = assignments.finish, iter(range(3))
+    count, left = assignments.count, iter(range(3))
 
     def full(*arguments: Any) -> Any:
         if next(left, None) is not None:
             refused.release()
             raise OSError(28, "No space left on device")
-        return finish(*arguments)
+        return count(*arguments)
 
-    assignments.finish = full  # type: ignore[method-assign]
+    assignments.count = full  # type: ignore[method-assign]
     device.start()
     coordinator.drive(rounds=1, min_devices=1)
     assert [refused.acquire(blocking=False) for _ in range(4)] == [True, True, True, False]
