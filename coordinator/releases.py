@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -114,15 +114,22 @@ def open_releases(session: Session, channel: str) -> list[Release]:
 
 
 def release_for(
-    session: Session, channel: str, name: str, sdk: str, known: int = 0, runs: int | None = None
+    session: Session,
+    channel: str,
+    name: str,
+    sdk: str,
+    known: int = 0,
+    runs: int | None = None,
+    among: Sequence[Release] | None = None,
 ) -> tuple[Release | None, str]:
     """The newest release that covers a device, if newer than the one it knows; and why it does not get a newer one yet.
 
     Args:
         known: the newest release that the device has heard of, refused ones too. runs: the one that it runs.
+        among: the channel's open releases, where whoever asks for many devices has looked already.
     """
     why = ""
-    for release in open_releases(session, channel):
+    for release in open_releases(session, channel) if among is None else among:
         if release.id <= known:
             break
         if release.state == "paused" or bucket(channel, name) >= release.percent:
