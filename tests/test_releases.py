@@ -620,6 +620,7 @@ def test_a_runs_result_goes_out_in_stages_and_the_next_run_starts_from_what_is_l
         assert latest_release(session, "stable").id == 1  # type: ignore[union-attr]
         early = next(n for n in (f"d{i}" for i in itertools.count()) if bucket("stable", n) < 10)
         assert release_for(session, "stable", early, "")[0] is made
+        assert release_for(session, "stable", early, "", among=[])[0] is None
     with pytest.raises(RunConfigError, match="rollout: 0 % of the devices cannot be"):
         RunConfig(rollout=0)
     with pytest.raises(RunConfigError, match="rollout: the margin is 2"):
