@@ -1,6 +1,6 @@
 """Which SDK this is. A coordinator is told; an artifact may ask for a newer one."""
 
-SDK_VERSION = "0.2.0"
+SDK_VERSION = "0.3.0"
 
 
 def at_least(needed: str) -> bool:

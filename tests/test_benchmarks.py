@@ -265,3 +265,23 @@ def test_differences_are_taken_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> 
     others = [{"seed": 1, "accuracy": 0.81}, {"seed": 0, "accuracy": 0.93}]
     assert forms.difference(ours, others) == "-2.0 ± 1.4"  # -3 and -1
     assert forms.difference(ours, []) == ""
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_in_the_load_benchmark_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctest.testmod(load("load", monkeypatch)).failed == 0
+
+
+def test_the_load_benchmark_measures_check_ins_of_a_coordinator_that_serves() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "load.py"), "--parts", "check-ins", "--seconds", "0.5"]
+    more = ["--devices", "20", "--polls", "4", "--at-once", "2"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["check-ins"]
+    assert (row["devices"], row["polls"]) == (20, 4)
+    assert "failures" not in row
+    assert row["per_s"] > 1
+    assert 0 < row["p50"] <= row["p95"] <= row["p99"]
+    assert row["rss_mb"] > 20

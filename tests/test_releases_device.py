@@ -274,7 +274,7 @@ def with_manifest(built: BuiltArtifact, **changes: Any) -> BuiltArtifact:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"min_sdk": "9.0"}, "the artifact needs SDK '9.0', this is 0.2.0: update the app"),
+        ({"min_sdk": "9.0"}, "the artifact needs SDK '9.0', this is 0.3.0: update the app"),
         ({"task": "regression", "labels": ["warmth"]}, "is for regression; this app's SDK does classification"),
     ],
 )
