@@ -50,7 +50,12 @@ def manifest(files: dict[str, bytes]) -> dict[str, Any]:
         "keeps_tokens": False,
     }
     needs = {name: {"weights": 1000, "activations": [1000, 10, 2, 1]} for name in ("train", "predict")}
-    head = {**plans, **upper, "initial": "theta.safetensors", "size": 7, "needs": needs}
+    rows = [
+        {"name": "classifier.weight", "shape": [2, 3], "offset": 0},
+        {"name": "classifier.bias", "shape": [1], "offset": 6},
+    ]
+    more = {"name": "encoder.bias", "shape": [2], "offset": 7}
+    head = {**plans, **upper, "initial": "theta.safetensors", "size": 7, "parameters": rows, "needs": needs}
     return {
         "schema": 2,
         "task": "classification",
@@ -59,7 +64,7 @@ def manifest(files: dict[str, bytes]) -> dict[str, Any]:
         "plans": {"tokenize": "tokenize.onnx"},
         "trainable_sets": {
             "head": head,
-            "full": {**plans, "initial": "theta.safetensors", "size": 9, "needs": needs},
+            "full": {**plans, "initial": "theta.safetensors", "size": 9, "parameters": [*rows, more], "needs": needs},
         },
         "files": {name: describe(data) for name, data in files.items()},
     }
