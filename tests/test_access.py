@@ -669,7 +669,7 @@ def test_fault_22_long_strings_and_heaps_of_metrics_are_refused(store: Store, tm
         with pytest.raises(Refused, match="larger than max") as caught:
             link.enrol("x" * (10 << 20), "stable", TOKEN)
         assert caught.value.code == "RESOURCE_EXHAUSTED"
-        with pytest.raises(Refused, match=r"an enrolment of 100\d+ bytes is more than 4096"):
+        with pytest.raises(Refused, match=r"a request of 100\d+ bytes is more than 4096"):
             link.enrol("x" * 100_000, "stable", TOKEN)
         link.enrol("phone", "stable", TOKEN)
         assignment = offer(store, "phone")
