@@ -30,6 +30,7 @@ from pocketfed.client_sdk import (
     Progress,
     Readings,
     link,
+    status,
 )
 from pocketfed.client_sdk.artifacts import Artifact
 from pocketfed.client_sdk.perform import Task, perform
@@ -172,7 +173,14 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset) -> Iterator[Scene]:
+def scene(
+    tmp_path: Path,
+    nano_built: BuiltArtifact,
+    nano_artifact: Artifact,
+    tiny_dataset: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Scene]:
+    monkeypatch.setattr(status, "OFTEN_S", 0.0)  # every step is told, however fast the machine is
     made = Scene(tmp_path, nano_built, nano_artifact, tiny_dataset)
     yield made
     made.close()
