@@ -85,7 +85,7 @@ def asked_of_all(folder: Path, paths: list[Path], theta: Vector) -> FleetGrid:
     """A coordinator's grid in whose database every device was asked, and has handed in its file."""
     store = Store(str(folder / "fleet.db"))
     with store.write() as session:
-        session.add(Artifact(version="v", manifest={}, bytes=0))
+        session.add(Artifact(version="v", manifest={"trainable_sets": {"s": {"size": len(theta)}}}, bytes=0))
         session.flush()
         made = Run(name="r", channel="c", config={}, artifact_version="v", trainable_set="s", seed=0, rounds_planned=1)
         session.add(made)

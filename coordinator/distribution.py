@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
@@ -27,6 +29,7 @@ from pocketfed.coordinator.store import (
 from pocketfed.protos import distribution_pb2 as pb
 from pocketfed.protos import distribution_pb2_grpc
 
+log = logging.getLogger("pocketfed.coordinator")
 KEPT_BYTES = 64 << 20  # more than the released backbone as int8
 
 
@@ -104,10 +107,15 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
         sent = 0
         try:
             for digest in chunks[request.first_chunk :]:
-                held = self._kept.get((digest, total))
+                held, intact = self._kept.get((digest, total)), True
                 if held is None:
-                    held = await self.calls.run(self._chunk, digest, total)
-                self._kept.put((digest, total), held)
+                    held, intact = await self.calls.run(self._chunk, digest, total)
+                if intact:
+                    self._kept.put((digest, total), held)
+                else:  # the device refuses it, and gets the right one once the database is mended
+                    log.error(
+                        "chunk %s in the database is damaged; `pocketfed db check` says what it is part of", digest
+                    )
                 yield held[1]
                 sent += held[0]
         finally:
@@ -119,11 +127,12 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
             blob = session.get(Blob, digest)
             return None if blob is None else (list(blob.chunks), blob.bytes)
 
-    def _chunk(self, digest: str, total: int) -> tuple[int, bytes]:
-        """How many bytes a chunk has, and its message."""
+    def _chunk(self, digest: str, total: int) -> tuple[tuple[int, bytes], bool]:
+        """How many bytes a chunk has, and its message; and whether it is what its digest says."""
         with self.calls.store.read() as session:
             data = session.scalars(sa.select(Chunk.data).where(Chunk.digest == digest)).one()
-        return len(data), pb.DownloadChunk(data=data, digest=digest, total_bytes=total).SerializeToString()
+        message = pb.DownloadChunk(data=data, digest=digest, total_bytes=total).SerializeToString()
+        return (len(data), message), hashlib.sha256(data).hexdigest() == digest
 
 
 class Kept:

@@ -3,7 +3,7 @@
     pip install pocketfed
     read-sensors | python examples/sensor_loop.py --coordinator 127.0.0.1:8765 --home sensor-home
 
-A line of input is a reading, `kitchen 21.5`, or what the last event was: `= cooking`.
+A line of input is a reading, `kitchen 21.5`, what the last event was, `= cooking`, or `?` for what the box waits for.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ def watch(device: Device, lines: Iterable[str]) -> None:
         first, _, rest = line.strip().partition(" ")
         if first == "=":  # the owner's word, from a button or a chat
             print("noted" if device.correct(event, rest) else f"nothing to call {rest!r}", flush=True)
+            continue
+        if first == "?":
+            print(device.status(), flush=True)
             continue
         try:
             reading = float(rest)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -271,8 +272,14 @@ def test_the_sensor_waits_for_its_hours(coordinator: Coordinator, tmp_path: Path
     begin, end = around_now(3, 4)
     with running(tmp_path, *arguments, "--window", begin, end) as sensor:
         readings(sensor)
+        told, waits_for = "", f"the hours from {begin} to {end}"
+        for _ in range(round(PATIENCE_S / 0.1)):  # it fetches its model first
+            told = sensor.ask("?")
+            if waits_for in told:
+                break
+            time.sleep(0.1)
+        assert waits_for in told
         assert sensor.child.stdin is not None
         sensor.child.stdin.close()
-        assert f"the hours from {begin} to {end}" in sensor.hear()
     with coordinator.store.read() as session:
         assert session.scalar(sa.select(sa.func.count()).select_from(Update)) == 0

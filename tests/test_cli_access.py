@@ -249,8 +249,9 @@ def test_a_release_goes_out_in_stages_by_commands_and_each_is_in_the_audit(
     assert all(text in works("release", "show", 2, "--database", database) for text in ("paused 10 %", "staged 50 %"))
     acts = [(a["act"], a["target"], a["outcome"]) for a in reversed(listed("audit", "--database", database))]
     assert acts == [
-        ("publish", f"stable {version}", "failed"), ("publish", f"stable {version}", "done"),
-        ("publish", f"stable {version}", "done"), ("pause", "2", "done"), ("promote", "2 50 % auto", "done"),
+        ("publish", f"stable {version}", "failed"), ("key.create", f"{database}.keys", "done"),
+        ("publish", f"stable {version}", "done"), ("publish", f"stable {version}", "done"), ("pause", "2", "done"),
+        ("promote", "2 50 % auto", "done"),
         ("promote", "2 20 %", "failed"), ("promote", "2", "done"), ("rollback", "stable 1", "done"),
     ]  # fmt: skip
 

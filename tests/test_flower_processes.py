@@ -95,7 +95,16 @@ def in_our_own_coordinator(folder: Path, built: BuiltArtifact, artifact: Artifac
     app = make_client_app(
         lambda: trainer, lambda c: (str(c.node_config["device"]), local[str(c.node_config["device"])])
     )
-    config = RunConfig(rounds=ROUNDS, min_devices=2, strategy="FedAvg", seed=11, local=TrainConfig(**LOCAL))  # type: ignore[arg-type]
+    # Stock Flower bounds nobody's share.
+    config = RunConfig(
+        rounds=ROUNDS,
+        min_devices=2,
+        strategy="FedAvg",
+        seed=11,
+        examples_factor=0.0,
+        clip_factor=0.0,
+        local=TrainConfig(**LOCAL),  # type: ignore[arg-type]
+    )
     run_id = create_run(store, config)
     theta = drive_run(store, run_id, InProcessGrid(store, run_id, app, nodes, 0), config)
     store.close()

@@ -32,7 +32,7 @@ def grid(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(module, "ROWS", 4)
     store = Store(database)
     with store.write() as session:
-        session.add(Artifact(version="v", manifest={}, bytes=0))
+        session.add(Artifact(version="v", manifest={"trainable_sets": {"full": {"size": SIZE}}}, bytes=0))
         session.flush()
         run = Run(name="r", channel="stable", config={}, artifact_version="v", trainable_set="full", seed=0)
         run.rounds_planned = 1

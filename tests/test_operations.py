@@ -40,7 +40,7 @@ def run(words: list[str], folder: Path) -> str:
 def test_every_command_in_a_sentence_exists_with_the_options_that_are_shown() -> None:
     import typer.main
 
-    from pocketfed.cli.main import app
+    from pocketfed.cli.commands import app
 
     shown = [shlex.split(text) for text in re.findall(r"`(pocketfed [^`]*)`", TEXT)]
     assert len(shown) > 5

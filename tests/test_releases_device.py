@@ -390,7 +390,7 @@ def test_scores_are_those_of_evaluation_one_by_one(
     right, losses = score(trainer, learned, examples)
     measured = evaluate(trainer, learned, examples)
     assert right.mean() == pytest.approx(measured["accuracy"])
-    assert losses.mean() == pytest.approx(measured["loss"], rel=1e-5)
+    assert losses.mean() == pytest.approx(measured["loss"], rel=1e-5, abs=1e-6)
 
 
 def test_a_comparison_counts_what_was_lost_and_won_and_distrusts_losses_that_are_no_numbers() -> None:

@@ -253,7 +253,7 @@ def test_the_device_side_loads_neither_torch_nor_tokenizers(vocabulary: Vocabula
     code = (
         "import sys; from pocketfed.client_sdk.tokenizer import PlanTokenizer\n"
         "print(PlanTokenizer(sys.argv[1]).encode(['watch'])[0].tolist())\n"
-        "print([m for m in ('torch', 'tokenizers', 'onnx', 'pocketfed.model') if m in sys.modules])"
+        "print([m for m in ('torch', 'tokenizers', 'onnx', 'pocketfed.model.tokenization') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "tokenize.onnx")]
     (tmp_path / "tokenize.onnx").write_bytes(build_tokenize_plan(vocabulary))
