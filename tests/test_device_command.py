@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 GIVEN = ("--coordinator", "c:1", "--data", "d.csv", "--home", "h")
 ENDS_S = 2.0
+PATIENCE_S = 120.0
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -126,9 +128,12 @@ def device(folder: Path, home: Path, address: str, **settings: str) -> Iterator[
         [sys.executable, "-m", "pocketfed.cli", "device"], cwd=ROOT / "tests", text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**os.environ, **environment},
     ) as child:  # fmt: skip
+        reaper = threading.Timer(PATIENCE_S, child.kill)  # else one that never says what is waited for hangs the test
+        reaper.start()
         try:
             yield child
         finally:
+            reaper.cancel()
             child.kill()
 
 
@@ -198,8 +203,6 @@ def progress(store: Store) -> float:
 def test_it_ends_within_two_seconds_in_the_middle_of_training_and_keeps_what_it_has_trained(
     folder: Path, tmp_path: Path, coordinator: CoordinatorServer
 ) -> None:
-    import threading
-
     from pocketfed.client_sdk.trainer import TrainConfig
     from pocketfed.coordinator.config import RunConfig
     from pocketfed.coordinator.grid import FleetGrid
@@ -218,7 +221,7 @@ def test_it_ends_within_two_seconds_in_the_middle_of_training_and_keeps_what_it_
 
     driven = threading.Thread(target=drive, daemon=True)
     driven.start()
-    with device(folder, tmp_path / "home", f"127.0.0.1:{coordinator.port}") as child:
+    with device(folder, tmp_path / "home", f"127.0.0.1:{coordinator.port}", holdout="0") as child:
         read_until(child, "training in round 1 on 96 examples")
         while not stopping.wait(0.05) and not progress(coordinator.store):
             assert child.poll() is None
