@@ -67,7 +67,10 @@ class Consent:
         answers = read_json(self._path)
         if key not in answers:
             answers[key] = self._ask(run)
-            write_json(self._path, dict(list(answers.items())[-REMEMBERED:]))
+            try:
+                write_json(self._path, dict(list(answers.items())[-REMEMBERED:]))
+            except OSError as error:
+                log.warning("the app's answer could not be written down, and is asked for again: %s", error)
         if answers[key]:
             raise RunRefused(f"the app takes no part in run {run.run}: {answers[key]}")
 

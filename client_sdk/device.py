@@ -127,7 +127,7 @@ class Device:
             release(self._lock_file)
             raise
         self.name, self.channel = identity.name, channel
-        keeping = Keeping(self.home, self._link.taken)
+        keeping = self._keeping = Keeping(self.home, self._link.taken)
         self._models = Models(
             self.home,
             channel,
@@ -177,13 +177,17 @@ class Device:
         return self.examples.correct(example_id, label)
 
     def forget(self, example_id: int | None = None) -> int:
-        """Delete one example, or all, from the disk too. Returns how many were deleted.
+        """Delete one example, or all, from the disk too; with all, private parameters as well. Returns how many were deleted.
 
         Raises:
             StorageError: it may still be there; free some space and ask again.
         """
         self._require_open()
-        return self.examples.forget(example_id)
+        count = self.examples.forget(example_id)
+        if example_id is None:  # nor what was made of them
+            self._keeping.forget()
+            self._models.refresh()
+        return count
 
     def count(self, labelled: bool = False) -> int:
         """How many examples are kept.
@@ -259,12 +263,17 @@ class Device:
             self._participation.stopping.clear()
             return
         with self._lifecycle:
+            if self._thread is not None and self._participation.stopping.is_set():
+                self._thread.join()  # a callback has stopped it, and it has not ended yet
             if self._thread is None or not self._thread.is_alive():
                 self._participation.stopping.clear()
-                self._thread = threading.Thread(
-                    target=self._participation.run, name=f"pocketfed-{self.name}", daemon=True
-                )
+                self._thread = threading.Thread(target=self._take_part, name=f"pocketfed-{self.name}", daemon=True)
                 self._thread.start()
+
+    def _take_part(self) -> None:
+        self._participation.run()
+        if self._closed:  # by a callback of this thread
+            self._let_go()
 
     def reconsider(self) -> None:
         """Something has changed that the readings show (plugged in, on Wi-Fi): look now, not within ten seconds."""
@@ -303,10 +312,14 @@ class Device:
         if not self._closed and not self._forked:
             self.stop()
             self._closed = True
-            self._link.close()
-            self.examples.close()
-            self._usage.save()
-            release(self._lock_file)
+            if self._thread is not threading.current_thread():  # from a callback: once that thread has ended
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._link.close()
+        self.examples.close()
+        self._usage.save()
+        release(self._lock_file)
 
     def _abandon(self) -> None:
         """In a forked child: let go of home's lock, which the parent goes on holding, and refuse every call."""

@@ -40,10 +40,11 @@ class Identity:
         Raises:
             LinkError: unreachable, or refused.
         """
+        if not link.token:
+            say("enrolling")  # before the lock: a callback may stop the device, which waits for who waits for it
         with self._lock:
             if link.token:
                 return
-            say("enrolling")
             # The token is on disk before the coordinator hears of it: a lost reply does not lock the device out.
             token = read_json(self._path).get("token") or secrets.token_urlsafe(32)
             identity = {"name": self.name, "token": token, "enrolled": False}

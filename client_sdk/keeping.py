@@ -44,7 +44,8 @@ class Part:
 
 
 class Keeping:
-    """Two files in the device's folder: what is kept, and the last update with what is to be kept once it has been taken.
+    """Three files in the device's folder: what error feedback kept, the private parameters, which another run must not
+    touch, and the last update with what is to be kept once it has been taken.
 
     An update is written down before its first byte is sent, and sent again as it is: noise is not drawn twice, and no
     residual is counted twice, wherever the process ends.
@@ -55,6 +56,7 @@ class Keeping:
 
     def __init__(self, home: Path, taken: Callable[[str], bool | None]) -> None:
         self._kept, self._outgoing = home / "kept.safetensors", home / "outgoing.safetensors"
+        self._private = home / "private.safetensors"
         self._taken = taken
 
     def reply(self, part: Part) -> Reply | None:
@@ -76,15 +78,18 @@ class Keeping:
         if not part.leaves_traces:
             return Kept()
         self._settle()
-        found, split = _load(self._kept), split_of(trainer, part.form)
-        if found is None or found[0]["identity"] != trainer.identity:
-            return Kept()
-        told, arrays = found
-        private, residual = arrays["private"], arrays["residual"]
-        if told["private"] != list(part.form.private) or told["base"] != _digest(split.private(part.start)):
-            private = NOTHING  # they took the place of other values
-        same = (told["run"], told["private"], told["codec"]) == (part.run, list(part.form.private), part.form.codec)
-        return Kept(residual if same else NOTHING, private)
+        split, names = split_of(trainer, part.form), list(part.form.private)
+        private, residual = NOTHING, NOTHING
+        own, kept = _load(self._private), _load(self._kept)
+        if own is not None and own[0]["identity"] == trainer.identity:
+            # Of other names, or in the place of other values, they are not these.
+            fits = own[0]["private"] == names and own[0]["base"] == _digest(split.private(part.start))
+            private = own[1]["private"] if fits else NOTHING
+        if kept is not None and kept[0]["identity"] == trainer.identity:
+            told = kept[0]
+            same = (told["run"], told["private"], told["codec"]) == (part.run, names, part.form.codec)
+            residual = kept[1]["residual"] if same else NOTHING
+        return Kept(residual, private)
 
     def hold(self, trainer: Trainer, part: Part, reply: Reply) -> None:
         """Before the update is sent."""
@@ -114,8 +119,8 @@ class Keeping:
 
     def personal(self, trainer: Trainer, theta: Vector) -> Vector:
         """theta with the device's private parameters, where they took the place of those in it; else theta itself."""
-        found = _load(self._kept)
-        if found is None or found[0]["identity"] != trainer.identity or not found[0]["private"]:
+        found = _load(self._private)
+        if found is None or found[0]["identity"] != trainer.identity:
             return theta
         try:
             split = split_private(trainer.layout, found[0]["private"])
@@ -123,6 +128,11 @@ class Keeping:
             return theta
         fits = found[0]["base"] == _digest(split.private(theta))
         return split.overlay(theta, found[1]["private"]) if fits else theta
+
+    def forget(self) -> None:
+        """Delete what was made of the examples: private parameters, residual, the last update."""
+        for path in (self._outgoing, self._private, self._kept):
+            path.unlink(missing_ok=True)
 
     def _settle(self) -> None:
         """The process may have ended before it heard whether its last update was taken."""
@@ -135,7 +145,9 @@ class Keeping:
         self.settle(last[0]["assignment"], bool(taken))
 
     def _keep(self, told: Mapping[str, Any], arrays: Arrays) -> None:
-        _save(self._kept, told, {"residual": arrays["residual"], "private": arrays["private"]})
+        if told["private"]:
+            _save(self._private, told, {"private": arrays["private"]})
+        _save(self._kept, told, {"residual": arrays["residual"]})  # last: that it is there says that all was kept
 
 
 def _save(path: Path, told: Mapping[str, Any], arrays: Arrays) -> None:

@@ -112,19 +112,26 @@ class Models:
                 if self._model is None:
                     # Fetched anew as soon as the coordinator is asked; until then the one before does.
                     self._damaged = True
-                    self._model = self._open(shelf.before) if shelf.before is not None else None
+                    other = shelf.newest if shelf.went_back else shelf.before
+                    self._model = self._open(other) if other is not None else None
             return self._model
 
     def adopt(self, release: Any, progress: Callable[[float], None] = lambda fraction: None) -> Model:
         """Make a release the model in use: everything is on disk and checked before it is. The one before it stays on disk."""
         with self._lock:
+            if release.id <= self.held_release_id() and (held_model := self.current()) is not None:
+                return held_model  # another thread has adopted it meanwhile
             trainer = self.trainer(release.artifact_version, release.trainable_set, progress, release=True)
             held = Held(release.id, release.artifact_version, release.trainable_set, release.parameters_digest)
             theta = self.parameters(held.digest, trainer.size, progress)
             _try_out(trainer, theta)
             before = self._in_use_before(held)
             self._trust.adopt(release.artifact_version, self._channel)
-            shelf = Shelf(held, before, judged=before is None)
+            old = self.shelf
+            if old is not None and before is None and not self._damaged and not old.went_back:
+                shelf = replace(old, newest=held)  # the same again under another number: what it is beside stays
+            else:
+                shelf = Shelf(held, before, judged=before is None)
             write_shelf(self._home / "release.json", shelf)  # from here on it is the model in use
             model = self._personal(trainer, theta, release.id)
             with self._model_lock:

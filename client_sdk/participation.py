@@ -46,6 +46,11 @@ from pocketfed.protos import fleet_pb2 as fleet
 BACKOFF_S = (0.2, 30.0)  # shortest and longest pause after a failure
 LOOK_S = 10.0  # how often a device that may not work looks whether it may
 NEWS_S = 900.0  # how often one that may not train asks for releases
+OF_THE_DEVICE = (
+    "UNAUTHENTICATED",
+    "PERMISSION_DENIED",
+    "FAILED_PRECONDITION",
+)  # refusals that say nothing of the update
 RESUMABLE = ("OUT_OF_RANGE", "DATA_LOSS")  # an upload's refusals after which to ask where it stands and go on
 KINDS: dict[int, Kind] = {fleet.Assignment.TRAIN: "train", fleet.Assignment.EVALUATE: "evaluate"}
 # What a decline begins with where it is not an error's name: words that an operator counts.
@@ -144,14 +149,17 @@ class Participation:
     def _do_without(self, missing: Unmet) -> float:
         """A device that may not work asks for none; it hears of new models as long as the network may be used."""
         if not missing.transfer and self._clock.passed() >= self._next_news:
-            self._next_news = self._clock.passed() + NEWS_S
             self.ensure_enrolled()
             reply = self._check_in(0, 0.0)
+            self._next_news = self._clock.passed() + NEWS_S
             if reply.HasField("assignment"):  # of before the process was started anew
                 self._decline_for(reply.assignment, missing)
         if not missing.compute:
             self.judge()
-        self._voice.wait_for(self._watch.look().all.values())
+        missing = self._watch.look()
+        if not missing.all:
+            return 0.0
+        self._voice.wait_for(missing.all.values())
         return LOOK_S
 
     def ensure_enrolled(self) -> None:
@@ -312,7 +320,8 @@ class Participation:
         broken_off = Checkpoint(self._home / "training.safetensors", self._checkpoint_s)
         reply = perform(trainer, task, examples, alive.should_stop, alive.tell, broken_off, kept)
         if kind == "train":
-            self._keeping.hold(trainer, part, reply)
+            with writing(self._home):
+                self._keeping.hold(trainer, part, reply)
         return reply
 
     # ---- handing in ------------------------------------------------------------------------------------------------------
@@ -338,14 +347,27 @@ class Participation:
                         alive.tell,
                     )
                 except (Unreachable, Cancelled, Paused, Refused) as error:
+                    if isinstance(error, Refused) and error.code in OF_THE_DEVICE:
+                        raise  # the update may still be wanted once the device is let in again
                     if isinstance(error, Refused) and error.code not in RESUMABLE:
                         self._outbox.clear()
+                        self._decline(
+                            assignment.id, f"{error.code}: {error}"
+                        )  # else it would be made and refused again
                         raise
                     if self._clock.passed() > end:
                         self._outbox.clear()
                         raise
                 else:
-                    self._keeping.settle(assignment.id, receipt.accepted)
+                    try:
+                        self._keeping.settle(assignment.id, receipt.accepted)
+                    except OSError as error:  # asked for again before the next round
+                        log.warning(
+                            "%s: what stays of round %d could not be kept: %s",
+                            self._identity.name,
+                            assignment.round,
+                            error,
+                        )
                     self._outbox.clear()
                     self._models.refresh()
                     alive.tell(1.0)

@@ -69,10 +69,13 @@ class Watch:
 
     def _fresh(self) -> Readings:
         with self._lock:
-            if self._needs_readings and self._clock.passed() - self._read_at >= FRESH_S:
-                self._readings = self._read()
-                self._read_at = self._clock.passed()
+            due = self._needs_readings and self._clock.passed() - self._read_at >= FRESH_S
+        if not due:
             return self._readings
+        readings = self._read()  # without the lock: it is the app's code
+        with self._lock:
+            self._readings, self._read_at = readings, self._clock.passed()
+        return readings
 
     def _read(self) -> Readings:
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.releases import add_release
+from pocketfed.coordinator.releases import add_release, lock_channel, parent_for
 from pocketfed.coordinator.rollout import Rollout
 from pocketfed.coordinator.signing import Keys, sign_version, sign_way_back
 from pocketfed.coordinator.store import (
@@ -22,7 +22,6 @@ from pocketfed.coordinator.store import (
     Artifact,
     Release,
     iterate_blob,
-    latest_release,
     put_artifact,
     split_chunks,
 )
@@ -338,7 +337,8 @@ def publish_artifact(
         raise PublishError(f"the artifact has no trainable set {chosen!r}, only {', '.join(sets)}")
     files = ((artifact.folder / name).read_bytes() for name in artifact.manifest["files"])
     put_artifact(session, artifact.manifest, artifact.version, files)
-    parent = latest_release(session, channel)
+    lock_channel(session, channel)
+    parent = parent_for(session, channel, rollout or Rollout())
     if keys is not None:
         follows = parent.artifact_version if parent is not None else None
         sign_version(session, keys, channel, artifact.version, supersede=supersede, follows=follows)

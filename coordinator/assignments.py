@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.forms import knows_forms
+from pocketfed.coordinator.rollout import sdk_fits
 from pocketfed.coordinator.store import Assignment, Device, History, Run, Store, Update, is_digest, now, printable
 
 T = TypeVar("T")
@@ -420,13 +421,19 @@ def portions(ids: Sequence[T], size: int = 1000) -> Iterator[Sequence[T]]:
     return (ids[start : start + size] for start in range(0, len(ids), size))
 
 
-def devices_online(session: Session, channel: str, forms: bool = False) -> dict[int, str]:
+def devices_online(
+    session: Session, channel: str, forms: bool = False, sdks: tuple[str, str] = ("", "")
+) -> dict[int, str]:
     """Devices (id -> name) of a channel with labelled examples that are asking for work now, or will again at once.
 
-    forms: only those that know other forms of an update than the plain one.
+    forms: only those that know other forms of an update than the plain one. sdks: least and greatest version of the SDK.
     """
     there = sa.select(Device.id, Device.name, Device.sdk_version).where(
         Device.channel == channel, Device.present_until >= now()
     )
     rows = session.execute(there.where(Device.examples > 0))
-    return {row.id: row.name for row in rows if not forms or knows_forms(row.sdk_version)}
+    return {
+        row.id: row.name
+        for row in rows
+        if (not forms or knows_forms(row.sdk_version)) and sdk_fits(row.sdk_version, *sdks)
+    }

@@ -107,9 +107,8 @@ class DistributionServicer(distribution_pb2_grpc.DistributionServicer):
         sent = 0
         try:
             for digest in chunks[request.first_chunk :]:
-                held, intact = self._kept.get((digest, total)), True
-                if held is None:
-                    held, intact = await self.calls.run(self._chunk, digest, total)
+                kept = self._kept.get((digest, total))
+                held, intact = (kept, True) if kept else await self.calls.run(self._chunk, digest, total)
                 if intact:
                     self._kept.put((digest, total), held)
                 else:  # the device refuses it, and gets the right one once the database is mended

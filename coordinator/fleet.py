@@ -163,12 +163,15 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
             await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
         asked, news, answered = Asked(device_id, channel, request, wait_s + AWAY_S), asyncio.Event(), False
         self._waiting.setdefault(device_id, []).append(news)
+        keys: bytes | None = None  # that the first look found: a device that refuses them is not told in haste
         try:
             while True:
                 news.clear()
                 reply = await self._desk.ask(asked)
+                keys = bytes(reply.keys.statement) if keys is None else keys
                 left = end - self._loop.time()
                 answered = reply.HasField("assignment") or reply.HasField("release") or left <= 0
+                answered = answered or bytes(reply.keys.statement) != keys
                 if answered:
                     return reply
                 if not self.calls.stopping:
@@ -225,7 +228,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         with self.calls.store.write() as session:
             device = session.get_one(tables.Device, device_id)
             release = session.get(tables.Release, release_id) if release_id < 1 << 31 else None
-            if release is not None:
+            if release is not None and device.revoked_at is None:
                 self._refused.add(release_id)  # the first device that says so is enough
                 record(
                     session, device.name, "release.refused", f"{release_id} {release.artifact_version}", "noticed", why

@@ -15,7 +15,7 @@ from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.forms import form_of
 from pocketfed.coordinator.operators import record
-from pocketfed.coordinator.releases import add_release, open_releases
+from pocketfed.coordinator.releases import add_release, lock_channel, open_releases
 from pocketfed.coordinator.retention import delete_blobs
 from pocketfed.coordinator.screening import Tally
 from pocketfed.coordinator.store import (
@@ -328,6 +328,7 @@ def finish_run(store: Store, run_id: int, config: RunConfig, theta: Vector) -> N
         run = session.get_one(Run, run_id)
         run.status, run.reason, run.finished_at = "finished", None, now()
         _close_open(session, run_id)
+        lock_channel(session, run.channel)  # before the look: a publish that is under way counts
         newest = next(iter(open_releases(session, run.channel)), None)
         if config.release and newest is not None and newest.artifact_version != run.artifact_version:
             run.reason = f"not released: {run.channel!r} has gone on to the artifact {newest.artifact_version[:12]}"

@@ -42,10 +42,14 @@ def add_release(session: Session, release: Release, rollout: Rollout, who: str) 
         ReleaseError: it is to go out in stages, and there is nothing that the other devices could run meanwhile.
     """
     lock_channel(session, release.channel)
-    parent = latest_release(session, release.channel)
+    parent = parent_for(session, release.channel, rollout)
     if parent is None and rollout.percent < 100:
+        live = latest_release(session, release.channel)
         raise ReleaseError(
             f"nothing is live on {release.channel!r} that the other devices could run; the first release goes to all of them"
+            if live is None
+            else f"nothing live on {release.channel!r} is for the same versions of the SDK, to compare it with and to go back "
+            f"to; give --min-sdk {live.min_sdk or 'none'} and --max-sdk {live.max_sdk or 'none'} of release {live.id}"
         )
     release.state, release.percent = ("live" if rollout.percent == 100 else "staged"), rollout.percent
     release.parent_id = parent.id if parent is not None else None
@@ -57,6 +61,13 @@ def add_release(session: Session, release: Release, rollout: Rollout, who: str) 
     _tell(session, release, who, "")
     _supersede(session, release, who)
     return release
+
+
+def parent_for(session: Session, channel: str, rollout: Rollout) -> Release | None:
+    """What a new release is compared with and taken back to: live, and for all devices that the new one is for."""
+    sdks = (rollout.min_sdk, rollout.max_sdk)
+    fitting = (r for r in open_releases(session, channel) if (r.min_sdk, r.max_sdk) in (("", ""), sdks))
+    return next((r for r in fitting if r.state == "live"), None)
 
 
 def _tell(session: Session, release: Release, who: str, reason: str) -> None:
@@ -100,8 +111,10 @@ def _supersede(session: Session, release: Release, who: str) -> None:
 
 def lock_channel(session: Session, channel: str) -> None:
     """Until the transaction ends nobody else changes what is open there; to be called before it is looked at."""
-    rows = sa.select(Release.id).where(Release.channel == channel, Release.state.in_(OPEN))
-    session.execute(rows.order_by(Release.id).with_for_update()).all()
+    if (
+        session.get_bind().dialect.name == "postgresql"
+    ):  # SQLite's writes begin immediate; rows to come cannot be locked
+        session.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(channel))))
 
 
 def open_releases(session: Session, channel: str) -> list[Release]:

@@ -34,6 +34,8 @@ def hear(store: Store, device_id: int, request: pb.CheckInRequest) -> bool:
             return False
     with store.write() as session:
         device = session.get_one(Device, device_id)
+        if device.revoked_at is not None:  # it may have come by a credential that was right a moment ago
+            return False
         device.release_id = runs
         if not request.HasField("report"):
             return False
@@ -109,7 +111,8 @@ def _reports(session: Session, release: Release) -> list[ReleaseReport]:
 
 def _judge(session: Session, release: Release) -> bool:
     """Halt a release that is worse for a cohort; let an automatic one go on that is not. True if it did."""
-    newest = open_releases(session, release.channel)[:1]
+    sdks = (release.min_sdk, release.max_sdk)  # those for other versions are judged by themselves
+    newest = [r for r in open_releases(session, release.channel) if (r.min_sdk, r.max_sdk) == sdks][:1]
     if not release.min_devices or newest != [release]:  # its successor is judged now
         return False
     made = sa.select(sa.func.count()).select_from(ReleaseReport).where(ReleaseReport.release_id == release.id)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import sqlalchemy as sa
 
 from pocketfed.coordinator.assignments import Assignments, devices_online
 from pocketfed.coordinator.calls import Calls
@@ -19,7 +20,7 @@ from pocketfed.coordinator.gate import Gate
 from pocketfed.coordinator.health import SERVICE as HEALTH
 from pocketfed.coordinator.health import Health
 from pocketfed.coordinator.limits import Limits, server_options
-from pocketfed.coordinator.store import Store
+from pocketfed.coordinator.store import Lease, Store, latest_release
 from pocketfed.coordinator.tls import Tls, TlsError, is_loopback, server_credentials
 from pocketfed.coordinator.vitals import Tally
 from pocketfed.protos import distribution_pb2, fleet_pb2
@@ -27,6 +28,7 @@ from pocketfed.protos import distribution_pb2, fleet_pb2
 log = logging.getLogger("pocketfed.coordinator")
 STOP_S = 2.0  # what calls under way get to end
 PROBE_S = 5.0  # how often it is tried whether the database takes anything
+HANGS_S = 10.0  # a probe that takes longer finds a database that hangs
 
 
 class ServeError(RuntimeError):
@@ -145,20 +147,26 @@ class CoordinatorServer:
 
     async def _probe(self, calls: Calls) -> None:
         """Ready for as long as the database takes what is written."""
+        trying: asyncio.Future[None] | None = None  # one at a time, however long it takes
         while True:
             try:
-                await calls.run(self._try_to_write)
-                ready = True
+                trying = trying or asyncio.ensure_future(calls.run(self._try_to_write))
+                await asyncio.wait_for(asyncio.shield(trying), HANGS_S)  # a database that hangs answers nothing
+                trying, ready = None, True
             except Exception as error:
                 ready = False
+                if trying is not None and trying.done():
+                    trying = None
                 if self.health.ready:
                     log.warning("not ready: the database takes nothing (%s)", error)
             self.health.set_ready(ready)
             await asyncio.sleep(PROBE_S)
 
     def _try_to_write(self) -> None:
-        with self.store.write():  # begins, asks whether this coordinator leads, and has nothing to commit
-            pass
+        with (
+            self.store.write() as session
+        ):  # begins, asks whether this coordinator leads; the same again is a write too
+            session.execute(sa.update(Lease).values(holder=Lease.holder))
 
     async def _stop(self, server: grpc.aio.Server) -> None:
         if self._probing is not None:
@@ -180,7 +188,9 @@ class CoordinatorServer:
     def online(self, channel: str, forms: bool = False) -> dict[int, str]:
         """Devices (id -> name) that could take part now. forms: as in `devices_online`."""
         with self.store.read() as session:
-            return capped(session, devices_online(session, channel, forms))
+            newest = latest_release(session, channel)  # what it is not for is not trained by those devices either
+            sdks = (newest.min_sdk, newest.max_sdk) if newest is not None else ("", "")
+            return capped(session, devices_online(session, channel, forms, sdks))
 
     def stop(self) -> None:
         """End calls, then the loop; returns when both have ended."""

@@ -128,7 +128,7 @@ def test_a_residual_is_its_runs_and_private_parameters_are_the_devices(trainer: 
     assert (residual_of(nothing_private), private_of(nothing_private)) == (None, None)
     moved = trainer.initial_theta() + np.float32(1)
     assert private_of(keeping.before(trainer, part(trainer, 2, start=moved))) is None
-    assert len(list(tmp_path.iterdir())) == 2, "however many runs: two files"
+    assert len(list(tmp_path.iterdir())) == 3, "however many runs: three files"
 
 
 def test_predictions_use_the_devices_own_parameters_where_they_fit(trainer: PlanTrainer, tmp_path: Path) -> None:
@@ -164,3 +164,17 @@ def test_a_plain_form_writes_nothing(trainer: PlanTrainer, tmp_path: Path) -> No
     keeping.hold(trainer, plain, reply(trainer, 1))
     keeping.settle(plain.assignment, taken=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_private_parameters_outlast_a_run_that_has_none(trainer: PlanTrainer, tmp_path: Path) -> None:
+    keeping = Keeping(tmp_path, Coordinator())
+    own, theta = part(trainer, 1), trainer.initial_theta()
+    plain = part(trainer, 1, run=2, form=UpdateForm("int8"))
+    for made, number in ((own, 1), (plain, 2)):
+        keeping.hold(trainer, made, reply(trainer, number))
+        keeping.settle(made.assignment, taken=True)
+    assert private_of(keeping.before(trainer, part(trainer, 3))) == 1.0
+    assert not np.array_equal(keeping.personal(trainer, theta), theta)
+    keeping.forget()
+    assert list(tmp_path.iterdir()) == []
+    assert np.array_equal(keeping.personal(trainer, theta), theta)

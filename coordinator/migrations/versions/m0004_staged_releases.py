@@ -72,7 +72,11 @@ def downgrade() -> None:
     op.drop_table("release_events")
     op.drop_table("release_reports")
     op.execute("DELETE FROM signatures WHERE withheld_for IS NOT NULL")  # the older schema would hand them out
-    op.execute("DELETE FROM releases WHERE state IN ('staged', 'paused')")  # and give these to everybody
+    # ... and give to everybody what is newer than what is live: stages, also those that have ended.
+    op.execute(
+        "DELETE FROM releases WHERE state IN ('staged', 'paused') OR id > (SELECT MAX(live.id) FROM releases AS live "
+        "WHERE live.channel = releases.channel AND live.state = 'live')"
+    )
     op.drop_column("signatures", "withheld_for")
     op.drop_column("devices", "release_id")
     for column in _columns():
