@@ -28,8 +28,10 @@ from pocketfed.coordinator.operators import Actor, OperatorError, acting, audit_
 from pocketfed.coordinator.progress import begin_run, create_run, finish_run
 from pocketfed.coordinator.releases import (
     add_release,
+    become,
     events,
     halt,
+    open_releases,
     pause,
     promote,
     release_for,
@@ -55,6 +57,7 @@ from pocketfed.coordinator.store import (
     Run,
     Store,
     latest_release,
+    now,
     put_artifact,
     put_blob,
 )
@@ -833,3 +836,55 @@ def test_a_revoked_key_in_the_middle_of_a_rollout_leaves_all_words_good(signed: 
     (back,) = signed.words(signed.first.version)
     assert back["sequence"] > now["sequence"]
     assert signed.check_in() == signed.first.version
+
+
+# ---- two versions of the SDK, and who may speak ------------------------------------------------------------------------
+
+
+def test_a_release_is_taken_back_to_what_all_devices_it_was_for_can_run(fleet: Fleet) -> None:
+    old, new = fleet.devices(3, 0, 50, sdk="0.2.0"), fleet.devices(3, 0, 50, sdk="0.3.0")
+    newer = fleet.release("b", rollout=Rollout(min_sdk="0.3"))  # the first one stays, for the others
+    assert [device.check_in() for device in (*old, *new)] == [1] * 3 + [newer] * 3
+    tried = fleet.release("c", rollout=STAGED)
+    assert [device.check_in() for device in (*old, *new)] == [tried] * 6
+    with fleet.store.read() as session:
+        assert session.get_one(Release, tried).parent_id == 1
+    results([device.report(tried, 1, 50, 10, 45) for device in old])
+    assert fleet.state(tried) == "halted"
+    assert [device.check_in() for device in (*old, *new)] == [tried + 1] * 6
+    with fleet.store.read() as session:
+        assert session.get_one(Release, tried + 1).artifact_version == "a" * 64
+
+
+def test_stages_for_sdks_that_nothing_live_is_for_are_refused(fleet: Fleet) -> None:
+    fleet.release("b", rollout=Rollout(min_sdk="0.3"))
+    fleet.release("c", rollout=Rollout())  # for all: ends both
+    fleet.release("b", rollout=Rollout(min_sdk="0.4"))
+    with fleet.store.write() as session:
+        first = next(r for r in open_releases(session, "stable") if r.min_sdk == "")
+        become(session, first, "rolled_back", "ann", "")
+    with pytest.raises(
+        ReleaseError, match=r"nothing live on 'stable' is for the same versions of the SDK.*--min-sdk 0\.4"
+    ):
+        fleet.release("a", rollout=STAGED)
+
+
+def test_a_revoked_devices_report_counts_no_more(fleet: Fleet) -> None:
+    devices = fleet.devices(6, 0, 50)
+    assert [device.check_in() for device in devices] == [1] * 6
+    tried = fleet.release("b", rollout=STAGED)
+    assert [device.check_in() for device in devices] == [tried] * 6
+    with fleet.store.write() as session:
+        for device in devices:
+            session.scalars(sa.select(DeviceRow).where(DeviceRow.name == device.name)).one().revoked_at = now()
+    for device in devices:  # its credential was right a moment ago, and the gate remembers that
+        with pytest.raises(grpc.RpcError, match="revoked"):
+            device.report(tried, 1, 50, 0, 50).result(PATIENCE_S)
+    assert fleet.state(tried) == "staged"
+
+
+def test_a_run_asks_only_devices_that_the_live_release_is_for(fleet: Fleet) -> None:
+    old, new = fleet.devices(2, sdk="0.2.0"), fleet.devices(2, sdk="0.3.0")
+    fleet.release("b", rollout=Rollout(min_sdk="0.3"))
+    results([device.ask(examples=5) for device in (*old, *new)])
+    assert sorted(fleet.server.online("stable").values()) == sorted(device.name for device in new)
