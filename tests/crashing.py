@@ -15,7 +15,10 @@ from typing import Any
 
 
 def die(*_: Any) -> None:
-    """As `kill -9` does it: nothing is closed, nothing is flushed."""
+    """As `kill -9` does it: nothing is closed, nothing is flushed. Where DIE_ON names a pipe, once that is written to."""
+    if "DIE_ON" in os.environ:
+        with open(os.environ["DIE_ON"]) as pipe:
+            pipe.read()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

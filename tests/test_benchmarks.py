@@ -229,7 +229,7 @@ def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_i
     found = soak.live(3, 0, tmp_path, soak.build(tmp_path))
     assert found["wrong_steps"] == 0
     assert found["handed_in"] >= 5
-    assert found["broken_off"] >= 1
+    assert found["broken_off"] + found["gave_back"] >= 1
     assert abs(found["growth_files"]) <= 2
     assert found["growth_mb"] < 25
 

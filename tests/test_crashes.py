@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -221,12 +222,17 @@ def test_fault_24_the_second_coordinator_takes_over_when_the_first_is_killed(
 ) -> None:
     """Both are started alike, on one port: the second does not even listen until the first is gone."""
     result = tmp_path / "result.json"
-    first = subprocess.Popen(serve("mid-aggregation", released, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
+    os.mkfifo(tmp_path / "now")  # the first one is not gone before the second has met it
+    die_on = os.environ | {"DIE_ON": str(tmp_path / "now")}
+    first = subprocess.Popen(
+        serve("mid-aggregation", released, port, result), cwd=tmp_path, stdout=subprocess.PIPE, env=die_on
+    )
     assert first.stdout is not None
     assert first.stdout.readline().startswith(b"listening on")
     second = subprocess.Popen(serve("never", released, port, result), cwd=tmp_path, stdout=subprocess.PIPE)
     assert second.stdout is not None
     lines = [second.stdout.readline().decode()]
+    (tmp_path / "now").write_text("")
     assert first.wait(PATIENCE_S) == -signal.SIGKILL
     lines += second.communicate(timeout=PATIENCE_S)[0].decode().splitlines()
     first.stdout.close()
