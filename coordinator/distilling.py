@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pocketfed.coordinator import pipeline
-from pocketfed.model.config import TEACHERS, ConfigError, MobileBertConfig
+from pocketfed.model.config import SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig
 from pocketfed.model.config import preset as student_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want to be told of a mistake
@@ -22,17 +22,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want t
     from pocketfed.model.tokenization import Vocabulary
 
 Progress = Callable[["Tick"], None]
-SHARED_WITH_TEACHER = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "embedding_size",
-    "trigram_input",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "initializer_range",
-)
+# What a student's settings say of its teacher too.
+REACHES_TEACHER = (*SHARED_WITH_TEACHER, "num_hidden_layers", "initializer_range", "pad_token_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +89,7 @@ def distill(
         return report
     if options.keep_teacher is not None:
         teacher.save_pretrained(run.teacher, material.vocabulary, options.keep_teacher)
-    card = _model_card(preset, material, result, report, options.licence)
+    card = _model_card(material, result, report)
     words = material.vocabulary
     checkpoint = checkpoints.Checkpoint(material.student, result.student, words.tokens, lower_case=words.lower_case)
     checkpoints.save(checkpoint, out, card)
@@ -207,7 +198,7 @@ def prepare_distillation(
         sentences = (sentence for document in text.read_documents(paths) for sentence in document)
         vocabulary = tokenization.train_vocabulary(sentences, config.vocab_size)
     config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
-    shared = {name: getattr(config, name) for name in (*SHARED_WITH_TEACHER, "pad_token_id")}
+    shared = {name: getattr(config, name) for name in REACHES_TEACHER}
     taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
     length = min(schedule.max_length or config.max_position_embeddings, config.max_position_embeddings)
     place = distillation.Place.here(options.device)
@@ -288,7 +279,7 @@ def _changed_schedule(schedule: Schedule, changes: Mapping[str, Any], steps: int
     return changed if steps is None else changed.scaled(steps, layers)
 
 
-def _model_card(name: str, material: Material, result: Result, report: Mapping[str, Any], licence: str) -> str:
+def _model_card(material: Material, result: Result, report: Mapping[str, Any]) -> str:
     from pocketfed.model.distillation import mean_of_last
 
     corpus = material.corpus
@@ -308,11 +299,11 @@ def _model_card(name: str, material: Material, result: Result, report: Mapping[s
     )
     return "\n".join(
         [
-            f"# MobileBERT student `{name}`",
+            f"# MobileBERT student `{material.preset}`",
             "",
             f"{made}: {parameters:,} parameters, seed {result.seed}. Task-agnostic: it has no classifier yet.",
             "",
-            f"Licence: {licence or 'not stated'}.",
+            f"Licence: {material.options.licence or 'not stated'}.",
             "",
             f"Corpus: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, sha256 `{corpus['sha256']}`. "
             f"Vocabulary: {len(material.vocabulary):,} WordPiece tokens, sha256 `{material.vocabulary.digest()}`.",

@@ -186,6 +186,18 @@ _NANO = _MICRO.with_changes(
 )
 
 
+# What student and teacher must have alike: their features and attention maps are compared, embeddings and heads copied.
+SHARED_WITH_TEACHER = (
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "embedding_size",
+    "trigram_input",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
 def _teacher_of(student: MobileBertConfig, intra: int, intermediate: int) -> MobileBertConfig:
     """The inverted-bottleneck teacher of a student: as wide between blocks, wider inside (Sun et al. 2020, table 1)."""
     return student.with_changes(

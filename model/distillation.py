@@ -218,8 +218,9 @@ class Distillation:
         saved = time.monotonic()
         pace = _Pace()
         while self._step < stage.steps:
-            for group, rate in zip(optimizer.param_groups, stage.rates(self._step), strict=True):
-                group["lr"] = rate
+            rates = stage.rates(self._step)
+            for place, group in enumerate(optimizer.param_groups):
+                group["lr"] = rates[place] if len(rates) > 1 else rates[0]
             label, loss, norm, tokens = self._descend(stage, optimizer, parameters)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise DistillationError(

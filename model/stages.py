@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketfed.model.config import MobileBertConfig
+from pocketfed.model.config import SHARED_WITH_TEACHER, MobileBertConfig
 from pocketfed.model.lamb import Lamb, parameter_groups
 from pocketfed.model.mobilebert import Encoded
 from pocketfed.model.objectives import (
@@ -32,21 +32,10 @@ from pocketfed.model.schedules import (
 )
 from pocketfed.model.teacher import PreTrainingModel
 
-# What must be alike for features and attention maps to be compared, and for embeddings and heads to be copied.
-SHARED = (
-    "hidden_size",
-    "num_attention_heads",
-    "vocab_size",
-    "embedding_size",
-    "trigram_input",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
-
 
 def check_pair(student: MobileBertConfig, teacher: MobileBertConfig) -> None:
     """Raises DistillationError unless each student layer has a layer of the teacher to follow."""
-    for name in SHARED:
+    for name in SHARED_WITH_TEACHER:
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise DistillationError(
@@ -60,7 +49,7 @@ def check_pair(student: MobileBertConfig, teacher: MobileBertConfig) -> None:
 
 
 class Stage(ABC):
-    """Some steps on one model. `groups` are the optimizer's; `rates(step)` gives one rate a group."""
+    """Some steps on one model. `groups` are the optimizer's; `rates(step)` gives one rate a group, or one for all."""
 
     name: str
     number: int  # keeps the stages' batches apart
@@ -96,7 +85,7 @@ class MaskedWords(Stage):
         return parameter_groups(self.trained.named_parameters(), self.peak)
 
     def rates(self, step: int) -> list[float]:
-        return [self.peak * linear_decay(step, self.steps, self.warm_up)] * len(self.groups())
+        return [self.peak * linear_decay(step, self.steps, self.warm_up)]
 
     def loss(self, batch: MaskedBatch, step: int) -> Tensor:
         words, pairs = self.trained(batch.input_ids, batch.attention_mask, batch.chosen, batch.token_type_ids)
@@ -143,7 +132,7 @@ class Transfer(Stage):
     def rates(self, step: int) -> list[float]:
         peak, warm_up = self.schedule.transfer_rate, self.schedule.warm_up
         if not self.progressive:
-            return [peak * phase_decay(step, self.steps, warm_up)] * len(self._of_layer)
+            return [peak * phase_decay(step, self.steps, warm_up)]
         of_layer = layer_rates(step, self.phases, peak, warm_up)
         return [of_layer[layer] for layer in self._of_layer]
 
@@ -175,8 +164,7 @@ class Predictions(Stage):
         return parameter_groups(self.trained.named_parameters(), self.schedule.distillation_rate)
 
     def rates(self, step: int) -> list[float]:
-        rate = self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)
-        return [rate] * len(self.groups())
+        return [self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)]
 
     def loss(self, batch: MaskedBatch, step: int) -> Tensor:
         ours, theirs = encode_both(self.trained, self.teacher, batch)
