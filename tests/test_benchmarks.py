@@ -226,7 +226,7 @@ def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_i
 
     monkeypatch.setattr(status, "OFTEN_S", 0.0)
     soak = load("device_soak", monkeypatch)
-    found = soak.live(3, 0, tmp_path, soak.build(tmp_path))
+    found = soak.live(3, 0, tmp_path, soak.build(tmp_path), rounds=5)
     assert found["wrong_steps"] == 0
     assert found["handed_in"] >= 5
     assert found["broken_off"] + found["gave_back"] >= 1
