@@ -149,3 +149,24 @@ def lead(
         yield leadership if leadership.acquire(on_wait, should_stop) else None
     finally:
         leadership.release()
+
+
+@contextlib.contextmanager
+def claim(store: Store, name: str) -> Iterator[bool]:
+    """Whether this process may do what only one at a time may, for as long as the block lasts; a lock dies with its process."""
+    if store.file is not None:
+        path = store.file.with_name(f"{store.file.name}.{name}.lock")
+        lock = _try_lock(path)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                os.close(lock)
+    elif store.engine.dialect.name == "postgresql":
+        with store.engine.connect() as connection:
+            key = sa.func.hashtext(f"pocketfed {name}")
+            yield bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
+            connection.invalidate()  # with its session the lock is gone, whatever state it is in
+    else:
+        yield True  # in this process's memory

@@ -118,13 +118,15 @@ def _drive(
 ) -> Vector:
     begin_run(store, run_id)
     strategy = make_strategy(config.strategy, config.strategy_options)
-    grid.reopen(config.deadline_s)
     place = find_place(store, run_id)
+    held = decode_state(place.state) if place.state is not None else {}
+    grid.recall(held.get("grid", {}))
+    grid.reopen(config.deadline_s)
     if place.number == 0:
         on_round(_measure_start(store, run_id, place.theta, evaluate))
-        place = find_place(store, run_id)
-    if place.state is not None:
-        restore(strategy, decode_state(place.state)["strategy"])
+    place = find_place(store, run_id)
+    if held.get("strategy"):
+        restore(strategy, held["strategy"])
     limits = Limits.of(place.theta.size, config)
     run = Driven(store, run_id, grid, strategy, limits, config, evaluate, on_settled)
     reason = "before this coordinator came"
@@ -161,8 +163,8 @@ def _run_attempt(run: Driven, place: Place) -> tuple[Place, RoundResult | None]:
     measured = _measure(run, theta, reason, number)
     if reason is not None:
         restore(run.strategy, before)  # as the parameters, it goes on from before the attempt
-    after = capture(run.strategy)
-    state = encode_state({"strategy": after}) if after else None
+    kept = {"strategy": capture(run.strategy), "grid": run.grid.capture()}
+    state = encode_state(kept) if any(kept.values()) else None
     seconds = time.perf_counter() - started
     done = Attempt(theta, reason, tally, trained, measured, seconds, state)
     outcome = commit_attempt(run.store, run.id, number, done, retry=place.attempt < config.max_attempts)
