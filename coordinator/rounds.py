@@ -107,6 +107,13 @@ def drive_run(
         raise
 
 
+def recall_end(store: Store, run_id: int, grid: RecordedGrid) -> Vector:
+    """The final theta (P,) of a run that has finished; the grid knows what its devices held then."""
+    place = find_place(store, run_id)
+    grid.recall(decode_state(place.state).get("grid", {}) if place.state is not None else {})
+    return place.theta
+
+
 def _drive(
     store: Store,
     run_id: int,

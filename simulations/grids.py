@@ -24,7 +24,7 @@ from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import check_form
 from pocketfed.model.parameters import Vector
 
-KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord)}
+KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
 
 
 def random_duration(device: str, round_number: int) -> float:
@@ -110,8 +110,9 @@ class InProcessGrid(RecordedGrid):
 
     def recall(self, held: Mapping[str, Any]) -> None:
         for node, records in held.get("states", {}).items():
-            kept = {name: KINDS[kind](values) for name, (kind, values) in records.items()}
-            self._context(int(node)).state = RecordDict(kept)
+            self._context(int(node)).state = RecordDict(
+                {name: v if isinstance(v, ArrayRecord) else KINDS[kind](v) for name, (kind, v) in records.items()}
+            )
         self._clock = held.get("clock", 0.0)
         for row_id, (end, asked_in) in held.get("ends", {}).items():
             self._ends[row_id] = (end, self.message_of(row_id), asked_in)
