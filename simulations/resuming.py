@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pocketfed.coordinator.leadership import claim
 from pocketfed.coordinator.progress import Simulated, simulated_runs
@@ -14,6 +14,7 @@ from pocketfed.coordinator.store import Store
 from pocketfed.model.tasks import Dataset
 
 UNFINISHED = ("waiting", "running")
+Resume = Literal["unfinished", "any", "must"]
 
 
 class SimulationError(ValueError):
@@ -42,7 +43,7 @@ def same(stored: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def run_to_drive(
-    store: Store, described: Mapping[str, Any], version: str, resume: bool, begin: Callable[[], int]
+    store: Store, described: Mapping[str, Any], version: str, resume: Resume, begin: Callable[[], int]
 ) -> Iterator[tuple[int, bool]]:
     """The run to drive, nobody else's while the block lasts, and whether it has finished already.
 
@@ -50,29 +51,29 @@ def run_to_drive(
 
     Args:
         described: {"config": the run's, "simulation": what its devices are made of}.
-        resume: it must be there, and may have finished.
+        resume: "unfinished": one that has finished is left alone; "any": that will do too; "must": and nothing is begun.
 
     Raises:
-        SimulationError: resume, and there is none, it was begun with something else, or another process drives it.
+        SimulationError: there "must" be one and is none, it was begun with something else, or another process drives it.
     """
     with contextlib.ExitStack() as stack:
         why = f"{store.name} has no simulated run to go on with; leave out --resume to begin one"
         for left in simulated_runs(store):
-            if not (resume or left.status in UNFINISHED):
+            if resume == "unfinished" and left.status not in UNFINISHED:
                 continue
             made_of = {"config": left.config, "simulation": left.simulation}
             if not same(made_of, described) or left.artifact_version != version:
                 why = _difference(left, made_of, described, version)
-                if resume:
+                if resume == "must":
                     break
                 continue
             if left.status == "finished" or stack.enter_context(claim(store, f"run-{left.run_id}")):
                 yield left.run_id, left.status == "finished"
                 return
             why = f"run {left.run_id} is simulated by another process; wait for it, or give another --database"
-            if resume:
+            if resume == "must":
                 break
-        if resume:
+        if resume == "must":
             raise SimulationError(why)
         run_id = begin()
         stack.enter_context(claim(store, f"run-{run_id}"))

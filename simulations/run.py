@@ -28,7 +28,7 @@ from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.costs import EnergyModel, cost_of
 from pocketfed.simulations.findings import Findings, Material, find
 from pocketfed.simulations.partition import partition
-from pocketfed.simulations.resuming import SimulationError, digest_of, plain, run_to_drive
+from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, plain, run_to_drive
 from pocketfed.simulations.served import hold_out
 
 
@@ -176,7 +176,7 @@ def simulate(
     on_step: Callable[[str], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
     lines: Collection[str] = (),
-    resume: bool = False,
+    resume: Resume = "unfinished",
     kept: Path | None = None,
 ) -> SimulationResult:
     """Run a simulation; the same configuration gives the same bits.
@@ -187,7 +187,7 @@ def simulate(
         database: where to keep the run, for the dashboard; by default nowhere.
         on_step: told, in words, what is being prepared.
         lines: of baselines.LINES, what to compare the result with.
-        resume: the run must be in the database already, left by an earlier process, or finished.
+        resume: which run of the same configuration goes on: one that is "unfinished", "any", or there "must" be one.
         kept: a folder of what runs can share (see `findings.find`).
 
     Raises:
@@ -223,7 +223,7 @@ class _Setting:
     aside: Mapping[str, Sequence[int]]
     artifact: Artifact
     is_kept: bool
-    resume: bool
+    resume: Resume
 
     @cached_property
     def data(self) -> dict[str, Any]:

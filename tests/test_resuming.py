@@ -99,9 +99,9 @@ def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(data: Path,
     words = [str(data), database, "11", json.dumps(config.run.to_dict())]  # the third device of the third round
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
-    result = simulate(config, database, resume=True)
+    result = simulate(config, database, resume="must")
     assert told(result) == told(simulate(config))
-    again = simulate(config, database, resume=True)  # it has finished: nothing is trained again
+    again = simulate(config, database, resume="must")  # it has finished: nothing is trained again
     assert told(again) == told(result)
     assert simulate(config, database).run_id == result.run_id + 1  # whoever does not say so begins anew
 
@@ -109,22 +109,20 @@ def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(data: Path,
 def test_what_cannot_go_on_is_refused_in_a_sentence(data: Path, tmp_path: Path) -> None:
     config, database = config_for(data), str(tmp_path / "runs.db")
     with pytest.raises(SimulationError, match="has no simulated run to go on with"):
-        simulate(config, database, resume=True)
+        simulate(config, database, resume="must")
     with pytest.raises(KeyboardInterrupt):
         simulate(config, database, stop_after(1))
     with pytest.raises(SimulationError, match=r"begun with rounds = '4', not '5'; give that, or begin anew"):
-        simulate(config_for(data, rounds=5), database, resume=True)
+        simulate(config_for(data, rounds=5), database, resume="must")
     with pytest.raises(SimulationError, match="begun with devices = '4', not '3'"):
-        simulate(dataclasses.replace(config, devices=3), database, resume=True)
+        simulate(dataclasses.replace(config, devices=3), database, resume="must")
     store = Store(database)
     (left,) = simulated_runs(store)
     assert left_in(store) == left
-    with (
-        claim(store, f"run-{left.run_id}") as mine,
-        pytest.raises(SimulationError, match="is simulated by another process; wait"),
-    ):
+    with claim(store, f"run-{left.run_id}") as mine:
         assert mine
-        simulate(config, database, resume=True)
+        with pytest.raises(SimulationError, match="is simulated by another process; wait"):
+            simulate(config, database, resume="must")
     store.close()
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" in p.name) == []
 
