@@ -86,6 +86,8 @@ def chart(
     if not xs:
         return ""
     x_ticks = _powers(min(xs), max(xs)) if log_x else ticks(min(xs), max(xs))
+    if all(float(x).is_integer() for x in xs):  # rounds, devices
+        x_ticks = [tick for tick in x_ticks if tick.is_integer()]
     y_ticks = ticks(min(ys), max(ys))
     height = HEIGHT + 18 * math.ceil(len(drawn) / 2)
 

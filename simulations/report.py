@@ -24,7 +24,8 @@ PAGE = """<!doctype html>
 <title>{title}</title><style>
 :root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
-td,th{{padding:.2rem .7rem;border-bottom:1px solid #8885;text-align:right}}td:first-child,th:first-child{{text-align:left}}
+td{{white-space:nowrap}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #8885;text-align:right}}
+td:first-child,th:first-child{{text-align:left}}
 figure{{margin:1rem 0}}pre{{overflow-x:auto}}{style}</style></head><body>
 {body}
 </body></html>
@@ -125,8 +126,10 @@ def plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         spent = accumulate((r["bytes_up"] + r["bytes_down"]) / devices / 1e6 for r in run["rounds"])
         both = zip(run["rounds"], spent, strict=True)
         by_bytes.append(Series(label, [(b, r[metric]) for r, b in both if r[metric] is not None]))
-        timed = [(r["virtual_s"] / 3600, r[metric]) for r in shown if r.get("virtual_s") is not None]
-        by_clock += [Series(label, timed)] if timed else []
+        if any(r.get("virtual_s") is not None for r in run["rounds"]):
+            hours = accumulate((r.get("virtual_s") or 0.0) / 3600 for r in run["rounds"])
+            ended = zip(run["rounds"], hours, strict=True)
+            by_clock.append(Series(label, [(h, r[metric]) for r, h in ended if r[metric] is not None]))
     if len(runs) == 1:
         by_round += _lines(runs[0], metric)
     y = "accuracy on the test" if share else "loss on the test"

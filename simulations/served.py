@@ -129,7 +129,7 @@ def yardstick(
         return None
     held = {name: places for name, places in aside.items() if len(places)}
     if held:
-        return Yardstick("held out by the devices", {name: train[1].take(places) for name, places in held.items()})
+        return Yardstick("what they hold out", {name: train[1].take(places) for name, places in held.items()})
     column = partition.removeprefix("by:") if partition.startswith("by:") else ""
     in_order = len(test[0]) == len(test[1]) and len(train[0]) == len(train[1])
     theirs = _of_column(train[0], test[0], parts, column) if column not in ("", "label") and in_order else {}
