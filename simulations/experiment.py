@@ -212,7 +212,9 @@ def _checked(own: dataclasses.Field[Any], value: Any) -> Any:
 def settings_of(config: SimulationConfig) -> dict[str, Any]:
     """All settings as resolved, as `config_of` takes them: what a report and a sweep keep."""
     told: dict[str, Any] = plain({name: getattr(config, name) for name in _own() if name != "energy"})
-    return told | {"energy": dataclasses.asdict(config.energy)} | plain(config.run.to_dict())
+    told |= {"energy": dataclasses.asdict(config.energy)}
+    told |= plain(config.run.to_dict())
+    return told
 
 
 def stored_settings(config: Mapping[str, Any], simulation: Mapping[str, Any]) -> dict[str, Any]:

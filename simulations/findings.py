@@ -76,7 +76,7 @@ def find(
     on_step("measuring what devices get")
     given = (material.train, material.test, material.parts, material.aside, material.partition)
     stick = yardstick(trainer, *given)
-    split = split_of(trainer, UpdateForm(private=run.update.private))
+    split = split_of(trainer, UpdateForm(private=tuple(run.update.private)))
 
     def theta_of(device: str) -> Vector | None:
         mine = private_of(device)
