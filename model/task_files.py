@@ -74,7 +74,7 @@ def _delimited(path: Path) -> Table:
     records = _records(path, decode(path))
     first = records[0] if records else []
     if path.suffix.lower() == ".tsv" and len(first) == 4 and first[1] in ("0", "1") and first[2] in ("", "*"):
-        header = ["source", "label", "mark", "sentence"]  # CoLA has no header
+        header = ["source", "label", "acceptability mark", "sentence"]  # CoLA has no header
     else:
         header, records = [name.replace("\0", "").strip().lower() for name in first], records[1:]
     fitting = [dict(zip(header, r, strict=True)) for r in records if len(r) == len(header)]

@@ -31,24 +31,38 @@ _PAIRS = (
     ("#1 string", "#2 string"),
 )
 _TEXTS = ("text", "sentence", "utterance", "question")
-_LABELS = ("label", "category", "intent", "class", "quality")
+_LABELS = ("gold_label", "label", "category", "intent", "class", "quality", "is_duplicate")
 _USERS = ("user", "speaker")
+# Columns that tell which task of GLUE it is, and what that is measured by.
+_METRICS = {"acceptability mark": "matthews", "quality": "f1", "is_duplicate": "f1"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text (or pair of texts); `fields` are the other columns, for a partition `by:COLUMN`."""
+    """One text (or pair of texts); `fields` are the other columns, for a partition `by:COLUMN`.
+
+    What is to be said of it depends on the kind of the data set: `label`; `score`; `tags`, one for each of `words`; or
+    `answers`, (text, offset of its first character in `text_pair`), none where the passage has none.
+    """
 
     text: str
     label: str | None = None
     text_pair: str | None = None
     user: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    score: float | None = None
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    answers: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits; `labels` are those of train, sorted; `skipped` counts the rows left out, by reason."""
+    """Three splits; `labels` (or tags) are those of train, sorted; `skipped` counts the rows left out, by reason.
+
+    metric: what the task is usually told by. further: splits beside the three, such as MNLI's mismatched ones.
+    outside: the label that stands for out of scope, where one of `labels` does.
+    """
 
     name: str
     train: tuple[Example, ...]
@@ -57,6 +71,10 @@ class Dataset:
     labels: tuple[str, ...]
     skipped: Mapping[str, int]
     test_source: Literal["given", "dev", "held out", "none"] = "given"
+    kind: Literal["classification", "regression", "tokens", "spans"] = "classification"
+    metric: str = "accuracy"
+    further: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    outside: str | None = None
 
     def with_test(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
         """A data set that surely has a test; `test_source` says where it is from.
@@ -198,9 +216,9 @@ def _read(path: str | Path, labelled: bool) -> Dataset:
         else:
             others[split] = _examples(table, labelled, frozenset(labels), skipped)
     name = path.resolve().name if path.is_dir() else path.stem
-    return Dataset(
-        name, train, others["dev"], others["test"], labels, dict(skipped), "given" if others["test"] else "none"
-    )
+    source: Literal["given", "none"] = "given" if others["test"] else "none"
+    metric = next((m for column, m in _METRICS.items() if column in tables["train"].columns), "accuracy")
+    return Dataset(name, train, others["dev"], others["test"], labels, dict(skipped), source, metric=metric)
 
 
 def read_dataset(path: str | Path, labelled: bool = True) -> Dataset:
@@ -217,6 +235,15 @@ def read_dataset(path: str | Path, labelled: bool = True) -> Dataset:
         DataError: a path that holds nothing usable; the sentence names it and the remedy.
     """
     return _read(path, labelled)
+
+
+def read_task(path: str | Path, task: str = "") -> Dataset:
+    """As `read_dataset`, but of any kind of task.
+
+    Raises:
+        DataError: as `read_dataset`.
+    """
+    return _read(path, labelled=True)
 
 
 def read_texts(path: str | Path) -> list[str]:
