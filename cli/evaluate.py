@@ -116,7 +116,7 @@ def _trials(
     json: bool,
 ) -> None:
     from pocketfed.model.finetuning import Recipe
-    from pocketfed.model.tasks import read_task
+    from pocketfed.model.task_kinds import read_task
     from pocketfed.model.trials import Plan, best_metric, floor, markdown, run_trials, start_of, untrained
 
     if out is not None and not out.resolve().parent.is_dir():

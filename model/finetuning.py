@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketfed.model.config import MobileBertConfig
+from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.heads import QuestionAnswerer, TextClassifier
 from pocketfed.model.schedules import PRECISIONS
-from pocketfed.model.supervision import Encoded, Kind
 
 GRADIENT_NORM = 1.0
 POOL_BATCHES = 50  # batches that are cut from texts sorted by length: little padding, and still a random order

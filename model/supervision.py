@@ -1,99 +1,23 @@
-"""What each kind of task makes of its examples: rows of tokens with targets, a loss, and a score of what a model says.
+"""What each kind of task makes of its examples: targets, a loss, and a score of what a model says.
 
-A kind is a frozen dataclass with `kind` (of `heads.TASKS`), `outputs`, `encode`, `loss` and `score`; `kind_of` picks it.
+A kind is a frozen dataclass that is an `encoded.Kind`; `kind_of` picks it. Answers in passages are in `spans.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketfed.model.metrics import classification_scores, entity_scores, regression_scores, scope_scores
+from pocketfed.model.encoded import IGNORED, Encoded, Kind, encode_texts, joined
+from pocketfed.model.metrics import accuracy, classification_scores, entity_scores, regression_scores, scope_scores
+from pocketfed.model.spans import Spans
 from pocketfed.model.tasks import DataError, Dataset, Example
 from pocketfed.model.tokenization import Tokenizer
-
-IGNORED = -100  # the target of a token that is not asked about; cross_entropy's own default
-BATCH_OF_TEXTS = 4096  # texts tokenized at once: the tokenizer pads them to one length
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples as rows of ids, end to end: row i is ids[starts[i] : starts[i + 1]].
-
-    targets: (N,) or (N, 2), or with `by_token` one an id. notes: what `score` needs to make sense of the outputs.
-    """
-
-    examples: tuple[Example, ...]
-    ids: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    targets: NDArray[Any]
-    by_token: bool = False
-    notes: tuple[Any, ...] = ()
-    lengths: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", np.diff(self.starts))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and mask, (B, T) int64, and targets of some rows; T is the longest of them."""
-        lengths = self.lengths[rows]
-        mask = np.arange(int(lengths.max()))[None, :] < lengths[:, None]  # (B, T)
-        places = (self.starts[:-1][rows][:, None] + np.arange(mask.shape[1])[None, :])[mask]
-        ids = np.zeros(mask.shape, np.int64)
-        ids[mask] = self.ids[places]
-        targets = self.targets[rows] if not self.by_token else np.full(mask.shape, IGNORED, np.int64)
-        if self.by_token:
-            targets[mask] = self.targets[places]
-        return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), torch.from_numpy(targets)
-
-
-class Kind(Protocol):
-    """One kind of task; `outputs` numbers come out of the head for an example, or for a token."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def outputs(self) -> int: ...
-
-    def encode(self, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> Encoded: ...
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean over what is asked about; logits float32."""
-
-    def fitted(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> Kind:
-        """With what is chosen on dev rather than learnt, such as a threshold; itself where there is nothing."""
-
-    def score(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> dict[str, float]:
-        """Measures by name, of one output a row: (outputs,), or (T, outputs) for tokens and spans."""
-
-
-def encode_texts(examples: Sequence[Example], targets: NDArray[Any], tokenizer: Tokenizer, max_length: int) -> Encoded:
-    """Each example's text, or pair of texts, as one row."""
-    rows: list[NDArray[np.int64]] = []
-    for start in range(0, len(examples), BATCH_OF_TEXTS):
-        some = examples[start : start + BATCH_OF_TEXTS]
-        ids, mask = tokenizer.encode([e.text for e in some], [e.text_pair for e in some], max_length)
-        rows += [row[: int(length)] for row, length in zip(ids, mask.sum(1), strict=True)]
-    return joined(examples, rows, targets)
-
-
-def joined(
-    examples: Sequence[Example], rows: Sequence[NDArray[np.int64]], targets: NDArray[Any], **more: Any
-) -> Encoded:
-    """Rows laid end to end."""
-    starts = np.cumsum([0, *(len(row) for row in rows)])
-    return Encoded(tuple(examples), np.concatenate([*rows, np.zeros(0, np.int64)]), starts, targets, **more)
 
 
 @dataclass(frozen=True)
@@ -138,6 +62,8 @@ class Classification:
         return replace(self, threshold=threshold)
 
     def score(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> dict[str, float]:
+        if "choice of" in encoded.examples[0].fields:
+            return self._choices(outputs, encoded.examples)
         guesses = [self._guess(row) for row in outputs]
         expected = [e.label or "" for e in encoded.examples]
         scores = classification_scores(guesses, expected, self.labels)
@@ -147,6 +73,17 @@ class Classification:
         if self.threshold and self.outside and float(_softmax(logits).max()) < self.threshold:
             return self.outside
         return self.labels[int(logits.argmax())]
+
+    def _choices(self, outputs: Sequence[NDArray[np.float32]], examples: Sequence[Example]) -> dict[str, float]:
+        """Of the rows of one question, the one that is likeliest to be "1" is chosen (COPA)."""
+        yes = self.labels.index("1")
+        best: dict[str, tuple[float, str]] = {}
+        for row, example in zip(outputs, examples, strict=True):
+            margin = float(row[yes] - row[1 - yes])
+            question = example.fields["choice of"]
+            if question not in best or margin > best[question][0]:
+                best[question] = (margin, example.label or "")
+        return {"accuracy": accuracy([label for _, label in best.values()], ["1"] * len(best))}
 
 
 def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -240,4 +177,6 @@ def kind_of(dataset: Dataset) -> Kind:
         return Regression(float(scores.mean()), float(scores.std()))
     if dataset.kind == "tokens":
         return Tagging(dataset.labels)
+    if dataset.kind == "spans":
+        return Spans(any(not e.answers for e in dataset.train + dataset.test))
     return Classification(dataset.labels, dataset.outside)

@@ -19,9 +19,10 @@ from pocketfed.model.task_files import (
 
 _SPLITS: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
-    "dev": ("dev", "valid", "validation", "val"),
-    "test": ("test",),
+    "dev": ("dev", "valid", "validation", "val", "dev_matched"),
+    "test": ("test", "test_matched"),
 }
+_FURTHER: Mapping[str, tuple[str, ...]] = {"mismatched": ("dev_mismatched",)}  # MNLI's other genres
 _LOOKED_FOR = (
     "train.csv|tsv|jsonl|json (with dev|valid|test), msr_paraphrase_train.txt, train/seq.in with train/label, "
     "data_full.json, train/*.txt of speaker|text|basic|general|full"
@@ -45,7 +46,7 @@ def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Table]:
     """`train.*`, `dev|valid|validation|val.*`, `test.*`: plain files and most of GLUE."""
     found = {
         split: _first_existing((folder / f"{n}{s}" for n in names for s in suffixes), Path.is_file)
-        for split, names in _SPLITS.items()
+        for split, names in {**_SPLITS, **_FURTHER}.items()
     }
     return {split: read_table(path) for split, path in found.items() if path is not None} if found["train"] else {}
 
@@ -133,6 +134,11 @@ def _json_splits(path: Path) -> dict[str, Table]:
     known = {n for names in _SPLITS.values() for n in names}
     left_out = {f"split {k}": len(v) for k, v in document.items() if k not in known and isinstance(v, list)}
     tables["train"] = replace(tables["train"], bad={**tables["train"].bad, **left_out})
+    for split, names in _SPLITS.items():  # CLINC150's out-of-scope texts, under names of their own
+        items = next((document[f"oos_{n}"] for n in names if isinstance(document.get(f"oos_{n}"), list)), [])
+        rows = [{"text": i[0], "label": i[1]} for i in items if isinstance(i, list) and len(i) == 2]
+        if rows:
+            tables[f"oos_{split}"] = Table(path, ("text", "label"), rows)
     return tables
 
 
@@ -154,6 +160,35 @@ def _folder(folder: Path, labelled: bool) -> dict[str, Table]:
 
 
 def read_splits(path: Path, labelled: bool) -> dict[str, Table]:
+    """The tables of a file or folder by split; `train` is always there."""
+    return {split: _reshaped(table) for split, table in _splits(path, labelled).items()}
+
+
+def _reshaped(table: Table) -> Table:
+    """Two tasks of SuperGLUE as pairs of texts. WiC: the word before its first sentence. COPA: a row for each choice."""
+    columns = set(table.columns)
+    if {"word", "sentence1", "sentence2", "start1"} <= columns:
+        return replace(
+            table, rows=[{**row, "sentence1": f"{row.get('word')}: {row.get('sentence1')}"} for row in table.rows]
+        )
+    if not {"premise", "choice1", "choice2", "question"} <= columns:
+        return table
+    asked = {"cause": "What was the cause?", "effect": "What happened as a result?"}
+    rows = [
+        {
+            "text": f"{row.get('premise')} {asked.get(str(row.get('question')), '')}",
+            "text_pair": row.get(f"choice{choice + 1}"),
+            "choice of": str(number),
+            **({"label": str(int(row["label"] == choice))} if "label" in row else {}),
+        }
+        for number, row in enumerate(table.rows)
+        for choice in (0, 1)
+    ]
+    named = ("text", "text_pair", "choice of", *(("label",) if "label" in columns else ()))
+    return Table(table.path, named, rows, table.bad)
+
+
+def _splits(path: Path, labelled: bool) -> dict[str, Table]:
     if path.is_dir():
         return _folder(path, labelled)
     if not path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,13 +29,16 @@ _PAIRS = (
     ("question1", "question2"),
     ("premise", "hypothesis"),
     ("question", "sentence"),
+    ("question", "passage"),
     ("#1 string", "#2 string"),
 )
 _TEXTS = ("text", "sentence", "utterance", "question")
-_LABELS = ("gold_label", "label", "category", "intent", "class", "quality", "is_duplicate")
+LABELS = ("gold_label", "label", "category", "intent", "class", "quality", "is_duplicate")
+SCORES = ("score", "similarity")
 _USERS = ("user", "speaker")
 # Columns that tell which task of GLUE it is, and what that is measured by.
-_METRICS = {"acceptability mark": "matthews", "quality": "f1", "is_duplicate": "f1"}
+_METRICS: Mapping[str, str] = {"acceptability mark": "matthews", "quality": "f1", "is_duplicate": "f1"}
+_Kind = Literal["texts", "classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Dataset:
         """A data set that surely has a test; `test_source` says where it is from.
 
         Its own test, else dev (which is then no longer dev), else a seeded part of train: of each label `fraction`,
-        rounded, but never the label's last example.
+        rounded, but never the label's last example; of questions, those on that part of the passages.
 
         Raises:
             DataError: a fraction not between 0 and 1, or too few examples to hold one out.
@@ -93,10 +97,15 @@ class Dataset:
             return replace(self, dev=(), test=self.dev, test_source="dev")
         random = np.random.Generator(np.random.PCG64(seed))
         held: set[int] = set()
-        for label in (None, *self.labels):
-            mine = [i for i, e in enumerate(self.train) if e.label == label]
+        groups = [[[i] for i, e in enumerate(self.train) if e.label == label] for label in (None, *self.labels)]
+        if self.kind == "spans":  # whole passages: a question is easier where another on its passage was learnt
+            passages: dict[str | None, list[int]] = {}
+            for i, e in enumerate(self.train):
+                passages.setdefault(e.text_pair, []).append(i)
+            groups = [list(passages.values())]
+        for mine in groups:
             wanted = min(len(mine) - 1, round(len(mine) * fraction))
-            held |= {mine[i] for i in random.permutation(len(mine))[: max(wanted, 0)]}
+            held |= {i for place in random.permutation(len(mine))[: max(wanted, 0)] for i in mine[place]}
         if not held:
             raise DataError(
                 f"{self.name} has {len(self.train)} training examples, too few to hold out {fraction:.0%}; "
@@ -148,23 +157,42 @@ def _text_problem(row: Mapping[str, Any], column: str) -> str | None:
     return f"text over {MAX_TEXT_CHARS:,} characters" if len(text) > MAX_TEXT_CHARS else None
 
 
-def _examples(table: Table, labelled: bool, known: frozenset[str] | None, skipped: Counter[str]) -> tuple[Example, ...]:
+def _said(row: Mapping[str, Any], column: str | None, known: frozenset[str] | None) -> tuple[str, str | None]:
+    """A row's label, and what is wrong with it."""
+    value = _clean(row.get(column)) if column else ""
+    if not value or (column == "gold_label" and value == "-"):  # "-": the annotators did not agree (SNLI)
+        return "", "label is not a string" if value is None else "missing label"
+    if len(value) > MAX_LABEL_CHARS:
+        return "", f"label over {MAX_LABEL_CHARS} characters"
+    return value, "label not in train" if known is not None and value not in known else None
+
+
+def _number(row: Mapping[str, Any], column: str) -> tuple[float | None, str | None]:
+    """A row's score, and what is wrong with it."""
+    value = row.get(column)
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        score = math.nan
+    return (score, None) if math.isfinite(score) else (None, "score is not a number")
+
+
+def _examples(table: Table, kind: _Kind, known: frozenset[str] | None, skipped: Counter[str]) -> tuple[Example, ...]:
     """The usable rows; the others are counted in `skipped`. `known` are the labels that may occur, None for any."""
     text, pair = _text_columns(table)
-    label, user = _first(table.columns, _LABELS), _first(table.columns, _USERS)
+    label, user = _first(table.columns, LABELS), _first(table.columns, _USERS)
+    if kind == "regression":
+        label = _first(table.columns, (*SCORES, *LABELS))
     others = [c for c in table.columns if c not in (text, pair, label, user)]
     skipped.update({reason: count for reason, count in table.bad.items() if count})
     examples: list[Example] = []
     for row in table.rows:
         problem = _text_problem(row, text) or (_text_problem(row, pair) if pair else None)
-        value = _clean(row.get(label)) if label else ""
-        if problem is None and labelled:
-            if not value:
-                problem = "missing label" if value == "" else "label is not a string"
-            elif len(value) > MAX_LABEL_CHARS:
-                problem = f"label over {MAX_LABEL_CHARS} characters"
-            elif known is not None and value not in known:
-                problem = "label not in train"
+        value, score = (_clean(row.get(label)) if label else "") or "", None
+        if problem is None and kind == "classification":
+            value, problem = _said(row, label, known)
+        elif problem is None and kind == "regression":
+            score, problem = _number(row, label or "")
         if problem is not None:
             skipped[problem] += 1
             continue
@@ -172,53 +200,66 @@ def _examples(table: Table, labelled: bool, known: frozenset[str] | None, skippe
         examples.append(
             Example(
                 text=_clean(row[text]) or "",
-                label=value or None,
+                label=None if kind == "regression" else value or None,
                 text_pair=_clean(row[pair]) if pair else None,
                 user=(_clean(row.get(user)) or None) if user else None,
                 fields={c: v for c, v in cells.items() if v is not None},
+                score=score,
             )
         )
     return tuple(examples)
 
 
 def _check_labels(table: Table) -> None:
-    if _first(table.columns, _LABELS) is None:
+    if _first(table.columns, LABELS) is None:
         if "score" in table.columns:
             raise DataError(f"{table.path} is a regression task (its column is score); give data with a label column")
         found = ", ".join(c[:40] for c in table.columns[:12])
         raise DataError(f"{table.path} has no label column (found: {found}); name one of them label")
 
 
-def _read(path: str | Path, labelled: bool) -> Dataset:
+def _read(path: str | Path, kind: _Kind) -> Dataset:
     path = Path(path)
-    tables = read_splits(path, labelled)
+    tables = read_splits(path, labelled=kind != "texts")
     skipped: Counter[str] = Counter()
-    _text_columns(tables["train"])
-    if labelled:
-        _check_labels(tables["train"])
-    train = _examples(tables["train"], labelled, None, skipped)
+    first = tables["train"]
+    _text_columns(first)
+    said = {"texts": (), "classification": LABELS, "regression": (*SCORES, *LABELS)}[kind]
+    if kind != "texts" and _first(first.columns, said) is None:
+        _check_labels(first)
+    train = _examples(first, kind, None, skipped)
     if not train:
         reasons = ", ".join(f"{n} × {r}" for r, n in skipped.items()) or "it has no rows"
-        raise DataError(
-            f"{tables['train'].path} has no usable row ({reasons}); add rows with a text"
-            + (" and a label" if labelled else "")
-        )
+        wanted = {"texts": "", "classification": " and a label", "regression": " and a score"}[kind]
+        raise DataError(f"{first.path} has no usable row ({reasons}); add rows with a text{wanted}")
     labels = tuple(sorted({e.label for e in train if e.label is not None}))
-    if labelled and len(labels) < 2:
-        raise DataError(f"{tables['train'].path} has only the label {labels[0]!r}; a classifier needs at least two")
+    if kind == "classification" and len(labels) < 2:
+        raise DataError(f"{first.path} has only the label {labels[0]!r}; a classifier needs at least two")
     others: dict[str, tuple[Example, ...]] = {"dev": (), "test": ()}
-    for split in others:
-        table = tables.get(split)
-        if table is None:
+    for split, table in tables.items():
+        if split == "train":
             continue
-        if labelled and _first(table.columns, _LABELS) is None:  # GLUE keeps its test labels to itself
+        if kind != "texts" and _first(table.columns, said) is None:  # GLUE keeps its test labels to itself
             skipped[f"{table.path.name} has no labels"] += len(table.rows)
+        elif split.startswith("oos_"):  # their label is none of train's
+            others[split] = _examples(table, kind, None, Counter())
         else:
-            others[split] = _examples(table, labelled, frozenset(labels), skipped)
+            others[split] = _examples(table, kind, None if kind == "regression" else frozenset(labels), skipped)
     name = path.resolve().name if path.is_dir() else path.stem
     source: Literal["given", "none"] = "given" if others["test"] else "none"
-    metric = next((m for column, m in _METRICS.items() if column in tables["train"].columns), "accuracy")
-    return Dataset(name, train, others["dev"], others["test"], labels, dict(skipped), source, metric=metric)
+    metric = next((m for column, m in _METRICS.items() if column in first.columns), "accuracy")
+    return Dataset(
+        name,
+        train,
+        others.pop("dev"),
+        others.pop("test"),
+        labels,
+        dict(skipped),
+        source,
+        kind="regression" if kind == "regression" else "classification",
+        metric="pearson" if kind == "regression" else metric,
+        further=others,
+    )
 
 
 def read_dataset(path: str | Path, labelled: bool = True) -> Dataset:
@@ -234,16 +275,16 @@ def read_dataset(path: str | Path, labelled: bool = True) -> Dataset:
     Raises:
         DataError: a path that holds nothing usable; the sentence names it and the remedy.
     """
-    return _read(path, labelled)
+    return _read(path, "classification" if labelled else "texts")
 
 
-def read_task(path: str | Path, task: str = "") -> Dataset:
-    """As `read_dataset`, but of any kind of task.
+def read_scores(path: str | Path) -> Dataset:
+    """Texts with a number each, in a column `score` (STS-B) or any that `read_dataset` takes for labels.
 
     Raises:
         DataError: as `read_dataset`.
     """
-    return _read(path, labelled=True)
+    return _read(path, "regression")
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -254,7 +295,7 @@ def read_texts(path: str | Path) -> list[str]:
     Raises:
         DataError: as `read_dataset`, but for labels.
     """
-    return [text for e in _read(path, labelled=False).train for text in (e.text, e.text_pair) if text]
+    return [text for e in _read(path, "texts").train for text in (e.text, e.text_pair) if text]
 
 
 def majority_accuracy(dataset: Dataset) -> float:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from pocketfed.model.checkpoints import load, tokens_of
 from pocketfed.model.config import STUDENTS, MobileBertConfig, preset
+from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_model, predict
 from pocketfed.model.metrics import summarised
-from pocketfed.model.supervision import Encoded, Kind, kind_of
+from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
 
@@ -210,7 +211,7 @@ class _Desk:
             "epoch": tuned.epoch,
             "losses": list(tuned.losses),
             "dev": dict(tuned.dev[tuned.epoch - 1]) if tuned.dev else {},
-            "train_examples": len(train),
+            "train_examples": len(train.examples),
         }
         if not searching:
             row |= {"test_source": self.dataset.test_source, "test_examples": len(self.dataset.test)}
@@ -284,16 +285,17 @@ def _append(path: Path, row: Row) -> None:
 
 
 def floor(dataset: Dataset) -> dict[str, float]:
-    """The measures of a guess that reads nothing: train's commonest label, its mean score, or O for every word."""
-    kind = kind_of(dataset)
-    outputs: list[Any] = [np.zeros(kind.outputs, np.float32)] * len(dataset.test)
+    """The measures of a guess that reads nothing: train's commonest label, its mean score, O for every word, no answer."""
+    kind, test = kind_of(dataset), dataset.test
+    said = np.zeros(kind.outputs, np.float32)
     if dataset.kind == "classification":
         counts = Counter(e.label for e in dataset.train)
-        common = max(dataset.labels, key=lambda label: counts[label])
-        outputs = [np.array([float(label == common) for label in dataset.labels], np.float32)] * len(dataset.test)
-    rows = np.zeros(len(dataset.test) + 1, np.int64)
-    notes: tuple[list[int], ...] = tuple([] for _ in dataset.test)
-    return kind.score(outputs, Encoded(dataset.test, rows[:0], rows, rows[:0], notes=notes))
+        said[max(range(len(dataset.labels)), key=lambda i: counts[dataset.labels[i]])] = 1
+    notes: tuple[list[int], ...] = tuple([] for _ in test)  # no word, no window is shown
+    starts = np.zeros(len(test) + 1, np.int64)
+    if dataset.kind == "spans":
+        return kind.score([], Encoded(test, starts[:0], starts[:1], starts[:0]))
+    return kind.score([said] * len(test), Encoded(test, starts[:0], starts, starts[:0], notes=notes))
 
 
 def markdown(dataset: Dataset, rows: Sequence[Row]) -> str:
@@ -309,7 +311,8 @@ def markdown(dataset: Dataset, rows: Sequence[Row]) -> str:
             shown = start if split == "test" else f"{start}, {split}"
             lines.append(f"| {shown} | {len(mine)} | " + " | ".join(told.get(name, "") for name in names) + " |")
     least = floor(dataset)
-    guess = {"regression": "train's mean", "tokens": "always O"}.get(dataset.kind, "always the commonest label")
+    guesses = {"regression": "train's mean", "tokens": "always O", "spans": "no answer"}
+    guess = guesses.get(dataset.kind, "always the commonest label")
     lines.append(f"| {guess} | | " + " | ".join(f"{least[n]:.4f}" if n in least else "" for n in names) + " |")
     return "\n".join(lines) + "\n"
 
