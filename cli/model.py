@@ -1,4 +1,4 @@
-"""distill, quantize, inspect, evaluate, export: what concerns a model on this machine."""
+"""distill, quantize, inspect, export: what concerns a model on this machine."""
 
 from __future__ import annotations
 
@@ -142,48 +142,6 @@ def _print_size_table(rows: list[dict[str, Any]], json: bool) -> None:
     for row in rows:
         if row["note"]:
             print(f"{row['name']}: {row['note']}")
-
-
-def evaluate(
-    model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: a file or folder, see the README.")],
-    train: Annotated[
-        str,
-        typer.Option(
-            help="What to fine-tune if the model has no classifier for the labels: head, norms, lora:R, last:K, full."
-        ),
-    ] = "full",
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
-    seed: Seed = 0,
-    json: Json = False,
-) -> None:
-    """Accuracy on a data set's test split; a student without a classifier is fine-tuned on its training split first."""
-    from pocketfed.client_sdk.trainer import TrainConfig
-    from pocketfed.simulations.central import evaluate_model
-
-    config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, seed=seed
-    )
-    with progress_bar() as bar:
-        task = bar.add_task("fine-tuning", total=100, note="")
-        report = evaluate_model(
-            model_dir, data, train, config, lambda fraction: bar.update(task, completed=round(100 * fraction))
-        )
-    if json:
-        print_json(report)
-        return
-    how = (
-        f"fine-tuned ({report['trainable_set']}) on {report['train_examples']} examples"
-        if report["fine_tuned"]
-        else "as it is"
-    )
-    print(
-        f"accuracy {report['accuracy']:.4f}, loss {report['loss']:.4f} on {report['test_examples']} test examples "
-        f"({report['test_source']}), {how}; always the commonest label: {report['majority_accuracy']:.4f}"
-    )
 
 
 def export(
