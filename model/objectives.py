@@ -110,7 +110,12 @@ class _WordLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(outer.to(gradient.dtype)), None, None, None  # in place: a second pass is refused by autograd
+        return (
+            gradient.mul_(outer.to(gradient.dtype)),
+            None,
+            None,
+            None,
+        )  # in place: a second pass is refused by autograd
 
 
 def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:
