@@ -146,22 +146,30 @@ def _print_size_table(rows: list[dict[str, Any]], json: bool) -> None:
 
 def export(
     model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
-    out: Annotated[Path, typer.Option(help="The file to write; written whole and checked, or not at all.")],
-    to: Annotated[str, typer.Option(help="executorch: a .pte for XNNPACK.")] = "executorch",
+    out: Annotated[Path, typer.Option(help="The file or folder to write; written whole and checked, or not at all.")],
+    to: Annotated[
+        str, typer.Option(help="executorch: a .pte for XNNPACK. huggingface: a folder for transformers.")
+    ] = "executorch",
     labels: Annotated[
         str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")
     ] = "",
     train: Annotated[str, typer.Option("--train", "--set", help="The trainable set.")] = "lora:8",
     batch: Annotated[int, typer.Option(min=1, help="Examples a step; fixed in the file.")] = 4,
     length: Annotated[int, typer.Option(min=3, help="Tokens an example; fixed in the file.")] = 64,
+    task: Annotated[
+        str, typer.Option(help="huggingface: what the classifier does: classification, regression, tokens, spans.")
+    ] = "",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Write a training plan for another runtime: the step of the artifact's plan, with the same inputs and outputs."""
+    """Write a model for another runtime: a training plan for ExecuTorch, or the model as Hugging Face has it."""
+    if to == "huggingface":
+        _export_huggingface(model_dir, out, task, json)
+        return
     import importlib.util
 
     if to != "executorch":
-        raise CommandError(f"--to {to!r} is not a runtime to export to; choose executorch")
+        raise CommandError(f"--to {to!r} is nothing to export to; choose executorch or huggingface")
     if importlib.util.find_spec("executorch") is None:
         raise ModuleNotFoundError(name="executorch")
     from pocketfed.coordinator.artifacts import trainable_classifier
@@ -177,6 +185,20 @@ def export(
         f"{out}: {format_bytes(made.bytes)}, trains {train} ({made.parameters:,} parameters) on {batch} x {length} tokens; "
         f"its gradient is within {made.error:.1e} of autograd's"
     )
+
+
+def _export_huggingface(model_dir: Path, out: Path, task: str, json: bool) -> None:
+    import dataclasses
+
+    from pocketfed.model.huggingface_export import export_huggingface
+
+    made = export_huggingface(model_dir, out, task)
+    if json:
+        print_json({**dataclasses.asdict(made), "folder": str(made.folder)})
+        return
+    print(f"{out}: {made.architecture}, {made.parameters:,} parameters")
+    for note in made.notes:
+        print(f"Note: {note}.")
 
 
 def key_values(pairs: list[str]) -> dict[str, str]:

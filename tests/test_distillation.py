@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from pocketfed.coordinator import distilling, pipeline
+from pocketfed.model import objectives
 from pocketfed.model.checkpoints import CheckpointError, load, load_student
 from pocketfed.model.config import STUDENTS, TEACHERS, ConfigError, MobileBertConfig
 from pocketfed.model.corpus import CorpusError
@@ -28,6 +29,7 @@ from pocketfed.model.lamb import Lamb, parameter_groups
 from pocketfed.model.objectives import (
     attention_loss,
     feature_map_loss,
+    masked_language_loss,
     next_sentence_loss,
     pretraining_distillation_loss,
 )
@@ -144,6 +146,27 @@ def test_distillation_loss_mixes_truth_and_teacher_half_and_half() -> None:
     teacher = torch.tensor([[math.log(0.2), math.log(0.8), -1e9]])
     expected = -(0.5 + 0.5 * 0.2) * math.log(0.5) - 0.5 * 0.8 * math.log(0.25)
     assert float(pretraining_distillation_loss(student, teacher, torch.tensor([0]))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0, 0.0, 0.3])
+def test_word_losses_and_their_gradient_are_those_of_autograd_in_however_many_parts(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    student.requires_grad_()
+    log_probabilities = student.log_softmax(-1)
+    soft = -(teacher.softmax(-1) * log_probabilities).sum(-1).mean()
+    expected = share * F.nll_loss(log_probabilities, targets) + (1 - share) * soft
+    (slope,) = torch.autograd.grad(2.5 * expected, student)
+    for most in (1, 10, 1000):  # one row at a time, two (the last part is short), all
+        monkeypatch.setattr(objectives, "CACHED_LOGITS", most)
+        losses = [pretraining_distillation_loss(student, teacher, targets, share)]
+        losses += [masked_language_loss(student, targets)] if share == 1.0 else []
+        for loss in losses:
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(torch.autograd.grad(2.5 * loss, student)[0], slope)
 
 
 def test_losses_are_computed_in_float32_whatever_the_model_has() -> None:
