@@ -155,8 +155,8 @@ def chosen_run(opened: Store) -> int:
         NothingToShowError: there is no run, or none of that number.
     """
     with opened.read() as session:
-        names = queries.run_names(session)
-        newest = queries.newest_run_id(session)
+        names = queries.runs.run_names(session)
+        newest = queries.runs.newest_run_id(session)
         if newest is None:
             raise NothingToShowError(
                 "No run yet",
@@ -164,7 +164,7 @@ def chosen_run(opened: Store) -> int:
             )
         wanted = _wanted_run()
         if wanted is not None and wanted not in names:
-            asked = queries.run(session, wanted)
+            asked = queries.runs.run(session, wanted)
             if asked is None:
                 _forget_run()
                 raise NothingToShowError(
@@ -217,7 +217,7 @@ def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, Any]) -> N
     st.dataframe(frame, hide_index=True, width="stretch", column_config=columns, height=height, placeholder="–")
 
 
-def run_sentence(line: queries.RunLine) -> str:
+def run_sentence(line: queries.runs.RunLine) -> str:
     """HTML: what a run trains, on which channel."""
     return (
         f"Run {line.id} <b>{markup(line.name, 60)}</b> trains <b>{markup(line.trainable_set, 30)}</b> "

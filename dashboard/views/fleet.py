@@ -10,7 +10,7 @@ from pocketfed.dashboard import charts, frame, queries, words
 
 def show(opened: Store) -> None:
     with opened.read() as session:
-        enrolled = sum(queries.device_states(session, now()).values())
+        enrolled = sum(queries.fleet.device_states(session, now()).values())
     frame.heading("Fleet", "Every enrolled device and what it is doing. Times are UTC.")
     if not enrolled:
         raise frame.NothingToShowError(
@@ -19,20 +19,20 @@ def show(opened: Store) -> None:
         )
     with st.container(horizontal=True, vertical_alignment="bottom"):
         search = st.text_input("Search by name", key="search", width=300, max_chars=100, placeholder="part of a name")
-        states = st.multiselect("State", queries.STATES, key="states", width=380, placeholder="all")
+        states = st.multiselect("State", queries.fleet.STATES, key="states", width=380, placeholder="all")
     frame.live(lambda again: _devices(again, search, states))()
 
 
 def _devices(opened: Store, search: str, states: list[str]) -> None:
     at = now()
     with opened.read() as session:
-        counts = queries.device_states(session, at)
+        counts = queries.fleet.device_states(session, at)
     st.altair_chart(charts.states(counts, height=210), width="stretch")
     with opened.read() as session:
-        _, total = queries.devices(session, at, search, states, limit=0)
+        _, total = queries.fleet.devices(session, at, search, states, limit=0)
     first = frame.offset(total, f"devices {search} {states}", "devices")
     with opened.read() as session:
-        rows, total = queries.devices(session, at, search, states, limit=frame.PAGE_ROWS, offset=first)
+        rows, total = queries.fleet.devices(session, at, search, states, limit=frame.PAGE_ROWS, offset=first)
     if not rows:
         st.info("No device matches. Take away a letter or a state.")
         return
@@ -45,11 +45,11 @@ def _devices(opened: Store, search: str, states: list[str]) -> None:
     frame.table([_row(d) for d in rows], columns)
     st.caption(
         f"{words.number_of(total, 'device')} of {sum(counts.values()):,}; as of {words.utc(at)} UTC. "
-        f"A device is offline when it was not seen for {queries.OFFLINE_AFTER_S} s."
+        f"A device is offline when it was not seen for {queries.fleet.OFFLINE_AFTER_S} s."
     )
 
 
-def _row(d: queries.DeviceLine) -> dict[str, object]:
+def _row(d: queries.fleet.DeviceLine) -> dict[str, object]:
     return {
         "Device": words.plain(d.name, 60),
         "State": d.state,

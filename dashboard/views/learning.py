@@ -18,8 +18,8 @@ def show(opened: Store) -> None:
         "How good the model has become with every round, and what that cost. Round 0 is the model before any training.",
     )
     with opened.read() as session:
-        names = queries.run_names(session)
-        line = queries.run(session, run_id)
+        names = queries.runs.run_names(session)
+        line = queries.runs.run(session, run_id)
     if line is None:
         raise frame.NothingToShowError("No run", "the run that was shown is gone from the database; choose another")
     names = {run_id: line.name, **names}
@@ -42,7 +42,7 @@ def show(opened: Store) -> None:
 
 def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) -> None:
     with opened.read() as session:
-        rounds = queries.rounds(session, chosen)
+        rounds = queries.runs.rounds(session, chosen)
     curves = charts.learning_frame(rounds, names)
     for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
         with column:
@@ -54,7 +54,7 @@ def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) 
     _table(rounds, names)
 
 
-def _table(rounds: list[queries.RoundLine], names: dict[int, str]) -> None:
+def _table(rounds: list[queries.runs.RoundLine], names: dict[int, str]) -> None:
     st.subheader("Rounds")
     if not rounds:
         st.info("The run has no round yet.")
@@ -78,7 +78,7 @@ def _table(rounds: list[queries.RoundLine], names: dict[int, str]) -> None:
     )
 
 
-def _row(r: queries.RoundLine, names: dict[int, str]) -> dict[str, object]:
+def _row(r: queries.runs.RoundLine, names: dict[int, str]) -> dict[str, object]:
     return {
         "Run": charts.run_label(r.run_id, names.get(r.run_id, "")),
         "Round": r.number,

@@ -14,8 +14,8 @@ DRAWN = 6  # models in the size chart
 def show(opened: Store) -> None:
     frame.heading("Models", "What was published, how large it is, and what came of it. Times are UTC.")
     with opened.read() as session:
-        artifacts = queries.artifacts(session, SHOWN)
-        releases = queries.releases(session, SHOWN)
+        artifacts = queries.models.artifacts(session, SHOWN)
+        releases = queries.models.releases(session, SHOWN)
     if not artifacts:
         raise frame.NothingToShowError(
             "No model yet",
@@ -32,7 +32,7 @@ def show(opened: Store) -> None:
     _releases(releases)
 
 
-def _newest(a: queries.ArtifactLine) -> None:
+def _newest(a: queries.models.ArtifactLine) -> None:
     full, small = a.sizes.get("fp32"), a.sizes.get("int8")
     saving = f"{full / small:.1f} × smaller than fp32" if full and small else ""
     frame.cards(
@@ -45,7 +45,7 @@ def _newest(a: queries.ArtifactLine) -> None:
     )
 
 
-def _artifacts(artifacts: list[queries.ArtifactLine]) -> None:
+def _artifacts(artifacts: list[queries.models.ArtifactLine]) -> None:
     rows = [
         {
             "Version": words.plain(a.version[:12]),
@@ -70,11 +70,11 @@ def _artifacts(artifacts: list[queries.ArtifactLine]) -> None:
     frame.table(rows, {"Parameters": st.column_config.NumberColumn(format="localized"), **megabytes})
 
 
-def _megabytes(a: queries.ArtifactLine, precision: str) -> float | None:
+def _megabytes(a: queries.models.ArtifactLine, precision: str) -> float | None:
     return a.sizes[precision] / 1e6 if precision in a.sizes else None
 
 
-def _releases(releases: list[queries.ReleaseLine]) -> None:
+def _releases(releases: list[queries.models.ReleaseLine]) -> None:
     if not releases:
         st.info("Nothing was released yet.")
         return

@@ -20,25 +20,27 @@ def show(opened: Store) -> None:
 def _current(opened: Store, run_id: int | None) -> None:
     at = now()
     with opened.read() as session:
-        run_id = run_id if run_id is not None else queries.newest_run_id(session)
-        line = queries.run(session, run_id) if run_id is not None else None
+        run_id = run_id if run_id is not None else queries.runs.newest_run_id(session)
+        line = queries.runs.run(session, run_id) if run_id is not None else None
         if line is None:
             raise frame.NothingToShowError("No run", "the run that was shown is gone from the database; choose another")
-        rounds = queries.rounds(session, [line.id])
-        funnel = queries.funnel(session, line.id, line.current_round) if line.current_round else None
-        states = queries.device_states(session, at)
-        problems = queries.problems(session, line.id, limit=8)
+        rounds = queries.runs.rounds(session, [line.id])
+        funnel = queries.rounds.funnel(session, line.id, line.current_round) if line.current_round else None
+        states = queries.fleet.device_states(session, at)
+        problems = queries.runs.problems(session, line.id, limit=8)
     _banner(line, funnel, rounds)
     _numbers(line, states)
     _pictures(line, rounds, states)
     _problems(problems)
     st.caption(
         f"As of {words.utc(at)} UTC; looks again every {frame.LIVE_S} seconds. "
-        f"A device is offline when it was not seen for {queries.OFFLINE_AFTER_S} s."
+        f"A device is offline when it was not seen for {queries.fleet.OFFLINE_AFTER_S} s."
     )
 
 
-def _banner(line: queries.RunLine, funnel: queries.Funnel | None, rounds: list[queries.RoundLine]) -> None:
+def _banner(
+    line: queries.runs.RunLine, funnel: queries.rounds.Funnel | None, rounds: list[queries.runs.RoundLine]
+) -> None:
     about = frame.run_sentence(line)
     reason = f"<br>{words.markup(line.reason, 300)}" if line.reason else ""
     goal = max(line.rounds_planned, 1)
@@ -74,7 +76,7 @@ def _banner(line: queries.RunLine, funnel: queries.Funnel | None, rounds: list[q
     st.progress(min(line.rounds_done / goal, 1.0), text=f"{line.rounds_done:,} of {line.rounds_planned:,} rounds done")
 
 
-def _numbers(line: queries.RunLine, states: dict[str, int]) -> None:
+def _numbers(line: queries.runs.RunLine, states: dict[str, int]) -> None:
     gain = ""
     if line.accuracy is not None and line.first_accuracy is not None:
         gain = f"{100 * (line.accuracy - line.first_accuracy):+.1f} points since the start"
@@ -90,7 +92,7 @@ def _numbers(line: queries.RunLine, states: dict[str, int]) -> None:
     )
 
 
-def _pictures(line: queries.RunLine, rounds: list[queries.RoundLine], states: dict[str, int]) -> None:
+def _pictures(line: queries.runs.RunLine, rounds: list[queries.runs.RoundLine], states: dict[str, int]) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         st.subheader("Accuracy so far")
@@ -107,7 +109,7 @@ def _pictures(line: queries.RunLine, rounds: list[queries.RoundLine], states: di
             st.info("No device has enrolled yet.")
 
 
-def _problems(problems: list[queries.Problem]) -> None:
+def _problems(problems: list[queries.runs.Problem]) -> None:
     st.subheader("Last problems")
     if not problems:
         st.success("None in this run.")

@@ -14,7 +14,7 @@ def show(opened: Store) -> None:
     run_id = frame.chosen_run(opened)
     frame.heading("Round", "Who was asked, how far each device came, and why some did not arrive. Times are UTC.")
     with opened.read() as session:
-        rounds = queries.rounds(session, [run_id])
+        rounds = queries.runs.rounds(session, [run_id])
     if not rounds:
         raise frame.NothingToShowError(
             "No round yet", "the run has not begun its first round; it does when enough devices have asked for work"
@@ -24,7 +24,7 @@ def show(opened: Store) -> None:
         number = st.selectbox("Round", numbers, index=_wanted(numbers), key=f"round of {run_id}", width=160)
         st.query_params["round"] = str(number)
         with opened.read() as session:
-            kinds = queries.kinds(session, run_id, number)
+            kinds = queries.rounds.kinds(session, run_id, number)
         kind = (
             st.segmented_control("Task", kinds, default=kinds[0], key="kind")
             if len(kinds) > 1
@@ -45,12 +45,12 @@ def _wanted(numbers: list[int]) -> int:
     )
 
 
-def _round(opened: Store, run_id: int, line: queries.RoundLine, kind: str) -> None:
+def _round(opened: Store, run_id: int, line: queries.runs.RoundLine, kind: str) -> None:
     with opened.read() as session:
-        line = next((r for r in queries.rounds(session, [run_id]) if r.number == line.number), line)
-        funnel = queries.funnel(session, run_id, line.number, kind)
-        reasons = queries.drop_reasons(session, run_id, line.number, kind)
-        norms = queries.norms(session, run_id, line.number) if kind == "train" else []
+        line = next((r for r in queries.runs.rounds(session, [run_id]) if r.number == line.number), line)
+        funnel = queries.rounds.funnel(session, run_id, line.number, kind)
+        reasons = queries.rounds.drop_reasons(session, run_id, line.number, kind)
+        norms = queries.rounds.norms(session, run_id, line.number) if kind == "train" else []
     _banner(line, funnel)
     if not funnel.sampled:
         st.info(
@@ -63,7 +63,7 @@ def _round(opened: Store, run_id: int, line: queries.RoundLine, kind: str) -> No
     _devices(opened, run_id, line.number, kind, funnel)
 
 
-def _banner(line: queries.RoundLine, funnel: queries.Funnel) -> None:
+def _banner(line: queries.runs.RoundLine, funnel: queries.rounds.Funnel) -> None:
     parts = [f"Began {words.utc(line.started_at)}"]
     if line.status != "running":
         parts.append(f"took {words.duration(line.seconds)}")
@@ -80,7 +80,9 @@ def _banner(line: queries.RoundLine, funnel: queries.Funnel) -> None:
     )
 
 
-def _pictures(funnel: queries.Funnel, reasons: list[tuple[str, str, int]], norms: list[queries.Bin]) -> None:
+def _pictures(
+    funnel: queries.rounds.Funnel, reasons: list[tuple[str, str, int]], norms: list[queries.rounds.Bin]
+) -> None:
     left, right = st.columns(2, gap="large")
     with left:
         st.subheader("How far they came")
@@ -94,7 +96,7 @@ def _pictures(funnel: queries.Funnel, reasons: list[tuple[str, str, int]], norms
         st.altair_chart(charts.dropped(reasons, height=36 * len(reasons) + 130), width="stretch")
 
 
-def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries.Funnel) -> None:
+def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries.rounds.Funnel) -> None:
     st.subheader("Devices")
     place = f"{run_id}/{number}/{kind}"
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -104,7 +106,7 @@ def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries
         total = sum(funnel.statuses.get(s, 0) for s in statuses) if statuses else funnel.sampled
         first = frame.offset(total, f"assignments of {place}", "devices")
     with opened.read() as session:
-        rows = queries.assignments(session, run_id, number, kind, statuses, limit=frame.PAGE_ROWS, offset=first)
+        rows = queries.rounds.assignments(session, run_id, number, kind, statuses, limit=frame.PAGE_ROWS, offset=first)
     columns = {
         "Time": st.column_config.NumberColumn("Time (s)", format="%.1f", help="from the offer to the end"),
         "Up": st.column_config.NumberColumn("Up (kB)", format="%.1f"),
@@ -115,7 +117,7 @@ def _devices(opened: Store, run_id: int, number: int, kind: str, funnel: queries
     frame.table([_row(a) for a in rows], columns)
 
 
-def _row(a: queries.AssignmentLine) -> dict[str, object]:
+def _row(a: queries.rounds.AssignmentLine) -> dict[str, object]:
     doing = f"{a.phase}, {a.progress:.0%}" if a.status == "accepted" and a.phase else ""
     return {
         "Device": words.plain(a.device, 60),
