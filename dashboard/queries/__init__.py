@@ -5,6 +5,6 @@ Counting and summing happen in SQL, and every list that grows with the fleet is 
 10,000 devices and 1,000 rounds cost no more than what is shown. Bytes are bytes, durations are seconds, times are UTC.
 """
 
-from pocketfed.dashboard.queries import fleet, models, rounds, runs
+from pocketfed.dashboard.queries import compare, fleet, learning, models, rounds, runs, security, system
 
-__all__ = ["fleet", "models", "rounds", "runs"]
+__all__ = ["compare", "fleet", "learning", "models", "rounds", "runs", "security", "system"]

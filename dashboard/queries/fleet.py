@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device
+from pocketfed.coordinator.store import Assignment, Device, Presence, Update
 
 OFFLINE_AFTER_S = 60
 
@@ -34,6 +34,33 @@ class DeviceLine:
     progress: float | None
     enrolled_at: datetime
     last_seen_at: datetime | None
+    cohort: str | None
+    revoked: bool
+    shared: bool  # its credential was seen in use at two places at once
+
+
+@dataclass(frozen=True)
+class Present:
+    """Devices that were not revoked: all, seen lately, and asking for work at this moment."""
+
+    enrolled: int
+    online: int
+    eligible: int
+
+
+@dataclass(frozen=True)
+class WorkLine:
+    """One device's part in a round of any run."""
+
+    run_id: int
+    round: int
+    attempt: int
+    kind: str
+    status: str
+    offered_at: datetime
+    seconds: float | None
+    norm: float | None
+    reason: str | None
 
 
 def _state(at: datetime) -> sa.Case[str]:
@@ -104,4 +131,95 @@ def _device_line(device: Device, state: str, work: Assignment | None) -> DeviceL
         id=device.id, name=device.name, sdk_version=device.sdk_version, examples=device.examples, state=state,
         run_id=work.run_id if work else None, round=work.round if work else None,
         progress=work.progress if work else None, enrolled_at=device.enrolled_at, last_seen_at=device.last_seen_at,
+        cohort=device.cohort, revoked=device.revoked_at is not None, shared=device.shared_at is not None,
     )  # fmt: skip
+
+
+def device(session: Session, device_id: int, at: datetime) -> DeviceLine | None:
+    """One device by its number, which says nothing of its owner."""
+    found = session.execute(sa.select(Device, _state(at)).where(Device.id == device_id)).first()
+    if found is None:
+        return None
+    return _device_line(found[0], found[1], _open_assignments(session, [device_id]).get(device_id))
+
+
+def work_of(session: Session, device_id: int, limit: int = 50, offset: int = 0) -> list[WorkLine]:
+    """What a device was asked and what came of it, the newest first."""
+    query = (
+        sa.select(Assignment, Update.norm, sa.func.coalesce(Update.reason, Assignment.error).label("reason"))
+        .outerjoin(Update, Update.assignment_id == Assignment.id)
+        .where(Assignment.device_id == device_id)
+        .order_by(Assignment.offered_at.desc(), Assignment.id)
+        .limit(limit)
+        .offset(offset)
+    )
+    return [
+        WorkLine(
+            run_id=a.run_id, round=a.round, attempt=a.attempt, kind=a.kind, status=a.status, offered_at=a.offered_at,
+            seconds=None if a.finished_at is None else (a.finished_at - a.offered_at).total_seconds(),
+            norm=norm, reason=reason,
+        )
+        for a, norm, reason in session.execute(query)
+    ]  # fmt: skip
+
+
+def present(session: Session, at: datetime) -> Present:
+    """How many devices there are, and how many of them could take work now."""
+    seen = Device.last_seen_at >= at - timedelta(seconds=OFFLINE_AFTER_S)
+    row = session.execute(
+        sa.select(
+            sa.func.count(),
+            sa.func.sum(sa.case((seen, 1), else_=0)),
+            sa.func.sum(sa.case((Device.present_until >= at, 1), else_=0)),
+        ).where(Device.revoked_at.is_(None))
+    ).one()
+    return Present(row[0], int(row[1] or 0), int(row[2] or 0))
+
+
+def versions(session: Session, limit: int = 12) -> dict[str, int]:
+    """Devices by the version of their SDK, most first; "" where a device has told none."""
+    count = sa.func.count().label("n")
+    query = sa.select(Device.sdk_version, count).group_by(Device.sdk_version).order_by(count.desc(), Device.sdk_version)
+    return {row[0]: row[1] for row in session.execute(query.limit(limit))}
+
+
+def cohorts(session: Session, limit: int = 12) -> dict[str, int]:
+    """Devices by the cohort of their enrolment key, most first; "" for those without one."""
+    name, count = sa.func.coalesce(Device.cohort, "").label("name"), sa.func.count().label("n")
+    return {
+        row[0]: row[1]
+        for row in session.execute(sa.select(name, count).group_by(name).order_by(count.desc(), name).limit(limit))
+    }
+
+
+def last_seen(session: Session, at: datetime) -> dict[str, int]:
+    """Devices by how long ago they were last seen."""
+    ages = (("within a minute", 60), ("within an hour", 3600), ("within a day", 86400), ("within a week", 7 * 86400))
+    seen = Device.last_seen_at
+    label = sa.case(
+        (seen.is_(None), "never"),
+        *((seen >= at - timedelta(seconds=age), name) for name, age in ages),
+        else_="longer ago",
+    )
+    found = {row[0]: row[1] for row in session.execute(sa.select(label, sa.func.count()).group_by(label))}
+    return {name: found.get(name, 0) for name in (*(name for name, _ in ages), "longer ago", "never")}
+
+
+def activity(session: Session, at: datetime, days: int = 7) -> list[tuple[str, float]]:
+    """(hour, the most devices that were there at once) over the last days: hours as 2026-03-01 14, UTC."""
+    query = sa.select(Presence.hour, Presence.devices).where(Presence.hour >= at - timedelta(days=days))
+    return [(f"{row.hour:%Y-%m-%d %H}", float(row.devices)) for row in session.execute(query.order_by(Presence.hour))]
+
+
+def failures(session: Session, limit: int = 10) -> list[tuple[str, int, int]]:
+    """(reason, how often, of how many devices) for what devices gave up over, most frequent first, in all runs."""
+    reason = sa.func.coalesce(Assignment.error, "").label("reason")
+    count = sa.func.count().label("n")
+    query = (
+        sa.select(reason, count, sa.func.count(sa.distinct(Assignment.device_id)))
+        .where(Assignment.status == "failed")
+        .group_by(reason)
+        .order_by(count.desc(), reason)
+        .limit(limit)
+    )
+    return [(row[0], row[1], row[2]) for row in session.execute(query)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,20 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Artifact, Blob, Release, Run
+from pocketfed.coordinator.store import (
+    Artifact,
+    Blob,
+    Device,
+    Release,
+    ReleaseEvent,
+    ReleaseReport,
+    Round,
+    Run,
+    Signature,
+    StoreError,
+    get_blob,
+    latest_release,
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,13 @@ class ArtifactLine:
     parent: str | None
     bytes: int
     created_at: datetime
+    metrics: Mapping[str, float]  # what its publisher has measured
+    files: Mapping[str, str]  # name -> sha256
 
 
 @dataclass(frozen=True)
 class ReleaseLine:
-    """Values of a trainable set that a channel was given. `current`: the newest of its channel."""
+    """Values of a trainable set that a channel was given. `current`: the newest live one of its channel."""
 
     id: int
     channel: str
@@ -43,6 +58,12 @@ class ReleaseLine:
     run: str | None
     current: bool
     created_at: datetime
+    state: str
+    percent: float
+    parent_id: int | None
+    undoes_id: int | None
+    sdks: str  # which versions may have it; "" for any
+    accuracy: float | None  # of the run that it came from, at its end
 
 
 def artifacts(session: Session, limit: int = 20, offset: int = 0) -> list[ArtifactLine]:
@@ -71,7 +92,21 @@ def _artifact_line(artifact: Artifact) -> ArtifactLine:
         parent=_text(manifest.get("parent")),
         bytes=artifact.bytes,
         created_at=artifact.created_at,
+        metrics=_numbers(manifest.get("metrics")),
+        files={str(name): sha for name, of in _mapping(manifest.get("files")).items() if (sha := _sha256(of))},
     )
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    return {str(k): float(v) for k, v in _mapping(value).items() if isinstance(v, int | float)}
+
+
+def _sha256(value: Any) -> str | None:
+    return _text(_mapping(value).get("sha256"))
+
+
+def _sdks(least: str, most: str) -> str:
+    return f"{least or 'any'} to {most or 'newest'}" if least or most else ""
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -89,8 +124,10 @@ def _whole(value: Any) -> int | None:
 def releases(session: Session, limit: int = 20, offset: int = 0) -> list[ReleaseLine]:
     """What channels were given, newest first."""
     current = sa.select(sa.func.max(Release.id)).where(Release.state == "live").group_by(Release.channel)
+    known = sa.select(Round.accuracy).where(Round.run_id == Release.run_id, Round.accuracy.is_not(None))
+    reached = known.order_by(Round.number.desc()).limit(1).scalar_subquery()
     query = (
-        sa.select(Release, Run.name, Blob.bytes, Release.id.in_(current).label("current"))
+        sa.select(Release, Run.name, Blob.bytes, Release.id.in_(current).label("current"), reached.label("reached"))
         .outerjoin(Run, Run.id == Release.run_id)
         .outerjoin(Blob, Blob.digest == Release.parameters)
         .order_by(Release.id.desc())
@@ -101,7 +138,60 @@ def releases(session: Session, limit: int = 20, offset: int = 0) -> list[Release
         ReleaseLine(
             id=release.id, channel=release.channel, artifact_version=release.artifact_version,
             trainable_set=release.trainable_set, bytes=size or 0, run_id=release.run_id, run=name,
-            current=bool(is_current), created_at=release.created_at,
+            current=bool(is_current), created_at=release.created_at, state=release.state, percent=release.percent,
+            parent_id=release.parent_id, undoes_id=release.undoes_id,
+            sdks=_sdks(release.min_sdk, release.max_sdk), accuracy=accuracy,
         )
-        for release, name, size, is_current in session.execute(query)
+        for release, name, size, is_current, accuracy in session.execute(query)
     ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EventLine:
+    """What a release came to be."""
+
+    release_id: int
+    at: datetime
+    state: str
+    percent: float
+    who: str
+    reason: str
+
+
+def release(session: Session, release_id: int) -> Release | None:
+    return session.get(Release, release_id)
+
+
+def release_events(session: Session, limit: int = 50, offset: int = 0) -> list[EventLine]:
+    """What became of all releases, the newest first."""
+    query = sa.select(ReleaseEvent).order_by(ReleaseEvent.id.desc()).limit(limit).offset(offset)
+    return [EventLine(e.release_id, e.at, e.state, e.percent, e.who, e.reason) for e in session.scalars(query)]
+
+
+def running(session: Session, channel: str) -> dict[int, int]:
+    """Release -> how many of the channel's devices run it, as they say; 0: none yet. As releases.shares counts."""
+    its = sa.and_(ReleaseReport.release_id == Device.release_id, ReleaseReport.device_id == Device.id)
+    runs = sa.case((ReleaseReport.went_back, ReleaseReport.before_id), else_=Device.release_id).label("runs")
+    mine = sa.select(runs).select_from(Device).outerjoin(ReleaseReport, its)
+    counted = mine.where(Device.channel == channel, Device.revoked_at.is_(None)).subquery()
+    rows = session.execute(sa.select(counted.c.runs, sa.func.count()).group_by(counted.c.runs))
+    return {row[0] or 0: row[1] for row in rows}
+
+
+def live(session: Session, channel: str) -> Release | None:
+    """The newest release that is for all of the channel's devices."""
+    return latest_release(session, channel)
+
+
+def signatures(session: Session, versions: Sequence[str]) -> dict[str, str]:
+    """Version -> the key that signed it last."""
+    query = sa.select(Signature.artifact_version, Signature.key).where(Signature.artifact_version.in_(versions))
+    return {row.artifact_version: row.key for row in session.execute(query.order_by(Signature.sequence))}
+
+
+def file_chunks(session: Session, digest: str) -> bytes | None:
+    """A file of an artifact; None where the database does not hold it."""
+    try:
+        return get_blob(session, digest)
+    except StoreError:
+        return None

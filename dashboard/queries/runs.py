@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, Round, Run, Update
+from pocketfed.coordinator.store import Assignment, Device, History, Metric, Round, Run, Update
 from pocketfed.dashboard.queries.rounds import DROPPED, reason_given
 
 PROBLEM_ROUNDS = 5  # problems are looked for in this many of a run's newest rounds that had any
@@ -143,6 +143,40 @@ def run_names(session: Session, limit: int = 200) -> dict[int, str]:
     """Names by id, newest first: what a chooser offers."""
     rows = session.execute(sa.select(Run.id, Run.name).order_by(Run.id.desc()).limit(limit))
     return {row.id: row.name for row in rows}
+
+
+def newest_with_trouble(session: Session) -> tuple[datetime, str] | None:
+    """When a run last failed, and why."""
+    ended = sa.func.coalesce(Run.finished_at, Run.created_at)
+    row = session.execute(
+        sa.select(ended, Run.reason).where(Run.status == "failed").order_by(ended.desc()).limit(1)
+    ).first()
+    return None if row is None else (row[0], row[1] or "no reason was recorded")
+
+
+def configs(session: Session, run_ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+    """What runs were configured with, as they were stored."""
+    rows = session.execute(sa.select(Run.id, Run.config).where(Run.id.in_(run_ids)))
+    return {row.id: row.config if isinstance(row.config, Mapping) else {} for row in rows}
+
+
+def last_change(session: Session, run_id: int, number: int) -> datetime | None:
+    """When anything of that round last came to be something else."""
+    return session.scalar(sa.select(sa.func.max(History.at)).where(History.run_id == run_id, History.round == number))
+
+
+def metric_names(session: Session, run_ids: Sequence[int], limit: int = 100) -> list[str]:
+    """Names of all else that rounds of these runs have measured, the newest measured round's alone of each run."""
+    newest = sa.select(Metric.run_id, sa.func.max(Metric.round).label("round")).where(Metric.run_id.in_(run_ids))
+    last = newest.group_by(Metric.run_id).subquery()
+    query = sa.select(Metric.name).join(last, sa.and_(last.c.run_id == Metric.run_id, last.c.round == Metric.round))
+    return list(session.scalars(query.distinct().order_by(Metric.name).limit(limit)))
+
+
+def metric(session: Session, run_ids: Sequence[int], name: str, limit: int = 10_000) -> list[tuple[int, int, float]]:
+    """(run, round, value) of a metric, by run and round."""
+    query = sa.select(Metric.run_id, Metric.round, Metric.value).where(Metric.run_id.in_(run_ids), Metric.name == name)
+    return [tuple(row) for row in session.execute(query.order_by(Metric.run_id, Metric.round).limit(limit))]
 
 
 def rounds(session: Session, run_ids: Sequence[int], limit: int = 10_000) -> list[RoundLine]:
