@@ -39,7 +39,12 @@ from pocketfed.coordinator.store import (
     put_blob,
 )
 
-FAILURES = ("the battery fell below 20 %", "the app was closed", "no space left for the artifact")
+FAILURES = (
+    "NOT_ELIGIBLE: charging",
+    "NOT_ELIGIBLE: charging, idle",
+    "the app was closed",
+    "no space left for the artifact",
+)
 PHASES = ("downloading", "training", "training", "uploading")
 REFUSALS = ("norm: 48.20 is above the limit 10.00", "not_finite: theta holds a value that is not finite")
 COHORTS = ("pilot", "staff", None)  # of enrolment keys

@@ -38,6 +38,8 @@ AXES = {
     "time": ("Time spent in rounds (s)", "seconds"),
 }
 EVALUATED, TRAINING = "evaluation", "training, on the devices"
+ON_DEVICES, BEGAN = "evaluation, on the devices", "what the run began with"
+DASHES = {EVALUATED: [1, 0], ON_DEVICES: [8, 3], TRAINING: [5, 4], BEGAN: [2, 5]}  # curve -> its dashes
 NAMES = alt.Axis(labelLimit=230, ticks=False, domain=False)  # an axis of names needs no line
 POINTS_UP_TO = 60  # rounds; beyond that, dots are a smear
 

@@ -18,6 +18,9 @@ STATES = ("offered", "downloading", "training", "uploading", "idle", "offline")
 
 
 OPEN = ("offered", "accepted")
+# what a device may miss, by the name that it tells (client_sdk/conditions.py); its sensors' readings it keeps
+CONDITIONS = ("charging", "battery", "idle", "temperature", "window", "unmetered", "data", "disk", "separation", "app")
+NOT_ELIGIBLE = "NOT_ELIGIBLE: "
 
 
 @dataclass(frozen=True)
@@ -205,21 +208,35 @@ def last_seen(session: Session, at: datetime) -> dict[str, int]:
     return {name: found.get(name, 0) for name in (*(name for name, _ in ages), "longer ago", "never")}
 
 
-def activity(session: Session, at: datetime, days: int = 7) -> list[tuple[str, float]]:
-    """(hour, the most devices that were there at once) over the last days: hours as 2026-03-01 14, UTC."""
+def activity(session: Session, at: datetime, days: int = 7) -> list[tuple[datetime, int]]:
+    """(hour, the most devices that were there at once) over the last days."""
     query = sa.select(Presence.hour, Presence.devices).where(Presence.hour >= at - timedelta(days=days))
-    return [(f"{row.hour:%Y-%m-%d %H}", float(row.devices)) for row in session.execute(query.order_by(Presence.hour))]
+    return [(row.hour, row.devices) for row in session.execute(query.order_by(Presence.hour))]
 
 
-def failures(session: Session, limit: int = 10) -> list[tuple[str, int, int]]:
-    """(reason, how often, of how many devices) for what devices gave up over, most frequent first, in all runs."""
+def failures(session: Session, run_id: int, limit: int = 10) -> list[tuple[str, int, int]]:
+    """(reason, how often, of how many devices) for what a run's devices gave up over, most frequent first."""
     reason = sa.func.coalesce(Assignment.error, "").label("reason")
     count = sa.func.count().label("n")
     query = (
         sa.select(reason, count, sa.func.count(sa.distinct(Assignment.device_id)))
-        .where(Assignment.status == "failed")
+        .where(Assignment.status == "failed", Assignment.run_id == run_id)
         .group_by(reason)
         .order_by(count.desc(), reason)
         .limit(limit)
     )
     return [(row[0], row[1], row[2]) for row in session.execute(query)]
+
+
+def refused_for(session: Session, run_id: int) -> dict[str, int]:
+    """Condition -> how often a run's devices gave work back because it did not hold; one refusal may name several."""
+    told = sa.func.replace(Assignment.error, NOT_ELIGIBLE, ", ") + ","
+    columns = (sa.func.sum(sa.case((told.like(f"%, {name},%"), 1), else_=0)).label(name) for name in CONDITIONS)
+    query = sa.select(*columns).where(
+        Assignment.status == "failed",
+        Assignment.run_id == run_id,
+        Assignment.error.like(f"{NOT_ELIGIBLE.replace('_', '!_')}%", escape="!"),
+    )
+    row = session.execute(query).one()
+    found = {name: int(getattr(row, name) or 0) for name in CONDITIONS}
+    return dict(sorted(((k, n) for k, n in found.items() if n), key=lambda item: -item[1]))

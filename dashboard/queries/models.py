@@ -10,13 +10,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from pocketfed.coordinator.releases import shares
+from pocketfed.coordinator.reports import comparisons
+from pocketfed.coordinator.rollout import Comparison
 from pocketfed.coordinator.store import (
     Artifact,
     Blob,
-    Device,
     Release,
     ReleaseEvent,
-    ReleaseReport,
     Round,
     Run,
     Signature,
@@ -24,6 +25,7 @@ from pocketfed.coordinator.store import (
     get_blob,
     latest_release,
 )
+from pocketfed.dashboard.queries.learning import MIN_COHORT
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,6 @@ class EventLine:
     reason: str
 
 
-def release(session: Session, release_id: int) -> Release | None:
-    return session.get(Release, release_id)
-
-
 def release_events(session: Session, limit: int = 50, offset: int = 0) -> list[EventLine]:
     """What became of all releases, the newest first."""
     query = sa.select(ReleaseEvent).order_by(ReleaseEvent.id.desc()).limit(limit).offset(offset)
@@ -169,13 +167,16 @@ def release_events(session: Session, limit: int = 50, offset: int = 0) -> list[E
 
 
 def running(session: Session, channel: str) -> dict[int, int]:
-    """Release -> how many of the channel's devices run it, as they say; 0: none yet. As releases.shares counts."""
-    its = sa.and_(ReleaseReport.release_id == Device.release_id, ReleaseReport.device_id == Device.id)
-    runs = sa.case((ReleaseReport.went_back, ReleaseReport.before_id), else_=Device.release_id).label("runs")
-    mine = sa.select(runs).select_from(Device).outerjoin(ReleaseReport, its)
-    counted = mine.where(Device.channel == channel, Device.revoked_at.is_(None)).subquery()
-    rows = session.execute(sa.select(counted.c.runs, sa.func.count()).group_by(counted.c.runs))
-    return {row[0] or 0: row[1] for row in rows}
+    """Release -> how many of the channel's devices run it, as they say; 0: none yet."""
+    return shares(session, channel)
+
+
+def judged(session: Session, release_id: int) -> list[Comparison]:
+    """A release beside its parent, cohort by cohort, as the coordinator judges it; cohorts of a few devices left out."""
+    release = session.get(Release, release_id)
+    if release is None or release.parent_id is None:
+        return []
+    return [c for c in comparisons(session, release) if c.devices >= MIN_COHORT]
 
 
 def live(session: Session, channel: str) -> Release | None:
@@ -189,7 +190,7 @@ def signatures(session: Session, versions: Sequence[str]) -> dict[str, str]:
     return {row.artifact_version: row.key for row in session.execute(query.order_by(Signature.sequence))}
 
 
-def file_chunks(session: Session, digest: str) -> bytes | None:
+def file_bytes(session: Session, digest: str) -> bytes | None:
     """A file of an artifact; None where the database does not hold it."""
     try:
         return get_blob(session, digest)

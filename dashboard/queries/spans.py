@@ -38,23 +38,6 @@ def _postgresql(element: Any, compiler: Any, **options: Any) -> str:
     return f"CAST(EXTRACT(EPOCH FROM {end} - {start}) AS DOUBLE PRECISION)"
 
 
-class hour_of(sa.sql.functions.FunctionElement[str]):  # noqa: N801
-    """The hour that a time lies in, as text: 2026-03-01 14."""
-
-    type = sa.String()
-    inherit_cache = True
-
-
-@compiles(hour_of, "sqlite")
-def _hour_sqlite(element: Any, compiler: Any, **options: Any) -> str:
-    return f"strftime('%Y-%m-%d %H', {compiler.process(element.clauses, **options)})"
-
-
-@compiles(hour_of, "postgresql")
-def _hour_postgresql(element: Any, compiler: Any, **options: Any) -> str:
-    return f"to_char({compiler.process(element.clauses, **options)}, 'YYYY-MM-DD HH24')"
-
-
 def histogram(session: Session, values: sa.Select[Any], bins: int = 24) -> list[Bin]:
     """Bars over the one column `value` of a query, from its least to its greatest. Empty where it has no row."""
     base = values.subquery()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -90,7 +90,3 @@ def table_rows(session: Session) -> dict[str, int]:
     )
     found = {row[0]: max(0, int(row[1])) for row in session.execute(query)}
     return {name: found.get(name, 0) for name in TABLES}
-
-
-def age(moment: datetime, at: datetime) -> timedelta:
-    return max(at - moment, timedelta(0))
