@@ -492,7 +492,7 @@ def dashboard(
         Store(database, create=False).close()
     _check_free(f"{address}:{port}")
     print(f"dashboard on http://{address}:{port}", flush=True)
-    process = subprocess.Popen(command(port, address), env=environment(database))
+    process = subprocess.Popen(command(port, address), env=environment(database, address))
     on_termination(process.terminate)
     raise typer.Exit(max(0, process.wait()))
 

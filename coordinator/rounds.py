@@ -159,6 +159,7 @@ def _run_attempt(run: Driven, place: Place) -> tuple[Place, RoundResult | None]:
     run.grid.enter(Cohort(number, place.attempt, cohort, config.deadline_s, enough, exponent))
     theta, reason, tally, trained = _train_round(run, number, place.theta)
     measured = _measure(run, theta, reason, number)
+    measured["step_norm"] = float(np.linalg.norm(theta.astype(np.float64) - place.theta))  # how far the round went
     if reason is not None:
         restore(run.strategy, before)  # as the parameters, it goes on from before the attempt
     after = capture(run.strategy)

@@ -223,6 +223,7 @@ class Assignment(Base):
         UniqueConstraint("run_id", "round", "attempt", "device_id", "kind"),
         sa.Index("ix_assignments_device_id_status", "device_id", "status"),
         sa.Index("ix_assignments_run_id_counted_in", "run_id", "counted_in"),
+        sa.Index("ix_assignments_status_run_id", "status", "run_id"),
     )
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
@@ -231,7 +232,7 @@ class Assignment(Base):
     device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"))
     kind: Mapped[str] = mapped_column(String(10))  # train, evaluate
     counted_in: Mapped[int | None]  # the round whose commit settled it: a later one where rounds are buffered
-    status: Mapped[str] = mapped_column(String(20), default="offered", index=True)
+    status: Mapped[str] = mapped_column(String(20), default="offered")
     config: Mapped[dict[str, Any]]
     parameters: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
     phase: Mapped[str | None] = mapped_column(String(20))  # downloading, training, uploading: as the device last said
@@ -324,6 +325,14 @@ class Vitals(Base):
     spool_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     rss_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     open_files: Mapped[int]
+
+
+class Presence(Base):
+    """The most devices that were there at once in an hour; kept for five weeks (vitals.py)."""
+
+    __tablename__ = "presence"
+    hour: Mapped[datetime] = mapped_column(primary_key=True)  # its beginning
+    devices: Mapped[int]
 
 
 def database_url(text: str) -> URL:

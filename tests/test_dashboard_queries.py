@@ -62,16 +62,16 @@ def add_assignment(store: Store, device_id: int, status: str, number: int = 1, r
 
 def test_an_empty_database_has_no_rows_and_no_newest_run(store: Store) -> None:
     with store.read() as session:
-        assert queries.runs(session) == []
-        assert queries.newest_run_id(session) is None
-        assert queries.run(session, 1) is None
-        assert queries.rounds(session, [1]) == []
-        assert queries.artifacts(session) == []
-        assert queries.releases(session) == []
-        assert queries.devices(session, AT) == ([], 0)
-        assert set(queries.device_states(session, AT).values()) == {0}
-        assert queries.funnel(session, 1, 1).sampled == 0
-        assert queries.norms(session, 1, 1) == []
+        assert queries.runs.runs(session) == []
+        assert queries.runs.newest_run_id(session) is None
+        assert queries.runs.run(session, 1) is None
+        assert queries.runs.rounds(session, [1]) == []
+        assert queries.models.artifacts(session) == []
+        assert queries.models.releases(session) == []
+        assert queries.fleet.devices(session, AT) == ([], 0)
+        assert set(queries.fleet.device_states(session, AT).values()) == {0}
+        assert queries.rounds.funnel(session, 1, 1).sampled == 0
+        assert queries.rounds.norms(session, 1, 1) == []
 
 
 def test_a_run_adds_up_its_rounds_and_shows_the_newest_known_accuracy(store: Store) -> None:
@@ -80,7 +80,7 @@ def test_a_run_adds_up_its_rounds_and_shows_the_newest_known_accuracy(store: Sto
     add_round(store, 1, accuracy=0.5, loss=1.0, devices=3, failed=1, bytes_up=10, bytes_down=200, seconds=4.0)
     add_round(store, 2, status="running", devices=0, failed=2, bytes_up=5, bytes_down=100)
     with store.read() as session:
-        line = queries.run(session, 1)
+        line = queries.runs.run(session, 1)
     assert line is not None
     assert (line.rounds_done, line.current_round) == (1, 2)
     assert (line.first_accuracy, line.accuracy, line.loss) == (0.1, 0.5, 1.0)
@@ -90,7 +90,7 @@ def test_a_run_adds_up_its_rounds_and_shows_the_newest_known_accuracy(store: Sto
 def test_a_run_without_rounds_counts_zero(store: Store) -> None:
     add_run(store, status="waiting")
     with store.read() as session:
-        (line,) = queries.runs(session)
+        (line,) = queries.runs.runs(session)
     assert (line.rounds_done, line.current_round, line.accuracy, line.bytes_up) == (0, None, None, 0)
 
 
@@ -98,16 +98,16 @@ def test_runs_come_newest_first_and_in_pages(store: Store) -> None:
     for run_id in (1, 2, 3):
         add_run(store, run_id)
     with store.read() as session:
-        assert [line.id for line in queries.runs(session, limit=2)] == [3, 2]
-        assert [line.id for line in queries.runs(session, limit=2, offset=2)] == [1]
-        assert queries.run_names(session) == {3: "run 3", 2: "run 2", 1: "run 1"}
+        assert [line.id for line in queries.runs.runs(session, limit=2)] == [3, 2]
+        assert [line.id for line in queries.runs.runs(session, limit=2, offset=2)] == [1]
+        assert queries.runs.run_names(session) == {3: "run 3", 2: "run 2", 1: "run 1"}
 
 
 def test_a_running_run_is_looked_at_before_a_newer_finished_one(store: Store) -> None:
     add_run(store, 1, status="running")
     add_run(store, 2, status="finished")
     with store.read() as session:
-        assert queries.newest_run_id(session) == 1
+        assert queries.runs.newest_run_id(session) == 1
 
 
 def test_rounds_carry_running_totals_of_their_own_run(store: Store) -> None:
@@ -117,7 +117,7 @@ def test_rounds_carry_running_totals_of_their_own_run(store: Store) -> None:
         add_round(store, number, bytes_up=1, bytes_down=10, seconds=2.0)
     add_round(store, 0, run_id=2, bytes_up=7, seconds=1.0)
     with store.read() as session:
-        found = queries.rounds(session, [1, 2])
+        found = queries.runs.rounds(session, [1, 2])
     assert [(r.run_id, r.number, r.total_bytes, r.total_seconds) for r in found] == [
         (1, 0, 11, 2.0), (1, 1, 22, 4.0), (1, 2, 33, 6.0), (2, 0, 7, 1.0),
     ]  # fmt: skip
@@ -133,8 +133,8 @@ def test_the_funnel_narrows_and_every_dropped_device_has_its_reason(store: Store
     add_assignment(store, 7, "expired")
     add_assignment(store, 8, "quarantined", update={"norm": 9.0, "reason": "norm 9 is above 5"})
     with store.read() as session:
-        found = queries.funnel(session, 1, 1)
-        reasons = queries.drop_reasons(session, 1, 1)
+        found = queries.rounds.funnel(session, 1, 1)
+        reasons = queries.rounds.drop_reasons(session, 1, 1)
     # accepted: those that uploaded (3, 4, 5, 8), number 2, and number 6, which accepted before it failed
     assert (found.sampled, found.accepted, found.uploaded, found.aggregated, found.dropped) == (8, 6, 4, 2, 3)
     assert set(reasons) == {("failed", "no space", 1), ("expired", "", 1), ("quarantined", "norm 9 is above 5", 1)}
@@ -146,9 +146,9 @@ def test_the_funnel_keeps_training_and_evaluation_apart(store: Store) -> None:
     add_assignment(store, 1, "aggregated")
     add_assignment(store, 1, "failed", kind="evaluate")
     with store.read() as session:
-        assert queries.kinds(session, 1, 1) == ["train", "evaluate"]
-        assert queries.funnel(session, 1, 1, "train").statuses == {"aggregated": 1}
-        assert queries.funnel(session, 1, 1, "evaluate").statuses == {"failed": 1}
+        assert queries.rounds.kinds(session, 1, 1) == ["train", "evaluate"]
+        assert queries.rounds.funnel(session, 1, 1, "train").statuses == {"aggregated": 1}
+        assert queries.rounds.funnel(session, 1, 1, "evaluate").statuses == {"failed": 1}
 
 
 def test_assignments_are_paged_by_device_name_and_filtered_by_status(store: Store) -> None:
@@ -161,9 +161,9 @@ def test_assignments_are_paged_by_device_name_and_filtered_by_status(store: Stor
     add_assignment(store, 2, "accepted", phase="training", progress=0.5)
     add_assignment(store, 3, "failed", error="stopped")
     with store.read() as session:
-        first, second = queries.assignments(session, 1, 1, limit=2)
-        assert [a.device for a in queries.assignments(session, 1, 1, limit=2, offset=2)] == ["c"]
-        (failed,) = queries.assignments(session, 1, 1, statuses=["failed"])
+        first, second = queries.rounds.assignments(session, 1, 1, limit=2)
+        assert [a.device for a in queries.rounds.assignments(session, 1, 1, limit=2, offset=2)] == ["c"]
+        (failed,) = queries.rounds.assignments(session, 1, 1, statuses=["failed"])
     assert (first.device, first.seconds, first.bytes_up, first.progress) == ("a", None, None, 0.5)
     assert (second.device, second.seconds, second.bytes_up, second.bytes_down, second.norm) == ("b", 3.0, 70, 50, 2.0)
     assert failed.reason == "stopped"
@@ -175,7 +175,7 @@ def test_the_norm_histogram_counts_every_update_once(store: Store) -> None:
         add_device(store, device)
         add_assignment(store, device, "aggregated", update={"norm": norm})
     with store.read() as session:
-        assert [(b.low, b.high, b.count) for b in queries.norms(session, 1, 1, bins=2)] == [
+        assert [(b.low, b.high, b.count) for b in queries.rounds.norms(session, 1, 1, bins=2)] == [
             (1.0, 2.0, 2),
             (2.0, 3.0, 2),
         ]
@@ -187,7 +187,7 @@ def test_norms_that_are_all_equal_fill_one_bar(store: Store) -> None:
         add_device(store, device)
         add_assignment(store, device, "aggregated", update={"norm": 0.0})
     with store.read() as session:
-        (only,) = queries.norms(session, 1, 1)
+        (only,) = queries.rounds.norms(session, 1, 1)
     assert only.count == 2
     assert only.high > only.low
 
@@ -215,8 +215,8 @@ def test_a_devices_state_follows_from_its_open_assignment(
     if status is not None:
         add_assignment(store, 1, status, phase=phase)
     with store.read() as session:
-        ((device,), total) = queries.devices(session, AT)
-        assert queries.device_states(session, AT)[state] == 1
+        ((device,), total) = queries.fleet.devices(session, AT)
+        assert queries.fleet.device_states(session, AT)[state] == 1
     assert (device.state, total) == (state, 1)
 
 
@@ -226,7 +226,7 @@ def test_a_device_with_two_open_assignments_is_listed_once_with_the_one_it_accep
     add_assignment(store, 1, "accepted", number=1, offered_at=AT - timedelta(seconds=9))
     add_assignment(store, 1, "offered", number=2)
     with store.read() as session:
-        ((device,), total) = queries.devices(session, AT)
+        ((device,), total) = queries.fleet.devices(session, AT)
     assert (device.round, device.state, total) == (1, "training", 1)
 
 
@@ -235,10 +235,10 @@ def test_a_search_takes_wildcards_literally_and_ignores_case(store: Store) -> No
         add_device(store, device, name)
     with store.read() as session:
         for text, expected in (("anna", ["Anna"]), ("%", ["50%"]), ("a_b", ["a_b"]), ("none", [])):
-            found, total = queries.devices(session, AT, text)
+            found, total = queries.fleet.devices(session, AT, text)
             assert [d.name for d in found] == expected
             assert total == len(expected)
-        page, total = queries.devices(session, AT, states=["idle"], limit=1, offset=1)
+        page, total = queries.fleet.devices(session, AT, states=["idle"], limit=1, offset=1)
     assert ([d.name for d in page], total) == (["Anna"], 4)  # 50% sorts before it
 
 
@@ -254,7 +254,7 @@ def test_a_manifest_that_lacks_everything_is_shown_all_the_same(store: Store) ->
         session.add(Artifact(version="bare", manifest={}, bytes=1, created_at=AT))
         session.add(Artifact(version="odd", manifest=odd, bytes=1, created_at=AT + timedelta(seconds=1)))
     with store.read() as session:
-        for line in queries.artifacts(session):
+        for line in queries.models.artifacts(session):
             assert (line.preset, line.parameters, line.parent, line.labels) == (None, None, None, 0)
             assert (dict(line.sizes), dict(line.trainable_sets)) == ({}, {})
 
@@ -269,7 +269,7 @@ def test_the_newest_release_of_each_channel_is_current(store: Store) -> None:
             )
             session.flush()
     with store.read() as session:
-        found = queries.releases(session)
+        found = queries.models.releases(session)
     assert [(r.channel, r.current, r.run, r.bytes) for r in found] == [
         ("beta", True, None, 5), ("stable", True, "run 1", 5), ("stable", False, None, 5),
     ]  # fmt: skip
@@ -285,8 +285,8 @@ def test_problems_are_the_newest_first_and_only_those_of_the_run(store: Store) -
     add_assignment(store, 1, "failed", error="battery", finished_at=AT + timedelta(seconds=2))
     add_assignment(store, 1, "failed", run_id=2, error="not ours")
     with store.read() as session:
-        found = queries.problems(session, 1)
-        assert len(queries.problems(session, 1, limit=1)) == 1
+        found = queries.runs.problems(session, 1)
+        assert len(queries.runs.problems(session, 1, limit=1)) == 1
     assert [(p.what, p.round, p.device, p.reason) for p in found] == [
         ("round", 2, None, "no quorum"),
         ("device", 1, "p", "battery"),
@@ -298,12 +298,12 @@ def test_a_rounds_rows_are_found_through_an_index(store: Store) -> None:
     statements: list[str] = []
     sa.event.listen(store.engine, "before_cursor_execute", lambda c, cur, text, p, ctx, many: statements.append(text))
     with store.read() as session:
-        queries.funnel(session, 1, 1)
-        queries.drop_reasons(session, 1, 1)
-        queries.assignments(session, 1, 1)
-        queries.norms(session, 1, 1)
-        queries.problems(session, 1)
-        queries.devices(session, AT)
+        queries.rounds.funnel(session, 1, 1)
+        queries.rounds.drop_reasons(session, 1, 1)
+        queries.rounds.assignments(session, 1, 1)
+        queries.rounds.norms(session, 1, 1)
+        queries.runs.problems(session, 1)
+        queries.fleet.devices(session, AT)
         asked = [text for text in statements if "assignments" in text]
         assert len(asked) >= 6
         for text in asked:
@@ -332,9 +332,9 @@ def test_ten_thousand_devices_are_counted_and_paged_in_well_under_a_second(store
         )  # fmt: skip
     begin = time.perf_counter()
     with store.read() as session:
-        assert queries.device_states(session, AT)["training"] == 5_000
-        assert len(queries.devices(session, AT, offset=9_990)[0]) == 10
-        assert queries.funnel(session, 1, 1).aggregated == 5_000
+        assert queries.fleet.device_states(session, AT)["training"] == 5_000
+        assert len(queries.fleet.devices(session, AT, offset=9_990)[0]) == 10
+        assert queries.rounds.funnel(session, 1, 1).aggregated == 5_000
     assert time.perf_counter() - begin < 1.0
 
 
@@ -359,7 +359,7 @@ def test_a_chart_of_one_run_holds_a_point_for_every_known_value(store: Store) ->
     add_round(store, 1, accuracy=0.5, loss=1.0, train_loss=1.5)
     add_round(store, 2, status="running")
     with store.read() as session:
-        frame = charts.learning_frame(queries.rounds(session, [1]), {1: "first"})
+        frame = charts.learning_frame(queries.runs.rounds(session, [1]), {1: "first"})
     assert list(frame["value"][frame["measure"] == "accuracy"]) == [0.1, 0.5]
     assert list(frame["value"][frame["measure"] == "loss"]) == [2.0, 1.0, 1.5]
     for axis, (title, _) in charts.AXES.items():
