@@ -75,11 +75,13 @@ class UpdateForm:
 class Kept:
     """What stays on the device from one round of a run to the next.
 
-    residual: of the shared values, what error feedback has still to send. private: their values. Empty: none yet.
+    residual: of the shared values, what error feedback has still to send. private: their values. control: the device's own
+    control variate (SCAFFOLD), (P,). Empty: none yet.
     """
 
     residual: Vector = field(default_factory=lambda: NOTHING)
     private: Vector = field(default_factory=lambda: NOTHING)
+    control: Vector = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True)

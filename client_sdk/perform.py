@@ -33,6 +33,7 @@ class Task:
     """What a device is asked to do: theta (P,) is where to start, `device` its name.
 
     seeded_noise: local noise from the run's seed, for simulations; the coordinator could subtract it.
+    control: the run's control variate (P,), where it has one (SCAFFOLD).
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Task:
     device: str
     form: UpdateForm = field(default_factory=UpdateForm)
     seeded_noise: bool = False
+    control: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def perform(
         measured = _measure(trainer, theta, examples, task.form, should_stop)
         return Reply(b"", NOTHING, len(examples), _declared(measured, task.form), kept)
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
-    steering = _steering(trainer, task)
+    steering = _steering(trainer, task, kept)
     trained = train(trainer, theta, examples, config, should_stop, progress, checkpoint, steering)
     waiting = own.spread(kept.residual) if kept.residual.size else np.zeros(trainer.size, np.float32)
     before = sent.shared(waiting) if kept.residual.size else NOTHING
@@ -93,8 +95,12 @@ def perform(
     if residual.size and sent.ranges != own.ranges:  # what is frozen in this round has still to be sent in another
         residual = own.shared(sent.overlay(sent.spread(residual), sent.private(waiting)))
     private = own.private(theta + trained.delta) if own.ranges else NOTHING
-    metrics = _declared(trained.metrics, task.form)
-    return Reply(out.data, sent.spread(out.said), trained.num_examples, metrics, Kept(residual, private))
+    said, metrics = sent.spread(out.said), _declared(trained.metrics, task.form)
+    control = NOTHING
+    if steering.drift is not None:  # Karimireddy et al. 2020, eq. 4, option II: c_i - c + (x - y_i) / (K η)
+        walked = trained.metrics["steps"] * config.learning_rate
+        control = (-steering.drift - said / walked).astype(np.float32)
+    return Reply(out.data, said, trained.num_examples, metrics, Kept(residual, private, control))
 
 
 def split_of(trainer: Trainer, form: UpdateForm) -> Split:
@@ -120,10 +126,24 @@ def sent_of(trainer: Trainer, form: UpdateForm) -> Split:
         raise ConfigurationError(str(error)) from None
 
 
-def _steering(trainer: Trainer, task: Task) -> Steering:
-    form = task.form
+def _steering(trainer: Trainer, task: Task, kept: Kept) -> Steering:
+    """
+    Raises:
+        ConfigurationError: a control variate for steps that are not plain ones.
+    """
+    form, config = task.form, task.config
     frozen = frozen_mask(trainer.layout, form.frozen, form.lora_rank) if form.frozen or form.lora_rank else None
-    return Steering(frozen)
+    if task.control is None:
+        return Steering(frozen)
+    steps = config.optimizer == "sgd" and config.schedule == "constant" and config.learning_rate > 0
+    steps = steps and not (config.momentum or config.proximal_mu or config.warmup or config.patience)
+    if not steps or form.private or form.noise or form.how.feeds_back:
+        raise ConfigurationError(
+            f"a control variate is defined for plain sgd at a constant rate, sent whole, without noise or error feedback, not for "
+            f"{config.optimizer} as {form.codec} with these settings; the run must be configured so"
+        )
+    own = kept.control if kept.control.size else np.zeros(trainer.size, np.float32)
+    return Steering(frozen, task.control - own)  # eq. 3: g - c_i + c
 
 
 def _measure(

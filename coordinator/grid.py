@@ -25,7 +25,7 @@ from pocketfed.coordinator.assignments import OPEN, Assignments
 from pocketfed.coordinator.forms import Form, read_form
 from pocketfed.coordinator.store import Artifact, Assignment, Device, Round, Run, Store, Update, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
-from pocketfed.model.parameters import Vector, encode_vector
+from pocketfed.model.parameters import CONTROL, Vector, encode_start
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
@@ -208,7 +208,8 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         config = dict(message.content["config"])
         arrays = message.content["arrays"]
         if id(arrays) not in digests:  # strategies share one record among all messages
-            digests[id(arrays)] = put_blob(session, encode_vector(THETA, arrays[THETA].numpy()))
+            control = arrays[CONTROL].numpy() if CONTROL in arrays else None
+            digests[id(arrays)] = put_blob(session, encode_start(arrays[THETA].numpy(), control))
         row = Assignment(
             id=row_id,
             run_id=self.run_id,

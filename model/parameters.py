@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from safetensors.numpy import load, save
 
 Vector = NDArray[np.float32]
 LORA = ("lora_A", "lora_B")
+THETA, CONTROL = "theta", "control"  # the tensors that a round begins with
 
 
 class ParametersError(ValueError):
@@ -99,6 +101,43 @@ def decode_vector(name: str, data: bytes, size: int) -> Vector:
     if len(data) > limit:
         raise ParametersError(f"{len(data)} bytes are too many for {size} float32 values; at most {limit} are expected")
     return load_tensors(data, {name: (np.dtype(np.float32), (size,))})[name]
+
+
+def encode_start(theta: Vector, control: Vector | None = None) -> bytes:
+    """What a round begins with, as safetensors bytes: theta and, where the run has one, a control variate (SCAFFOLD)."""
+    if control is None:
+        return encode_vector(THETA, theta)
+    both = {THETA: theta, CONTROL: control}
+    data: bytes = save({name: np.ascontiguousarray(vector, np.float32) for name, vector in both.items()})
+    return data
+
+
+def start_bytes(size: int) -> int:
+    """The most bytes that `encode_start` makes of so many values."""
+    return 8 * size + 4096
+
+
+def decode_start(data: bytes, size: int) -> tuple[Vector, Vector | None]:
+    """theta (P,) and the control variate (P,), if there is one.
+
+    Raises:
+        ParametersError: not safetensors, another name, shape or dtype.
+    """
+    if CONTROL not in _names(data):
+        return decode_vector(THETA, data, size), None
+    if len(data) > start_bytes(size):
+        raise ParametersError(f"{len(data)} bytes are too many for twice {size} float32 values")
+    shape = (np.dtype(np.float32), (size,))
+    found = load_tensors(data, {THETA: shape, CONTROL: shape})
+    return found[THETA], found[CONTROL]
+
+
+def _names(data: bytes) -> set[str]:
+    """Of the tensors that safetensors bytes say they have; none where they are no such bytes."""
+    try:
+        return set(json.loads(data[8 : 8 + min(4096, int.from_bytes(data[:8], "little"))]))
+    except (ValueError, TypeError, RecursionError):
+        return set()
 
 
 def load_tensors(data: bytes, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> dict[str, NDArray[Any]]:
