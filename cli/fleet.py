@@ -334,12 +334,12 @@ def _note(store: Store, act: str, target: str, detail: str = "") -> None:
 def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfig) -> FleetGrid:
     from pocketfed.coordinator.grid import FleetGrid
     from pocketfed.coordinator.progress import starting_theta
+    from pocketfed.coordinator.strategy import asks_more
 
     _, size = starting_theta(store, run_id)
     offer_s = min(config.lease_s, OFFER_S)
-    return FleetGrid(
-        server.assignments, run_id, lambda: server.online(config.channel, not config.update.plain), size, offer_s
-    )
+    forms = not config.update.plain or asks_more(config.strategy)
+    return FleetGrid(server.assignments, run_id, lambda: server.online(config.channel, forms), size, offer_s)
 
 
 def _check_run(config: RunConfig) -> Sequence[Example]:

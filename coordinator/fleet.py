@@ -333,4 +333,4 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 return 0
             run = session.get_one(tables.Run, found.run_id)
             manifest = session.get_one(tables.Artifact, run.artifact_version).manifest
-            return read_form(run.config, manifest["trainable_sets"][run.trainable_set]).most_bytes
+            return read_form(run.config, manifest["trainable_sets"][run.trainable_set], found.config).most_bytes

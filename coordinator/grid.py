@@ -25,7 +25,7 @@ from pocketfed.coordinator.assignments import OPEN, Assignments
 from pocketfed.coordinator.forms import Form, read_form
 from pocketfed.coordinator.store import Artifact, Assignment, Device, Round, Run, Store, Update, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
-from pocketfed.model.parameters import Vector, encode_vector
+from pocketfed.model.parameters import CONTROL, Vector, encode_start
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
@@ -208,7 +208,8 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         config = dict(message.content["config"])
         arrays = message.content["arrays"]
         if id(arrays) not in digests:  # strategies share one record among all messages
-            digests[id(arrays)] = put_blob(session, encode_vector(THETA, arrays[THETA].numpy()))
+            control = arrays[CONTROL].numpy() if CONTROL in arrays else None
+            digests[id(arrays)] = put_blob(session, encode_start(arrays[THETA].numpy(), control))
         row = Assignment(
             id=row_id,
             run_id=self.run_id,
@@ -253,14 +254,22 @@ class FleetGrid(RecordedGrid):
         super().__init__(assignments.store, run_id)
         self.offer_s = lease_s
         self.assignments, self.size, self._online = assignments, size, online
+        self._forms: dict[Any, Form] = {}
 
     @cached_property
-    def _form(self) -> Form:
-        """What this run's updates are."""
+    def _described(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The run's configuration and its trainable set, as a manifest describes it."""
         with self.store.read() as session:
             run = session.get_one(Run, self.run_id)
             manifest = session.get_one(Artifact, run.artifact_version).manifest
-        return read_form(run.config, manifest["trainable_sets"][run.trainable_set])
+        return run.config, manifest["trainable_sets"][run.trainable_set]
+
+    def _form(self, asked: Mapping[str, Any]) -> Form:
+        """What an update is, by its assignment's configuration."""
+        key = (tuple(asked.get("update.frozen", ())), asked.get("update.lora_rank", 0))
+        if key not in self._forms:
+            self._forms[key] = read_form(*self._described, asked)
+        return self._forms[key]
 
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self._online().items() if node not in self.set_aside}
@@ -382,8 +391,8 @@ class FleetGrid(RecordedGrid):
         if row.kind == "evaluate":
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
         start = self._start(message) if theta is None else theta
-        arrays = ArrayRecord()
-        arrays[THETA] = DeltaArray(start, Delta(self.assignments.upload_path(row.id), self.size, weight, self._form))
+        arrays, path = ArrayRecord(), self.assignments.upload_path(row.id)
+        arrays[THETA] = DeltaArray(start, Delta(path, self.size, weight, self._form(row.config)))
         content = {
             "arrays": arrays,
             "metrics": metrics,
@@ -395,7 +404,7 @@ class FleetGrid(RecordedGrid):
 # What a reply is made of, in one query for many; no `bytes` where there is no update. Columns: rows, not objects.
 _ANSWERS = (
     sa.select(Assignment.id, Assignment.device_id, Assignment.round, Assignment.kind, Assignment.status)
-    .add_columns(Assignment.error, Device.name.label("device"))
+    .add_columns(Assignment.error, Assignment.config, Device.name.label("device"))
     .add_columns(Update.num_examples, Update.bytes, Update.digest, Update.metrics)
     .join(Device, Device.id == Assignment.device_id)
     .outerjoin(Update, Update.assignment_id == Assignment.id)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
-from pocketfed.coordinator.forms import form_of
+from pocketfed.coordinator.forms import form_of, layout_of
 from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.releases import add_release, lock_channel, open_releases
 from pocketfed.coordinator.retention import delete_blobs
@@ -34,7 +34,7 @@ from pocketfed.coordinator.store import (
     now,
     put_blob,
 )
-from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
+from pocketfed.model.parameters import Parameter, ParametersError, Vector, decode_vector, encode_vector
 
 THETA = "theta"
 
@@ -126,7 +126,7 @@ def create_run(store: Store, config: RunConfig) -> int:
         try:
             form_of(config.update, manifest["trainable_sets"][chosen])
         except ParametersError as error:
-            raise RunError(f"update.private: {error}") from None
+            raise RunError(f"update: {error}") from None
         run = Run(
             name=config.name,
             channel=config.channel,
@@ -143,6 +143,13 @@ def create_run(store: Store, config: RunConfig) -> int:
 
 def get_manifest(session: Session, version: str) -> dict[str, Any]:
     return dict(session.get_one(Artifact, version).manifest)
+
+
+def run_layout(store: Store, run_id: int) -> tuple[Parameter, ...]:
+    """What theta's values are called in a run."""
+    with store.read() as session:
+        run = session.get_one(Run, run_id)
+        return layout_of(get_manifest(session, run.artifact_version)["trainable_sets"][run.trainable_set])
 
 
 def starting_theta(store: Store, run_id: int) -> tuple[Vector, int]:

@@ -36,6 +36,7 @@ from pocketfed.coordinator.progress import (
     finish_run,
     give_up,
     interrupt_run,
+    run_layout,
     settled_in,
     starting_theta,
 )
@@ -45,6 +46,7 @@ from pocketfed.coordinator.screening import Tally, screen, screen_measured, with
 from pocketfed.coordinator.standing import recall, set_aside
 from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage
 from pocketfed.coordinator.strategy import THETA, make_strategy
+from pocketfed.coordinator.strategy_base import Ours
 from pocketfed.coordinator.strategy_state import capture, decode_state, encode_state, restore
 from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector
@@ -90,7 +92,7 @@ def drive_run(
     Raises:
         RunError: the run failed; the reason is in the store too.
         Interrupted, Deposed, the database's and the disk's: it is left for later, by this or another coordinator.
-        StrategyError: the strategy or its options do not exist.
+        StrategyError: the strategy or its options do not exist, or do not suit the run.
     """
     grid.should_stop = should_stop
     try:
@@ -118,6 +120,8 @@ def _drive(
 ) -> Vector:
     begin_run(store, run_id)
     strategy = make_strategy(config.strategy, config.strategy_options)
+    if isinstance(strategy, Ours):
+        strategy.prepare(config, run_layout(store, run_id))
     grid.reopen(config.deadline_s)
     place = find_place(store, run_id)
     if place.number == 0:

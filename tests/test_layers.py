@@ -30,7 +30,8 @@ MORE_FOR = {
 }
 # Packages that only some modules may import, lazily or not; and of those, the ones that must not be at a top.
 ONLY_IN = {
-    "flwr": ("client_sdk/flower_app.py", "coordinator/flwr_compat.py", "coordinator/strategy.py", "coordinator/grid.py",
+    "flwr": ("client_sdk/flower_app.py", "coordinator/flwr_compat.py", "coordinator/strategy.py", "coordinator/strategy_base.py",
+             "coordinator/robust.py", "coordinator/lora.py", "coordinator/scaffold.py", "coordinator/grid.py",
              "coordinator/rounds.py", "coordinator/screening.py", "coordinator/strategy_state.py", "simulations/grids.py"),
     "streamlit": ("dashboard/",), "altair": ("dashboard/",), "pandas": ("dashboard/",),
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
