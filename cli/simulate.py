@@ -19,7 +19,13 @@ def simulate(
     model: Annotated[
         str, typer.Option(help="A model folder, or a preset for a student that starts untrained.")
     ] = "micro",
-    partition: Annotated[str, typer.Option(help="iid, dirichlet:ALPHA or by:COLUMN.")] = "iid",
+    partition: Annotated[
+        str, typer.Option(help="iid, dirichlet:ALPHA, quantity:ALPHA, shards:K or by:COLUMN.")
+    ] = "iid",
+    fleet: Annotated[
+        str,
+        typer.Option(help="When devices are there and how fast: a preset, a TOML model or a CSV trace; see the docs."),
+    ] = "",
     train: Annotated[
         str,
         typer.Option(help="head, norms, lora:R, last:K or full; by default full for a preset, lora:8 for a folder."),
@@ -36,6 +42,7 @@ def simulate(
     ] = None,
     database: Annotated[str | None, typer.Option(help="Keep the run here, for the dashboard.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write rounds and result to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw who holds which labels into this SVG file.")] = None,
 ) -> None:
     """Run federated fine-tuning with virtual devices, and measure every round on the test split."""
     from pocketfed.coordinator.config import RunConfig, apply_overrides
@@ -53,10 +60,14 @@ def simulate(
         "seed": seed,
         "local": {"epochs": local_epochs, "learning_rate": learning_rate, "batch_size": batch_size},
     }
+    if fleet:  # a night is worth waiting for, and a cohort is a cohort
+        values |= {"wait_s": 7 * 86400.0, "min_devices": min(devices, max(1, cohort))}
     run = RunConfig.from_dict(apply_overrides(values, set_ or []))
     make_strategy(run.strategy, run.strategy_options)
     check_database(database)
-    config = SimulationConfig(data=data, model=model, devices=devices, partition=partition, train=train, run=run)
+    config = SimulationConfig(
+        data=data, model=model, devices=devices, partition=partition, train=train, run=run, fleet=fleet
+    )
     header = [True]
 
     def show(result: object) -> None:
@@ -68,6 +79,8 @@ def simulate(
         result = run_simulation(config, database, show, lambda step: print(f"{step} ...", flush=True))
     if json is not None:
         write_json(json, result.to_dict())
+    if picture is not None:
+        picture.write_text(result.partition_svg, encoding="utf-8")
     if result.skipped:
         print(format_skipped(result.skipped))
     final = result.rounds[-1]

@@ -275,10 +275,14 @@ class FleetGrid(RecordedGrid):
         return {node: name for node, name in self._online().items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
-        end, watch = time.monotonic() + timeout_s, Watch(self.assignments)
-        while len(devices := self.available()) < count and time.monotonic() < end and not should_stop():
-            watch.wait(min(LOOK_S, max(0.0, end - time.monotonic())))
+        end, watch = _later(timeout_s), self.watch()
+        while len(devices := self.available()) < count and now() < end and not should_stop():
+            watch.wait(min(LOOK_S, max(0.0, _until(end))))
         return devices
+
+    def watch(self) -> Watch:
+        """What waits for devices to do something."""
+        return Watch(self.assignments)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = super().push_messages(messages)
@@ -289,10 +293,10 @@ class FleetGrid(RecordedGrid):
         self.assignments.notify_offered()
 
     def rest(self, failures: int) -> None:
-        end = time.monotonic() + min(30.0, 0.5 * 2**failures)
+        end = _later(min(30.0, 0.5 * 2**failures))
         with self.assignments.changed:
-            while time.monotonic() < end and not self.should_stop():
-                self.assignments.changed.wait(min(LOOK_S, max(0.0, end - time.monotonic())))
+            while now() < end and not self.should_stop():
+                self.assignments.changed.wait(min(LOOK_S, max(0.0, _until(end))))
 
     def holds(self, update: Update) -> bool:
         return self.assignments.holds(update)
@@ -320,7 +324,7 @@ class FleetGrid(RecordedGrid):
 
     def _wait(self, ids: list[str], enough: int) -> None:
         mine = Assignment.id.in_(ids) if len(ids) < 1000 else Assignment.run_id == self.run_id
-        wanted, watch = set(ids), Watch(self.assignments)
+        wanted, watch = set(ids), self.watch()
         while True:
             if self.should_stop():
                 raise Stopped("stopped before all devices had answered")
@@ -328,10 +332,11 @@ class FleetGrid(RecordedGrid):
             still_open = [row for row in rows if row.status in OPEN]
             if not still_open:
                 return
-            if enough and sum(row.status == "uploaded" for row in rows) >= enough:
+            missing = (enough or len(ids)) - sum(row.status == "uploaded" for row in rows)
+            if missing <= 0:
                 self.assignments.expire([row.id for row in still_open], ENOUGH)
                 return
-            watch.wait(_until_overdue(still_open, LOOK_S))
+            watch.wait(_until_overdue(still_open, watch.look_s), missing)
 
     def _look(self, mine: sa.ColumnElement[bool]) -> list[Any]:
         """What is open or waits to be aggregated; what is overdue is closed first."""
@@ -368,16 +373,18 @@ class FleetGrid(RecordedGrid):
                 yield reply
 
     def _wait_buffer(self) -> None:
-        end, watch = time.monotonic() + (self.cohort.deadline_s or float("inf")), Watch(self.assignments)
+        end = NEVER if self.cohort.deadline_s is None else _later(self.cohort.deadline_s)
+        watch = self.watch()
         mine = sa.and_(Assignment.run_id == self.run_id, Assignment.kind == "train")
         while True:
             if self.should_stop():
                 raise Stopped("stopped before the buffer was full")
             rows = self._look(mine)
             still_open = [row for row in rows if row.status in OPEN]
-            if not still_open or len(rows) - len(still_open) >= self.cohort.enough or time.monotonic() > end:
+            missing = self.cohort.enough - (len(rows) - len(still_open))
+            if not still_open or missing <= 0 or now() > end:
                 return
-            watch.wait(_until_overdue(still_open, min(LOOK_S, max(0.01, end - time.monotonic()))))
+            watch.wait(_until_overdue(still_open, min(watch.look_s, max(0.01, _until(end)))), missing)
 
     # ---- one reply ---------------------------------------------------------------------------------------------------
 
@@ -417,6 +424,8 @@ class Watch:
     Without the latter a cohort of thousands, each of whose answers is a change, would be looked at thousands of times.
     """
 
+    look_s = LOOK_S  # it is looked again after so long whatever happens
+
     def __init__(self, assignments: Assignments) -> None:
         self._assignments = assignments
         self._begin()
@@ -424,17 +433,26 @@ class Watch:
     def _begin(self) -> None:
         self._since, self._began = self._assignments.changes, time.monotonic()
 
-    def wait(self, at_most_s: float) -> None:
-        """Until something has changed since the last look began."""
+    def wait(self, at_most_s: float, answers: int = 1) -> None:
+        """Until something has changed since the last look began. `answers`: fewer than so many do not end the wait for good."""
         rested_at = time.monotonic() + 4 * (time.monotonic() - self._began)
         self._assignments.wait_changed(self._since, at_most_s)
         time.sleep(min(LOOK_S, max(0.0, rested_at - time.monotonic())))
         self._begin()
 
 
+def _later(seconds: float) -> datetime:
+    return now() + timedelta(seconds=seconds)
+
+
+def _until(moment: datetime) -> float:
+    """Seconds."""
+    return (moment - now()).total_seconds()
+
+
 def _until_overdue(still_open: list[Any], at_most_s: float) -> float:
     """Seconds until the next of these is overdue."""
-    seconds = (min(map(_end, still_open)) - now()).total_seconds() + 0.01
+    seconds = _until(min(map(_end, still_open))) + 0.01
     return min(at_most_s, max(0.01, seconds))
 
 

@@ -49,7 +49,11 @@ class Interrupted(RunError):  # noqa: N818 - says what it is
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What one round ended with; `accuracy` and `loss` are None where nothing was measured."""
+    """What one round ended with; `accuracy` and `loss` are None where nothing was measured.
+
+    Where a fleet is simulated also, else None: virtual_s, fleet time since the round before had ended; device_s, for which
+    devices worked, all added up; dropped, how many assignments ended without an update, by why (simulations/virtual.py).
+    """
 
     number: int
     status: str
@@ -62,10 +66,14 @@ class RoundResult:
     bytes_down: int
     seconds: float
     reason: str | None = None
+    virtual_s: float | None = None
+    device_s: float | None = None
+    dropped: Mapping[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON files have it: the number is called `round`."""
+        """As JSON files have it: the number is called `round`; without what only fleets have, where there is none."""
         values = dataclasses.asdict(self)
+        values = {k: v for k, v in values.items() if v is not None or k not in ("virtual_s", "device_s", "dropped")}
         return {"round": values.pop("number"), **values}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,7 @@ from pocketfed.coordinator.retention import forget_rounds
 from pocketfed.coordinator.sampling import sample_cohort
 from pocketfed.coordinator.screening import Tally, screen, screen_measured, with_common_metrics
 from pocketfed.coordinator.standing import recall, set_aside
-from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage
+from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage, now
 from pocketfed.coordinator.strategy import THETA, make_strategy
 from pocketfed.coordinator.strategy_base import Ours
 from pocketfed.coordinator.strategy_state import capture, decode_state, encode_state, restore
@@ -147,16 +146,16 @@ def _drive(
 
 
 def _measure_start(store: Store, run_id: int, theta: Vector, evaluate: Evaluate | None) -> RoundResult:
-    started = time.perf_counter()
+    started = now()
     measured = dict(evaluate(theta)) if evaluate else {}
-    return commit_start(store, run_id, theta, measured, time.perf_counter() - started)
+    return commit_start(store, run_id, theta, measured, (now() - started).total_seconds())
 
 
 def _run_attempt(run: Driven, place: Place) -> tuple[Place, RoundResult | None]:
     """One attempt at a round: where the run stands then, and the round's result if it has ended."""
     number, config = place.number, run.config
     cohort = place.cohort or _sample(run, number, place.attempt)
-    started, before = time.perf_counter(), capture(run.strategy)
+    started, before = now(), capture(run.strategy)
     enough, exponent = (config.cohort if config.over_selection else 0), None
     if config.mode == "fedbuff":
         enough, exponent = config.buffer, config.staleness_exponent
@@ -168,7 +167,7 @@ def _run_attempt(run: Driven, place: Place) -> tuple[Place, RoundResult | None]:
         restore(run.strategy, before)  # as the parameters, it goes on from before the attempt
     after = capture(run.strategy)
     state = encode_state({"strategy": after}) if after else None
-    seconds = time.perf_counter() - started
+    seconds = (now() - started).total_seconds()
     done = Attempt(theta, reason, tally, trained, measured, seconds, state)
     outcome = commit_attempt(run.store, run.id, number, done, retry=place.attempt < config.max_attempts)
     if not config.retain_updates:

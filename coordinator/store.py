@@ -7,9 +7,10 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import ForeignKey, String, UniqueConstraint
@@ -46,6 +47,11 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, OUTAGES) and (not isinstance(error, OSError) or error.errno in _DISK)
 
 
+class HasNow(Protocol):
+    def now(self) -> datetime:
+        """Aware, in UTC, and never earlier than before."""
+
+
 class Clock:
     """The time of day when this was made, and from then on what has really passed: a clock that is set ends no lease.
 
@@ -65,11 +71,21 @@ def _passed_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-_clock = Clock(lambda: datetime.now(UTC), _passed_s)
+_clock: ContextVar[HasNow] = ContextVar("clock", default=Clock(lambda: datetime.now(UTC), _passed_s))  # noqa: B039 - it has no state
 
 
 def now() -> datetime:
-    return _clock.now()
+    return _clock.get().now()
+
+
+@contextmanager
+def by_clock(clock: HasNow) -> Iterator[None]:
+    """In this thread, and as long as this lasts, it is what that clock says: fleets are simulated on a virtual one."""
+    before = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(before)
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):

@@ -17,12 +17,17 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.forms import form_of
 from pocketfed.coordinator.progress import RoundResult, create_run, give_up
 from pocketfed.coordinator.rounds import drive_run
-from pocketfed.coordinator.store import Store, device_named
+from pocketfed.coordinator.store import Store, by_clock, device_named
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
-from pocketfed.simulations.partition import partition
+from pocketfed.simulations.fleet import Fleet
+from pocketfed.simulations.fleet_files import load_fleet
+from pocketfed.simulations.partition import label_counts, partition
+from pocketfed.simulations.partition_picture import draw_partition
+from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
 
 
 class SimulationError(ValueError):
@@ -36,7 +41,8 @@ class SimulationConfig:
     Args:
         model: a preset (a student that starts untrained) or a model folder.
         train: the trainable set; empty: `full` for a preset, `lora:8` for a model folder.
-        partition: iid, dirichlet:ALPHA or by:COLUMN.
+        partition: as `partition` takes it.
+        fleet: as `load_fleet` takes it; empty: all devices are always there and take no time.
         run: rounds, cohort, strategy, local training and seed.
     """
 
@@ -46,6 +52,7 @@ class SimulationConfig:
     partition: str = "iid"
     train: str = ""
     run: RunConfig = field(default_factory=RunConfig)
+    fleet: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class SimulationResult:
     test_source: str
     run_id: int
     skipped: Mapping[str, int] = field(default_factory=dict)  # rows of the data that could not be used, by reason
+    virtual_s: float | None = None  # with a fleet: its time from beginning to end
+    device_s: float | None = None  # with a fleet: for which devices worked, what no round has counted included
+    partition_svg: str = ""  # a picture, label by device
 
     def to_dict(self) -> dict[str, Any]:
         """What `simulate --json` writes."""
@@ -76,6 +86,7 @@ class SimulationResult:
             "model": dict(self.model),
             "seed": self.seed,
             "skipped": dict(self.skipped),
+            **({} if self.virtual_s is None else {"virtual_s": self.virtual_s, "device_s": self.device_s}),
         }
 
 
@@ -168,14 +179,18 @@ def simulate(
     if not dataset.test:
         raise SimulationError(f"{config.data} leaves no example to test on; give more data or a test split")
     parts = partition(dataset.train, config.partition, config.devices, config.run.seed)
+    fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
+    clock = VirtualClock()
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         on_step("building the artifact")
         max_length = config.run.local.max_length
         artifact = prepare_artifact(
             config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length
         )
-        with _open_store(database, Path(scratch)) as store:
-            return _simulate(config, store, dataset, parts, artifact, on_round, on_step, should_stop)
+        with _open_store(database, Path(scratch)) as store, by_clock(clock) if fleet else contextlib.nullcontext():
+            return _simulate(
+                config, store, dataset, parts, artifact, fleet, clock, Path(scratch), on_round, on_step, should_stop
+            )
 
 
 def _simulate(
@@ -184,6 +199,9 @@ def _simulate(
     dataset: Dataset,
     parts: Sequence[Sequence[int]],
     artifact: Artifact,
+    fleet: Fleet | None,
+    clock: VirtualClock,
+    scratch: Path,
     on_round: Callable[[RoundResult], None],
     on_step: Callable[[str], None],
     should_stop: Callable[[], bool],
@@ -215,9 +233,16 @@ def _simulate(
         seeded_noise=True,
     )
     grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
+    virtual = None
+    if fleet is not None:
+        tokens = {name: sum(map(len, mine.rows)) for name, mine in local.items()}
+        form = form_of(config.run.update, built.manifest["trainable_sets"][trainable_set])
+        demand = Demand(tokens, {name: len(mine) for name, mine in local.items()}, form.most_bytes)
+        virtual = VirtualGrid(grid, scratch / "spool", fleet, trainer.size, demand, clock, config.run)
     rounds: list[RoundResult] = []
 
     def remember(result: RoundResult) -> None:
+        result = virtual.told(result) if virtual else result
         rounds.append(result)
         on_round(result)
 
@@ -226,20 +251,25 @@ def _simulate(
         theta = drive_run(
             store,
             run_id,
-            grid,
+            virtual or grid,
             config.run,
             lambda values: evaluate(trainer, values, test_examples),
             remember,
+            virtual.assignments.forget if virtual else lambda assignment_ids: None,
             should_stop=should_stop,
         )
     except BaseException as error:
         give_up(store, run_id, str(error) or type(error).__name__)  # nobody comes back to a simulation
         raise
+    if virtual:
+        virtual.finish()
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,
         "trainable_parameters": trainer.size,
         "artifact": built.version,
     }
     return SimulationResult(
-        tuple(rounds), theta, model, config.run.seed, len(dataset.test), dataset.test_source, run_id, dataset.skipped
-    )
+        tuple(rounds), theta, model, config.run.seed, len(dataset.test), dataset.test_source, run_id, dataset.skipped,
+        round(clock.s, 6) if virtual else None, round(virtual.device_s, 6) if virtual else None,
+        draw_partition(label_counts(dataset.train, parts, dataset.labels), dataset.labels, f"{dataset.name}, {config.partition}"),
+    )  # fmt: skip
