@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -16,16 +16,16 @@ import sqlalchemy as sa
 from pocketfed.coordinator import flwr_compat
 
 # isort: split
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.assignments import OPEN, Assignments
 from pocketfed.coordinator.forms import Form, read_form
-from pocketfed.coordinator.store import Artifact, Assignment, Device, Round, Run, Store, Update, now, put_blob
+from pocketfed.coordinator.store import Artifact, Assignment, Device, Run, Store, Update, get_blob, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
-from pocketfed.model.parameters import CONTROL, Vector, encode_start
+from pocketfed.model.parameters import CONTROL, Vector, decode_vector, encode_start
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
@@ -112,6 +112,13 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         """Whether an update that was counted can still be read: not if only a process that has ended knew it."""
         return False
 
+    def capture(self) -> dict[str, Any]:
+        """What devices hold that the store does not know, for a checkpoint; nothing where devices are somewhere else."""
+        return {}
+
+    def recall(self, held: Mapping[str, Any]) -> None:
+        """Make it what `capture` said at the last commit; before `reopen`."""
+
     def reopen(self, deadline_s: float) -> None:
         """Devices are not to pay for the coordinator's absence: what is open gets its time anew.
 
@@ -132,14 +139,51 @@ class RecordedGrid(Grid):  # type: ignore[misc]
                 if self.offer_s is not None:
                     row.lease_until = now() + timedelta(seconds=max(self.offer_s, RETURN_S))
 
-    def expire_older(self, reason: str) -> None:
-        """Close what is open of rounds before the run's open one."""
-        running = sa.select(Round.number).where(Round.run_id == self.run_id, Round.status == "running")
-        mine = sa.select(Assignment).where(Assignment.run_id == self.run_id, Assignment.status.in_(OPEN))
+    def begin_again(self, under_way: Collection[str]) -> None:
+        """Undo what was not committed, for devices that have gone with their process; `under_way` is asked for still."""
+        mine = sa.select(Assignment).where(Assignment.run_id == self.run_id, Assignment.counted_in.is_(None))
+        same = (
+            "id",
+            "run_id",
+            "round",
+            "attempt",
+            "device_id",
+            "kind",
+            "config",
+            "parameters",
+            "deadline",
+            "offered_at",
+        )
         with self.store.write() as session:
-            number = session.scalar(running) or 0
-            for row in session.scalars(mine.where(Assignment.round < number)):
-                row.status, row.error, row.finished_at = "expired", reason, now()
+            for row in session.scalars(mine).all():
+                session.execute(sa.delete(Update).where(Update.assignment_id == row.id))
+                session.delete(row)
+                if row.id in under_way:
+                    session.flush()
+                    session.add(Assignment(**{name: getattr(row, name) for name in same}))
+
+    def message_of(self, row_id: str) -> Message:
+        """What an assignment asked for, once more."""
+        with self.store.read() as session:
+            row = session.get_one(Assignment, row_id)
+            theta = decode_vector(THETA, get_blob(session, row.parameters), self._size(session))
+        arrays = ArrayRecord({THETA: Array(theta)})
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord(dict(row.config))})
+        kind = MessageType.TRAIN if row.kind == "train" else MessageType.EVALUATE
+        return flwr_compat.name_message(self.create_message(content, kind, row.device_id, ""), row_id)
+
+    def _size(self, session: Session) -> int:
+        run = session.get_one(Run, self.run_id)
+        manifest = session.get_one(Artifact, run.artifact_version).manifest
+        return int(manifest["trainable_sets"][run.trainable_set]["size"])
+
+    def took_part(self) -> set[int]:
+        """Devices that have accepted something in a round that is committed."""
+        mine = sa.select(Assignment.device_id).where(
+            Assignment.run_id == self.run_id, Assignment.accepted_at.is_not(None)
+        )
+        with self.store.read() as session:
+            return set(session.scalars(mine.where(Assignment.counted_in.is_not(None)).distinct()))
 
     def working(self) -> dict[int, str]:
         """Devices (node id -> name) that have an assignment of the run open."""

@@ -68,7 +68,7 @@ class Leadership:
     def _try(self) -> str | None:
         """Take the lease if it is free; else who holds it."""
         if self._lock is None:
-            self._lock = _try_lock(self._lock_path)
+            self._lock = try_lock(self._lock_path)
         if self._lock is None:
             return self.holder
         with self.store.write() as session:
@@ -126,17 +126,19 @@ def _time(session: Session) -> datetime:
     return datetime.now(UTC)
 
 
-def _try_lock(path: Path) -> int | None:
+def try_lock(path: Path) -> int | None:
     """A lock that ends with the process, or None where another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     if LOCKS is None:
         return descriptor
     try:
         LOCKS.flock(descriptor, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):  # else whoever had it has removed it meanwhile
+            return descriptor
     except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        pass
+    os.close(descriptor)
+    return None
 
 
 @contextlib.contextmanager
@@ -149,3 +151,24 @@ def lead(
         yield leadership if leadership.acquire(on_wait, should_stop) else None
     finally:
         leadership.release()
+
+
+@contextlib.contextmanager
+def claim(store: Store, name: str) -> Iterator[bool]:
+    """Whether this process may do what only one at a time may, for as long as the block lasts; a lock dies with its process."""
+    if store.file is not None:
+        path = store.file.with_name(f"{store.file.name}.{name}.lock")
+        lock = try_lock(path)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                path.unlink(missing_ok=True)
+                os.close(lock)
+    elif store.engine.dialect.name == "postgresql":
+        with store.engine.connect() as connection:
+            key = sa.func.hashtext(f"pocketfed {name}")
+            yield bool(connection.scalar(sa.select(sa.func.pg_try_advisory_lock(key))))
+            connection.invalidate()  # with its session the lock is gone, whatever state it is in
+    else:
+        yield True  # in this process's memory

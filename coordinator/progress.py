@@ -37,6 +37,7 @@ from pocketfed.coordinator.store import (
 from pocketfed.model.parameters import Parameter, ParametersError, Vector, decode_vector, encode_vector
 
 THETA = "theta"
+SIMULATION = "simulation"  # in a run's stored configuration: its devices are virtual
 
 
 class RunError(RuntimeError):
@@ -112,8 +113,11 @@ class Place:
 # ---- starting --------------------------------------------------------------------------------------------------------
 
 
-def create_run(store: Store, config: RunConfig) -> int:
+def create_run(store: Store, config: RunConfig, simulation: Mapping[str, Any] | None = None) -> int:
     """A run of the channel's newest release, waiting to be driven. Returns its id.
+
+    Args:
+        simulation: of virtual devices, made of this: no coordinator goes on with it, only a simulation of the same.
 
     Raises:
         RunError: nothing is released on the channel, or the artifact lacks the trainable set.
@@ -138,7 +142,7 @@ def create_run(store: Store, config: RunConfig) -> int:
         run = Run(
             name=config.name,
             channel=config.channel,
-            config=config.to_dict(),
+            config=config.to_dict() | ({SIMULATION: dict(simulation)} if simulation is not None else {}),
             artifact_version=release.artifact_version,
             trainable_set=chosen,
             seed=config.seed,
@@ -177,9 +181,33 @@ def starting_theta(store: Store, run_id: int) -> tuple[Vector, int]:
 
 
 def unfinished_runs(store: Store) -> list[int]:
-    """Runs that a coordinator has left, the oldest first."""
+    """Runs that a coordinator has left, the oldest first; those of virtual devices are none of its."""
+    left = sa.select(Run.id, Run.config).where(Run.status.in_(("waiting", "running"))).order_by(Run.id)
     with store.read() as session:
-        return list(session.scalars(sa.select(Run.id).where(Run.status.in_(("waiting", "running"))).order_by(Run.id)))
+        return [row.id for row in session.execute(left) if SIMULATION not in row.config]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A run of virtual devices, as stored: `config` is a RunConfig's, `simulation` what its devices were made of."""
+
+    run_id: int
+    status: str
+    artifact_version: str
+    config: Mapping[str, Any]
+    simulation: Mapping[str, Any]
+
+
+def simulated_runs(store: Store) -> list[Simulated]:
+    """Those that have not failed, the newest first."""
+    with store.read() as session:
+        rows = session.scalars(sa.select(Run).where(Run.status != "failed").order_by(Run.id.desc())).all()
+        found = [(row, dict(row.config)) for row in rows]
+        return [
+            Simulated(row.id, row.status, row.artifact_version, config, config.pop(SIMULATION))
+            for row, config in found
+            if SIMULATION in config
+        ]
 
 
 def find_place(store: Store, run_id: int) -> Place:
@@ -249,6 +277,7 @@ def commit_attempt(store: Store, run_id: int, number: int, done: Attempt, retry:
         if done.reason and retry:
             row.reason, row.attempt = f"attempt {row.attempt} failed: {done.reason}"[:500], row.attempt + 1
             row.cohort = None
+            _keep_state(session, run_id, number, done.state)
             return None
         row.status, row.reason = ("failed", done.reason) if done.reason else ("finished", None)
         row.parameters = put_blob(session, encode_vector(THETA, done.theta))

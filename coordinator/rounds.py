@@ -108,6 +108,13 @@ def drive_run(
         raise
 
 
+def recall_end(store: Store, run_id: int, grid: RecordedGrid) -> Vector:
+    """The final theta (P,) of a run that has finished; the grid knows what its devices held then."""
+    place = find_place(store, run_id)
+    grid.recall(decode_state(place.state).get("grid", {}) if place.state is not None else {})
+    return place.theta
+
+
 def _drive(
     store: Store,
     run_id: int,
@@ -121,13 +128,15 @@ def _drive(
     strategy = make_strategy(config.strategy, config.strategy_options)
     if isinstance(strategy, Ours):
         strategy.prepare(config, run_layout(store, run_id))
-    grid.reopen(config.deadline_s)
     place = find_place(store, run_id)
+    held = decode_state(place.state) if place.state is not None else {}
+    grid.recall(held.get("grid", {}))
+    grid.reopen(config.deadline_s)
     if place.number == 0:
         on_round(_measure_start(store, run_id, place.theta, evaluate))
-        place = find_place(store, run_id)
-    if place.state is not None:
-        restore(strategy, decode_state(place.state)["strategy"])
+    place = find_place(store, run_id)
+    if held.get("strategy"):
+        restore(strategy, held["strategy"])
     limits = Limits.of(place.theta.size, config)
     run = Driven(store, run_id, grid, strategy, limits, config, evaluate, on_settled)
     reason = "before this coordinator came"
@@ -165,8 +174,8 @@ def _run_attempt(run: Driven, place: Place) -> tuple[Place, RoundResult | None]:
     measured["step_norm"] = float(np.linalg.norm(theta.astype(np.float64) - place.theta))  # how far the round went
     if reason is not None:
         restore(run.strategy, before)  # as the parameters, it goes on from before the attempt
-    after = capture(run.strategy)
-    state = encode_state({"strategy": after}) if after else None
+    kept = {"strategy": capture(run.strategy), "grid": run.grid.capture()}
+    state = encode_state(kept) if any(kept.values()) else None
     seconds = (now() - started).total_seconds()
     done = Attempt(theta, reason, tally, trained, measured, seconds, state)
     outcome = commit_attempt(run.store, run.id, number, done, retry=place.attempt < config.max_attempts)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
 # isort: split
-from flwr.app import ArrayRecord, Context, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
+from pocketfed.client_sdk.flower_app import KEPT
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.grid import ENOUGH, FAILED, RecordedGrid
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import check_form
 from pocketfed.model.parameters import Vector
+
+KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
 
 
 def random_duration(device: str, round_number: int) -> float:
@@ -54,6 +58,7 @@ class InProcessGrid(RecordedGrid):
         self.app, self.devices, self.artifact_bytes = app, dict(devices), artifact_bytes
         self._contexts: dict[int, Context] = {}
         self._hold_artifact: set[int] = set()
+        self.remembers = True  # what stays on devices goes into every checkpoint: for nothing where nobody comes back
 
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self.devices.items() if node not in self.set_aside}
@@ -99,10 +104,34 @@ class InProcessGrid(RecordedGrid):
                 reply.content["arrays"] = _laid_on(self._theta, message, reply.content["arrays"], weight)
             yield reply
 
+    # ---- going on where another process was left ---------------------------------------------------------------------------
+
+    def capture(self) -> dict[str, Any]:
+        """What stays on the devices (residuals, private values), and where rounds are buffered, what is under way."""
+        states = {str(node): _filled(context.state) for node, context in self._contexts.items() if self.remembers}
+        held = {node: state for node, state in states.items() if state}
+        ends = {row_id: [end, asked_in] for row_id, (end, _, asked_in) in self._ends.items()}
+        return ({"states": held} if held else {}) | ({"clock": self._clock, "ends": ends} if ends else {})
+
+    def recall(self, held: Mapping[str, Any]) -> None:
+        for node, records in held.get("states", {}).items():
+            self._context(int(node)).state = RecordDict(
+                {name: v if isinstance(v, ArrayRecord) else KINDS[kind](v) for name, (kind, v) in records.items()}
+            )
+        self._clock = held.get("clock", 0.0)
+        for row_id, (end, asked_in) in held.get("ends", {}).items():
+            self._ends[row_id] = (end, self.message_of(row_id), asked_in)
+        self._hold_artifact = self.took_part()
+
     def reopen(self, deadline_s: float) -> None:
-        super().reopen(deadline_s)
-        if not self._ends:  # what devices of an earlier process had under way nobody remembers
-            self.expire_older("the simulation was started again")
+        self.begin_again(self._ends)
+
+    def private_of(self, node: int) -> Vector:
+        """The values that a device keeps to itself, as it left them; none where all is shared."""
+        if node not in self._contexts or KEPT not in self._contexts[node].state:
+            return np.zeros(0, np.float32)
+        values: Vector = self._contexts[node].state[KEPT]["private"].numpy()
+        return values
 
     def _close(self, row_ids: Sequence[str]) -> None:
         with self.store.write() as session:
@@ -111,13 +140,15 @@ class InProcessGrid(RecordedGrid):
                 row.status, row.error, row.finished_at = "expired", ENOUGH, now()
 
     def _run_device(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
-        if node not in self._contexts:
-            self._contexts[node] = Context(self.run_id, node, {"device": self.devices[node]}, RecordDict(), {})
         try:
-            return self.app(message, self._contexts[node])
+            return self.app(message, self._context(message.metadata.dst_node_id))
         except TrainingError as error:
             return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+
+    def _context(self, node: int) -> Context:
+        if node not in self._contexts:
+            self._contexts[node] = Context(self.run_id, node, {"device": self.devices[node]}, RecordDict(), {})
+        return self._contexts[node]
 
     def _record(self, row_id: str, reply: Message, begun: datetime) -> None:
         """What the gRPC servicers would have written: the same rows, the same number of bytes."""
@@ -144,6 +175,16 @@ class InProcessGrid(RecordedGrid):
                     metrics=metrics,
                 )
             )
+
+
+def _filled(state: RecordDict) -> dict[str, tuple[str, Any]]:
+    """A device's records, but those without a value: name -> kind and values."""
+    found: dict[str, tuple[str, Any]] = {}
+    for name, record in state.items():
+        is_arrays = isinstance(record, ArrayRecord)
+        if any(array.numpy().size for array in record.values()) if is_arrays else len(record):
+            found[name] = (type(record).__name__, record if is_arrays else dict(record))
+    return found
 
 
 def _laid_on(theta: Vector, asked: Message, trained: ArrayRecord, weight: float) -> ArrayRecord:

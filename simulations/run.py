@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,20 +20,21 @@ from pocketfed.client_sdk.trainer import Examples, evaluate
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.forms import form_of
-from pocketfed.coordinator.progress import RoundResult, create_run, give_up
-from pocketfed.coordinator.rounds import drive_run
+from pocketfed.coordinator.progress import RoundResult, create_run, results_of
+from pocketfed.coordinator.rounds import drive_run, recall_end
+from pocketfed.coordinator.spending import spent_in
 from pocketfed.coordinator.store import Store, by_clock, device_named
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
+from pocketfed.simulations.costs import EnergyModel, cost_of
+from pocketfed.simulations.findings import Findings, Material, find
 from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
 from pocketfed.simulations.partition_picture import draw_partition
+from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, plain, run_to_drive
+from pocketfed.simulations.served import hold_out
 from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
-
-
-class SimulationError(ValueError):
-    """A simulation that cannot be set up."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ class SimulationConfig:
         train: the trainable set; empty: `full` for a preset, `lora:8` for a model folder.
         partition: as `partition` takes it.
         fleet: as `load_fleet` takes it; empty: all devices are always there and take no time.
+        hold_out: share of its examples that each device never trains on, to be measured on.
+        energy: what a second of training and a megabyte cost.
         run: rounds, cohort, strategy, local training and seed.
+
+    Raises:
+        SimulationError: hold_out is no share.
     """
 
     data: Path
@@ -51,8 +59,18 @@ class SimulationConfig:
     devices: int = 10
     partition: str = "iid"
     train: str = ""
+    hold_out: float = 0.0
+    energy: EnergyModel = field(default_factory=EnergyModel)
     run: RunConfig = field(default_factory=RunConfig)
     fleet: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hold_out <= 0.9:
+            raise SimulationError(f"hold_out is {self.hold_out!r}; give a share between 0 and 0.9")
+
+    def made_of(self) -> dict[str, Any]:
+        """Everything but the run's own settings, as it is stored with the run."""
+        return {k: v for k, v in plain(dataclasses.asdict(self)).items() if k not in ("run", "energy")}
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,8 @@ class SimulationResult:
     virtual_s: float | None = None  # with a fleet: its time from beginning to end
     device_s: float | None = None  # with a fleet: for which devices worked, what no round has counted included
     partition_svg: str = ""  # a picture, label by device
+    found: Findings | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)  # its name, digest and sizes
 
     def to_dict(self) -> dict[str, Any]:
         """What `simulate --json` writes."""
@@ -87,6 +107,8 @@ class SimulationResult:
             "seed": self.seed,
             "skipped": dict(self.skipped),
             **({} if self.virtual_s is None else {"virtual_s": self.virtual_s, "device_s": self.device_s}),
+            "data": dict(self.data),
+            **(self.found.to_dict() if self.found else {}),
         }
 
 
@@ -164,12 +186,20 @@ def simulate(
     on_round: Callable[[RoundResult], None] = lambda result: None,
     on_step: Callable[[str], None] = lambda step: None,
     should_stop: Callable[[], bool] = lambda: False,
+    lines: Collection[str] = (),
+    resume: Resume = "unfinished",
+    kept: Path | None = None,
 ) -> SimulationResult:
     """Run a simulation; the same configuration gives the same bits.
+
+    A run that was stopped or killed goes on from the last round it committed, to those same bits.
 
     Args:
         database: where to keep the run, for the dashboard; by default nowhere.
         on_step: told, in words, what is being prepared.
+        lines: of baselines.LINES, what to compare the result with.
+        resume: which run of the same configuration goes on: one that is "unfinished", "any", or there "must" be one.
+        kept: a folder of what runs can share (see `findings.find`).
 
     Raises:
         SimulationError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
@@ -178,98 +208,172 @@ def simulate(
     dataset = read_dataset(config.data).with_test(seed=config.run.seed)
     if not dataset.test:
         raise SimulationError(f"{config.data} leaves no example to test on; give more data or a test split")
-    parts = partition(dataset.train, config.partition, config.devices, config.run.seed)
-    fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
-    clock = VirtualClock()
+    dealt = partition(dataset.train, config.partition, config.devices, config.run.seed)
+    parts, aside = hold_out(
+        dict(zip(device_names(config.devices), dealt, strict=True)), config.hold_out, config.run.seed
+    )
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch:
         on_step("building the artifact")
         max_length = config.run.local.max_length
         artifact = prepare_artifact(
             config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length
         )
+        fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
+        clock = VirtualClock()
         with _open_store(database, Path(scratch)) as store, by_clock(clock) if fleet else contextlib.nullcontext():
-            return _simulate(
-                config, store, dataset, parts, artifact, fleet, clock, Path(scratch), on_round, on_step, should_stop
+            setting = _Setting(
+                config,
+                store,
+                dataset,
+                parts,
+                aside,
+                artifact,
+                database is not None,
+                resume,
+                Path(scratch),
+                fleet,
+                clock,
             )
+            return _simulate(setting, on_round, on_step, should_stop, lines, kept)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a run is made of. parts, aside: device -> places in dataset.train that it trains on, and that it holds out."""
+
+    config: SimulationConfig
+    store: Store
+    dataset: Dataset
+    parts: Mapping[str, Sequence[int]]
+    aside: Mapping[str, Sequence[int]]
+    artifact: Artifact
+    is_kept: bool
+    resume: Resume
+    scratch: Path
+    fleet: Fleet | None
+    clock: VirtualClock
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        sizes = {"train": len(self.dataset.train), "test": len(self.dataset.test), "labels": len(self.dataset.labels)}
+        return {"name": self.dataset.name, "sha256": digest_of(self.dataset), **sizes}
 
 
 def _simulate(
-    config: SimulationConfig,
-    store: Store,
-    dataset: Dataset,
-    parts: Sequence[Sequence[int]],
-    artifact: Artifact,
-    fleet: Fleet | None,
-    clock: VirtualClock,
-    scratch: Path,
+    setting: _Setting,
     on_round: Callable[[RoundResult], None],
     on_step: Callable[[str], None],
     should_stop: Callable[[], bool],
+    lines: Collection[str],
+    kept: Path | None,
 ) -> SimulationResult:
     from pocketfed.client_sdk.flower_app import make_client_app
     from pocketfed.coordinator.artifacts import read_artifact
     from pocketfed.simulations.grids import InProcessGrid
 
+    config, store, dataset, artifact = setting.config, setting.store, setting.dataset, setting.artifact
     trainable_set = next(iter(artifact.manifest.sets))
     trainer = PlanTrainer(artifact, trainable_set)
     on_step("tokenizing")
     max_length = config.run.local.max_length
     train_examples = encode_examples(trainer, dataset.train, max_length)
     test_examples = encode_examples(trainer, dataset.test, max_length)
-    names = device_names(config.devices)
-    local = {name: train_examples.take(part) for name, part in zip(names, parts, strict=True)}
+    local = {name: train_examples.take(part) for name, part in setting.parts.items()}
 
     built = read_artifact(artifact.folder)
-    with store.write() as session:
-        publish_artifact(session, built, config.run.channel, trainable_set)
-        nodes = {device_named(session, name, channel=config.run.channel).id: name for name in names}
-        for node, name in nodes.items():
-            device = device_named(session, name)
-            device.examples = len(local[nodes[node]])
-    run_id = create_run(store, config.run)
-    app = make_client_app(
-        lambda: trainer,
-        lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])]),
-        seeded_noise=True,
-    )
-    grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
-    virtual = None
-    if fleet is not None:
-        tokens = {name: sum(map(len, mine.rows)) for name, mine in local.items()}
-        form = form_of(config.run.update, built.manifest["trainable_sets"][trainable_set])
-        demand = Demand(tokens, {name: len(mine) for name, mine in local.items()}, form.most_bytes)
-        virtual = VirtualGrid(grid, scratch / "spool", fleet, trainer.size, demand, clock, config.run)
-    rounds: list[RoundResult] = []
+    made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
 
-    def remember(result: RoundResult) -> None:
-        result = virtual.told(result) if virtual else result
-        rounds.append(result)
-        on_round(result)
+    def begin() -> int:
+        with store.write() as session:
+            publish_artifact(session, built, config.run.channel, trainable_set)
+            for name, mine in local.items():
+                device_named(session, name, channel=config.run.channel).examples = len(mine)
+        return create_run(store, config.run, made_of)
 
-    on_step("training")
-    try:
-        theta = drive_run(
-            store,
-            run_id,
-            virtual or grid,
-            config.run,
-            lambda values: evaluate(trainer, values, test_examples),
-            remember,
-            virtual.assignments.forget if virtual else lambda assignment_ids: None,
-            should_stop=should_stop,
+    described = {"config": config.run.to_dict(), "simulation": made_of}
+    with run_to_drive(store, described, built.version, setting.resume, begin) as (run_id, has_finished):
+        rounds = results_of(store, run_id)
+        if rounds:
+            on_step(f"going on with run {run_id} after round {rounds[-1].number} of {config.run.rounds}")
+        with store.write() as session:
+            nodes = {device_named(session, name, channel=config.run.channel).id: name for name in local}
+        app = make_client_app(
+            lambda: trainer,
+            lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])]),
+            seeded_noise=True,
         )
-    except BaseException as error:
-        give_up(store, run_id, str(error) or type(error).__name__)  # nobody comes back to a simulation
-        raise
-    if virtual:
-        virtual.finish()
+        grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
+        grid.remembers = setting.is_kept
+        virtual = None
+        if setting.fleet is not None:
+            tokens = {name: sum(map(len, mine.rows)) for name, mine in local.items()}
+            form = form_of(config.run.update, built.manifest["trainable_sets"][trainable_set])
+            demand = Demand(tokens, {name: len(mine) for name, mine in local.items()}, form.most_bytes)
+            spool, clock = setting.scratch / "spool", setting.clock
+            virtual = VirtualGrid(grid, spool, setting.fleet, trainer.size, demand, clock, config.run)
+
+        def remember(result: RoundResult) -> None:
+            result = virtual.told(result) if virtual else result
+            rounds.append(result)
+            on_round(result)
+
+        on_step("training")
+        if has_finished:
+            theta = recall_end(store, run_id, grid)
+        else:
+            theta = drive_run(
+                store,
+                run_id,
+                virtual or grid,
+                config.run,
+                lambda values: evaluate(trainer, values, test_examples),
+                remember,
+                virtual.assignments.forget if virtual else lambda assignment_ids: None,
+                should_stop=should_stop,
+            )
+        if virtual:
+            virtual.finish()
+    node_of = {name: node for node, name in nodes.items()}
+    found = find(
+        Material(
+            trainer,
+            (dataset.train, train_examples),
+            (dataset.test, test_examples),
+            setting.parts,
+            setting.aside,
+            config.partition,
+        ),
+        config.run,
+        rounds,
+        theta,
+        trainer.initial_theta(),
+        lambda name: grid.private_of(node_of[name]),
+        cost_of(rounds, spent_in(store, run_id), config.devices, config.energy),
+        lines,
+        kept,
+        on_step,
+    )
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,
         "trainable_parameters": trainer.size,
         "artifact": built.version,
     }
     return SimulationResult(
-        tuple(rounds), theta, model, config.run.seed, len(dataset.test), dataset.test_source, run_id, dataset.skipped,
-        round(clock.s, 6) if virtual else None, round(virtual.device_s, 6) if virtual else None,
-        draw_partition(label_counts(dataset.train, parts, dataset.labels), dataset.labels, f"{dataset.name}, {config.partition}"),
-    )  # fmt: skip
+        rounds=tuple(rounds),
+        theta=theta,
+        model=model,
+        seed=config.run.seed,
+        test_examples=len(dataset.test),
+        test_source=dataset.test_source,
+        run_id=run_id,
+        skipped=dataset.skipped,
+        found=found,
+        data=setting.data,
+        virtual_s=round(setting.clock.s, 6) if virtual else None,
+        device_s=round(virtual.device_s, 6) if virtual else None,
+        partition_svg=draw_partition(
+            label_counts(dataset.train, list(setting.parts.values()), dataset.labels),
+            dataset.labels,
+            f"{dataset.name}, {config.partition}",
+        ),
+    )

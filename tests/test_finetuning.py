@@ -283,7 +283,9 @@ def test_mistakes_in_trials_are_a_sentence(dataset: Dataset, start: Start, tmp_p
         run_trials(dataclasses.replace(dataset, test=()), [start], Plan(Recipe()))
     (tmp_path / "notes.txt").write_text("thesis\n")
     for name in ("notes.txt", ""):
-        with pytest.raises(DataError, match=r"does not hold rows of evaluate; name a new file|is a folder; name a file"):
+        with pytest.raises(
+            DataError, match=r"does not hold rows of evaluate; name a new file|is a folder; name a file"
+        ):
             run_trials(dataset, [start], Plan(Recipe()), tmp_path / name)
     constant = tuple(Example("x", score=2.0) for _ in range(3))
     with pytest.raises(DataError, match="every training score of c is 2; there is nothing to learn"):

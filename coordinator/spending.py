@@ -1,0 +1,44 @@
+"""What each device of a run has spent: bytes both ways and seconds of training, summed up from the store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from pocketfed.coordinator.store import Assignment, Device, Store, Update
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One device's share of a run. seconds: of training, as it told; of its assignments where it did not tell."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    assignments: int = 0
+
+
+def spent_in(store: Store, run_id: int) -> dict[str, Spent]:
+    """Device name -> what it has spent in all assignments that the database still has, in order of the names."""
+    columns = (
+        Device.name, Assignment.bytes_down, Assignment.accepted_at, Assignment.finished_at, Assignment.kind, Update.bytes,
+        Update.metrics,
+    )  # fmt: skip
+    asked = sa.select(*columns).join(Device, Device.id == Assignment.device_id)
+    asked = asked.outerjoin(Update, Update.assignment_id == Assignment.id).where(Assignment.run_id == run_id)
+    found: dict[str, Spent] = {}
+    with store.read() as session:
+        for row in session.execute(asked.execution_options(yield_per=1000)):
+            seconds = (row.metrics or {}).get("seconds")
+            if seconds is None:
+                both = row.kind == "train" and row.accepted_at and row.finished_at
+                seconds = (row.finished_at - row.accepted_at).total_seconds() if both else 0.0
+            before = found.get(row.name, Spent())
+            found[row.name] = Spent(
+                before.bytes_up + (row.bytes or 0),
+                before.bytes_down + row.bytes_down,
+                before.seconds + max(0.0, float(seconds)),
+                before.assignments + 1,
+            )
+    return dict(sorted(found.items()))

@@ -1,0 +1,119 @@
+"""Going on with a simulation that was stopped or killed: which run of the database it is, and who may."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from pocketfed.coordinator.leadership import claim
+from pocketfed.coordinator.progress import Simulated, simulated_runs
+from pocketfed.coordinator.store import Store
+from pocketfed.model.tasks import Dataset
+
+UNFINISHED = ("waiting", "running")
+Resume = Literal["unfinished", "any", "must"]
+
+
+class SimulationError(ValueError):
+    """A simulation that cannot be set up."""
+
+
+def digest_of(dataset: Dataset) -> str:
+    """SHA-256 of what was read, split by split, whatever the files around it look like."""
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.dev, dataset.test):
+        digest.update(f"{len(split)}\n".encode())
+        for example in split:
+            digest.update(repr(example).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """As it comes back from a database: lists for tuples, texts for paths."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def same(stored: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
+    """Whether a run was begun with this configuration and data."""
+    return bool(plain(stored) == plain(described))
+
+
+@contextlib.contextmanager
+def run_to_drive(
+    store: Store, described: Mapping[str, Any], version: str, resume: Resume, begin: Callable[[], int]
+) -> Iterator[tuple[int, bool]]:
+    """The run to drive, nobody else's while the block lasts, and whether it has finished already.
+
+    A run that was left with the same configuration, data and artifact goes on; else `begin` makes one.
+
+    Args:
+        described: {"config": the run's, "simulation": what its devices are made of}.
+        resume: "unfinished": one that has finished is left alone; "any": that will do too; "must": and nothing is begun.
+
+    Raises:
+        SimulationError: there "must" be one and is none, it was begun with something else, or another process drives it.
+    """
+    with contextlib.ExitStack() as stack:
+        why = f"{store.name} has no simulated run to go on with; leave out --resume to begin one"
+        for left in simulated_runs(store):
+            if resume == "unfinished" and left.status not in UNFINISHED:
+                continue
+            made_of = {"config": left.config, "simulation": left.simulation}
+            if not same(made_of, described) or left.artifact_version != version:
+                why = _difference(left, made_of, described, version)
+                if resume == "must":
+                    break
+                continue
+            if left.status == "finished" or stack.enter_context(claim(store, f"run-{left.run_id}")):
+                yield left.run_id, left.status == "finished"
+                return
+            why = f"run {left.run_id} is simulated by another process; wait for it, or give another --database"
+            if resume == "must":
+                break
+        if resume == "must":
+            raise SimulationError(why)
+        run_id = begin()
+        stack.enter_context(claim(store, f"run-{run_id}"))
+        yield run_id, False
+
+
+def _difference(left: Simulated, stored: Mapping[str, Any], described: Mapping[str, Any], version: str) -> str:
+    """Why a run is not this one, in a sentence."""
+    before, now = flat(plain(stored)), flat(plain(described))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if not changed:
+        return (
+            f"run {left.run_id} was begun with the artifact {left.artifact_version[:12]}, this model makes {version[:12]}; "
+            "give the model as it was, or begin anew without --resume"
+        )
+    name = changed[0].split(".", 1)[-1]
+    return (
+        f"run {left.run_id} was begun with {name} = {str(before.get(changed[0]))[:100]!r}, not "
+        f"{str(now.get(changed[0]))[:100]!r}; give that, or begin anew without --resume"
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """
+    >>> flat({"run": {"rounds": 3, "local": {"epochs": 1}}})
+    {'run.rounds': 3, 'run.local.epochs': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+    return found
+
+
+def left_in(store: Store) -> Simulated:
+    """The newest run that a simulation has left unfinished, else the newest.
+
+    Raises:
+        SimulationError: there is none.
+    """
+    found: Sequence[Simulated] = simulated_runs(store)
+    if not found:
+        raise SimulationError(f"{store.name} has no simulated run to go on with; leave out --resume to begin one")
+    return next((run for run in found if run.status in UNFINISHED), found[0])

@@ -1,0 +1,231 @@
+"""A sweep: many runs from one folder, which any number of processes may work through, and a table of what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocketfed.coordinator.leadership import try_lock
+from pocketfed.simulations.charts import Series, chart
+from pocketfed.simulations.costs import bytes_a_device_round
+from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
+from pocketfed.simulations.report import describe, quoted, write_page, write_report
+from pocketfed.simulations.resuming import digest_of
+from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
+
+RESULTS = "results.jsonl"
+# What a table has, and how it is headed; those that no run has are left out.
+COLUMNS = {
+    "accuracy": "accuracy", "loss": "loss", "central": "central", "local": "local", "previous": "before",
+    "devices_mean": "devices", "devices_p10": "p10", "worst_decile": "worst decile", "local_p10": "local p10",
+    "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "s a device", "virtual_h": "virtual h",
+}  # fmt: skip
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a sweep: its cell, its settings as resolved, and their digest, which names it."""
+
+    cell: Cell
+    config: SimulationConfig
+    key: str
+
+
+def tasks_of(cells: Sequence[Cell], data_root: Path | None = None) -> list[Task]:
+    """Checked before the first begins.
+
+    Raises:
+        ExperimentError, RunConfigError, DataError: a cell that cannot be run.
+    """
+    from pocketfed.model.tasks import read_dataset
+
+    digests: dict[Path, str] = {}
+    tasks = []
+    for cell in cells:
+        config = config_of(cell.values, data_root)
+        if config.data not in digests:
+            digests[config.data] = digest_of(read_dataset(config.data))
+        # What the data are counts, not where they lie.
+        made_of = settings_of(config) | {"data": digests[config.data], "name": ""}
+        tasks.append(Task(cell, config, hashlib.sha256(canonical(made_of).encode()).hexdigest()[:16]))
+    return tasks
+
+
+def run_sweep(
+    folder: Path,
+    tasks: Sequence[Task],
+    lines: Sequence[str] = (),
+    on_row: Callable[[Task, Mapping[str, Any]], None] = lambda task, row: None,
+    on_begin: Callable[[Task], None] = lambda task: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Do what is not done yet; returns how many runs other processes are at. A run that was killed goes on.
+
+    Args:
+        folder: made where it is not there; RESULTS in it has a line a finished run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    elsewhere = 0
+    for task in tasks:
+        with claimed(folder, task.key) as mine:
+            if task.key in {row["key"] for row in read_rows(folder)}:
+                continue
+            if not mine:
+                elsewhere += 1
+                continue
+            on_begin(task)
+            place = folder / "runs" / task.key
+            place.mkdir(parents=True, exist_ok=True)
+            database = str(place / "run.db")
+            result = simulate(
+                task.config, database, should_stop=should_stop, lines=lines, resume="any", kept=folder / "lines"
+            )
+            title = ", ".join(f"{k} {v}" for k, v in task.cell.labels.items()) or task.config.run.name
+            run = describe(result, settings_of(task.config), title)
+            write_report(run, place, getattr(result, "partition_svg", ""))
+            row = {"key": task.key, "labels": dict(task.cell.labels), **row_of(result, run)}
+            append_row(folder, row)
+            for file in place.glob("run.db*"):
+                file.unlink()
+            on_row(task, row)
+    return elsewhere
+
+
+@contextmanager
+def claimed(folder: Path, key: str) -> Iterator[bool]:
+    """Whether this process has the run to itself; a lock ends with its process, however that ends."""
+    path = folder / f"{key}.lock"
+    lock = try_lock(path)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+
+
+def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run in one line; bytes are those of a device in a round, the artifact's download left out."""
+    found, up_down = result.found, bytes_a_device_round(result.rounds)
+    served, lines, costs = run.get("devices") or {}, run.get("lines") or {}, run.get("costs") or {}
+    virtual = costs.get("virtual_s")
+    return {
+        "seed": result.seed,
+        "accuracy": run["final"]["accuracy"],
+        "loss": run["final"]["loss"],
+        **{name: line["accuracy"] for name, line in lines.items()},
+        "local_p10": ((lines.get("local") or {}).get("on_test") or {}).get("p10"),
+        "devices_mean": served.get("mean"),
+        "devices_p10": served.get("p10"),
+        "worst_decile": served.get("worst_decile"),
+        "bytes_up": up_down[0],
+        "bytes_down": up_down[1],
+        "device_seconds": found.costs.device_seconds if found and found.costs else None,
+        "virtual_h": None if virtual is None else virtual / 3600,
+        "wall_s": round(sum(r.seconds for r in result.rounds), 3),
+        "parameters": run["model"]["trainable_parameters"],
+        "parameters_sha256": run["final"]["parameters_sha256"],
+        "pocketfed": run["environment"]["packages"].get("pocketfed", ""),
+    }
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Finished runs; a line that a killed process left unfinished is none."""
+    path = folder / RESULTS
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("labels"), dict):
+            rows.append(row)
+    return rows
+
+
+def append_row(folder: Path, row: Mapping[str, Any]) -> None:
+    """One write to the end of the file, on a line of its own whatever the last process did."""
+    path = folder / RESULTS
+    with path.open("ab+") as file:
+        file.seek(0, os.SEEK_END)
+        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(row, default=str).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: `mean [smallest, largest]` over the seeds of each cell, in the order of the first seed."""
+    groups: dict[tuple[tuple[str, str], ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:  # the same run twice counts once
+        cell = tuple((k, str(v)) for k, v in row["labels"].items() if k != "seed")
+        groups.setdefault(cell, {})[row["key"]] = row
+    axes = list(dict.fromkeys(axis for cell in groups for axis, _ in cell))
+    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    if "accuracy" in shown:
+        shown = [key for key in shown if key != "loss"]
+    lines = []
+    for cell, members in groups.items():
+        labels = dict(cell)
+        values = [[m[key] for m in members.values() if m.get(key) is not None] for key in shown]
+        lines.append([*(labels.get(a, "") for a in axes), str(len(members)), *map(spread, values)])
+    return [*axes, "seeds", *(COLUMNS[key] for key in shown)], lines
+
+
+def spread(values: Sequence[float]) -> str:
+    """
+    >>> spread([0.9, 0.96, 0.93]), spread([1500]), spread([])
+    ('0.9300 [0.9000, 0.9600]', '1,500', '')
+    """
+    if not values:
+        return ""
+    numbers = [_short(v) for v in (statistics.fmean(values), min(values), max(values))]
+    return numbers[0] if len(set(numbers)) == 1 else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4f}" if abs(value) < 2 else f"{value:.3g}"
+
+
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """The same as text; labels are quoted, the figures are ours."""
+    labels = columns.index("seeds")
+    told = [[*map(quoted, line[:labels]), *line[labels:]] for line in [columns, *lines]]
+    told.insert(1, ["---"] * len(columns))
+    return "\n".join(f"| {' | '.join(line)} |" for line in told)
+
+
+def write_sweep(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> None:
+    """The table as a page, with accuracy by bytes: the last axis names the points, the one before it the series."""
+    columns, lines = table(rows)
+    axes = columns[: columns.index("seeds")]
+    panels: dict[str, dict[str, list[tuple[float, float, str]]]] = {}
+    for line in lines:
+        labels = dict(zip(axes, line, strict=False))
+        members = [r for r in rows if all(str(r["labels"].get(a, "")) == labels[a] for a in axes)]
+        seen = [(r["bytes_up"] + r["bytes_down"], r["accuracy"]) for r in members if r.get("accuracy") is not None]
+        if seen:
+            panel, series = " ".join(labels[a] for a in axes[:-2]), labels[axes[-2]] if len(axes) > 1 else "runs"
+            point = (statistics.fmean(b for b, _ in seen) / 1e3, statistics.fmean(a for _, a in seen))
+            panels.setdefault(panel, {}).setdefault(series, []).append((*point, labels[axes[-1]] if axes else ""))
+    pictures = {}
+    for number, (panel, found) in enumerate(panels.items()):
+        series_ = [Series(name, [p[:2] for p in ps], "marks", [p[2] for p in ps]) for name, ps in found.items()]
+        name = f"Accuracy by bytes {panel}".strip()
+        x = "kB up and down a device and round, the artifact left out"
+        pictures[f"bytes-{number}"] = chart(name, x, "accuracy on the test", series_, log_x=True)
+    write_page(folder, title, pictures, {"Mean [smallest, largest] over the seeds": (columns, lines)}, {})

@@ -1,0 +1,133 @@
+"""A simulation that was stopped or killed goes on to the same bits; whoever may not go on with it is told why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
+from pocketfed.coordinator.leadership import claim
+from pocketfed.coordinator.progress import RoundResult, simulated_runs, unfinished_runs
+from pocketfed.coordinator.store import Store
+from pocketfed.model.tasks import Dataset
+from pocketfed.simulations.resuming import SimulationError, digest_of, left_in
+from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
+
+RUN = RunConfig(rounds=4, min_devices=1, seed=5, local=LocalTraining(batch_size=8, learning_rate=0.005, max_length=16))
+KINDS: dict[str, dict[str, Any]] = {
+    "error feedback and personal heads": {"update": UpdateForm(codec="topk:0.1", private=("classifier",))},
+    "a strategy that remembers, and over-selection": {"strategy": "fedadam", "cohort": 2, "over_selection": 0.5},
+    "buffers": {"mode": "fedbuff", "buffer": 2, "cohort": 4, "update": UpdateForm(codec="int8")},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
+        lines = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in examples]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config_for(data: Path, **settings: Any) -> SimulationConfig:
+    train = "norms" if "update" in settings else "head"
+    return SimulationConfig(data, "nano", devices=4, train=train, run=dataclasses.replace(RUN, **settings))
+
+
+def told(result: SimulationResult) -> Any:
+    """Everything but what the clock says."""
+    found = result.to_dict()
+    costs = ("device_seconds", "total_device_seconds", "joules", "total_joules", "wall_s")
+    found["costs"] = {k: v for k, v in found["costs"].items() if k not in costs}
+    return found | {"rounds": [{k: v for k, v in r.items() if k != "seconds"} for r in found["rounds"]]}
+
+
+def stop_after(number: int) -> Any:
+    def on_round(result: RoundResult) -> None:
+        if result.number == number:
+            raise KeyboardInterrupt
+
+    return on_round
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_simulation_goes_on_to_the_same_bits(data: Path, tmp_path: Path, kind: str) -> None:
+    config, database = config_for(data, **KINDS[kind]), str(tmp_path / "runs.db")
+    whole = simulate(config)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, database, stop_after(2))
+    store = Store(database)
+    assert [run.status for run in simulated_runs(store)] == ["waiting"]
+    assert unfinished_runs(store) == []  # of a coordinator
+    store.close()
+    numbers: list[int] = []
+    result = simulate(config, database, lambda r: numbers.append(r.number))
+    assert numbers == [3, 4]
+    assert result.theta.tobytes() == whole.theta.tobytes()
+    assert told(result) == told(whole)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pocketfed.client_sdk import flower_app
+from pocketfed.coordinator.config import RunConfig
+from pocketfed.simulations.run import SimulationConfig, simulate
+
+perform, calls = flower_app.perform, []
+def dies(*given, **named):
+    calls.append(0)
+    if len(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return perform(*given, **named)
+flower_app.perform = dies
+import json
+run = RunConfig.from_dict(json.loads(sys.argv[4]))
+simulate(SimulationConfig(Path(sys.argv[1]), "nano", devices=4, train="norms", run=run), sys.argv[2])
+"""
+
+
+def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    config, database = config_for(data, update=UpdateForm(codec="topk:0.1")), str(tmp_path / "runs.db")
+    words = [str(data), database, "11", json.dumps(config.run.to_dict())]  # the third device of the third round
+    done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
+    result = simulate(config, database, resume="must")
+    assert told(result) == told(simulate(config))
+    again = simulate(config, database, resume="must")  # it has finished: nothing is trained again
+    assert told(again) == told(result)
+    assert simulate(config, database).run_id == result.run_id + 1  # whoever does not say so begins anew
+
+
+def test_what_cannot_go_on_is_refused_in_a_sentence(data: Path, tmp_path: Path) -> None:
+    config, database = config_for(data), str(tmp_path / "runs.db")
+    with pytest.raises(SimulationError, match="has no simulated run to go on with"):
+        simulate(config, database, resume="must")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, database, stop_after(1))
+    with pytest.raises(SimulationError, match=r"begun with rounds = '4', not '5'; give that, or begin anew"):
+        simulate(config_for(data, rounds=5), database, resume="must")
+    with pytest.raises(SimulationError, match="begun with devices = '4', not '3'"):
+        simulate(dataclasses.replace(config, devices=3), database, resume="must")
+    store = Store(database)
+    (left,) = simulated_runs(store)
+    assert left_in(store) == left
+    with claim(store, f"run-{left.run_id}") as mine:
+        assert mine
+        with pytest.raises(SimulationError, match="is simulated by another process; wait"):
+            simulate(config, database, resume="must")
+    store.close()
+    assert sorted(p.name for p in tmp_path.iterdir() if "lock" in p.name) == []
+
+
+def test_the_digest_is_of_what_was_read(tiny_dataset: Dataset) -> None:
+    assert digest_of(tiny_dataset) == digest_of(dataclasses.replace(tiny_dataset, name="other"))
+    fewer = dataclasses.replace(tiny_dataset, test=tiny_dataset.test[:-1])
+    assert digest_of(fewer) != digest_of(tiny_dataset)
