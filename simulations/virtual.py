@@ -129,9 +129,12 @@ class VirtualGrid(FleetGrid):
         self._events: list[_Event] = []
         self._bytes: dict[str, int] = {}  # of parameters by digest
 
-    @cached_property
-    def _form(self) -> Form:
+    def _form(self, asked: Mapping[str, Any]) -> Form:
         """What lies in the spool: differences as a coordinator has decoded them, whatever form they travel in."""
+        return self._plain
+
+    @cached_property
+    def _plain(self) -> Form:
         return Form(parse_codec("float32"), Split(self.size))
 
     # ---- who is there ------------------------------------------------------------------------------------------------
