@@ -35,6 +35,7 @@ from pocketfed.simulations.grids import InProcessGrid
 from pocketfed.simulations.run import encode_examples
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG_S = 180.0  # for what takes seconds: this machine may have other work
 PASSWORD = "correct horse battery"
 LOCAL = LocalTraining(batch_size=4, learning_rate=0.01, max_length=32)
 CHART = '[data-testid="stVegaLiteChart"] svg.marks'
@@ -169,7 +170,7 @@ def says(driver: webdriver.Chrome, *texts: str) -> None:
         return all(text in shown for text in texts)
 
     try:
-        WebDriverWait(driver, 60, poll_frequency=0.1, ignored_exceptions=[WebDriverException]).until(found)
+        WebDriverWait(driver, LONG_S, poll_frequency=0.1, ignored_exceptions=[WebDriverException]).until(found)
     except TimeoutException:
         pytest.fail(f"{texts} are not all on the page, which says {shown[:3000]!r}")
 
@@ -181,7 +182,7 @@ def go(driver: webdriver.Chrome, page: str) -> None:
 
 
 def type_into(driver: webdriver.Chrome, label: str, text: str, *then: str) -> None:
-    found = WebDriverWait(driver, 30, poll_frequency=0.1).until(
+    found = WebDriverWait(driver, LONG_S, poll_frequency=0.1).until(
         lambda d: d.find_element(By.CSS_SELECTOR, f"input[aria-label*='{label}']")
     )
     found.send_keys(text, *then)
@@ -225,7 +226,7 @@ def test_two_people_watch_a_live_run_drill_into_it_compare_and_only_the_operator
         type_into(driver, "Selected 3. Round", "2", Keys.ENTER)
         says(driver, "Round 2: finished", "4 of 4 devices counted")
         fleet.may_go_on.release()
-        live.join(60)
+        live.join(LONG_S)
         go(driver, "compare")
         says(driver, "Where their settings differ", "#1 the first", "#2 the second")
         go(driver, "models")
