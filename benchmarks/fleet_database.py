@@ -17,11 +17,39 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Artifact, Assignment, Device, Release, Round, Run, Store, Update, now, put_blob
+from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.store import (
+    Artifact,
+    Assignment,
+    Audit,
+    Device,
+    History,
+    Lease,
+    Metric,
+    Presence,
+    Release,
+    ReleaseEvent,
+    ReleaseReport,
+    Round,
+    Run,
+    Store,
+    Update,
+    Vitals,
+    now,
+    put_blob,
+)
 
-FAILURES = ("the battery fell below 20 %", "the app was closed", "no space left for the artifact")
+FAILURES = (
+    "NOT_ELIGIBLE: charging",
+    "NOT_ELIGIBLE: charging, idle",
+    "the app was closed",
+    "no space left for the artifact",
+)
 PHASES = ("downloading", "training", "training", "uploading")
-REFUSALS = ("norm 48.20 is above the limit 10.00", "theta holds a value that is not finite")
+REFUSALS = ("norm: 48.20 is above the limit 10.00", "not_finite: theta holds a value that is not finite")
+COHORTS = ("pilot", "staff", None)  # of enrolment keys
+SDKS = ("0.3.0", "0.3.0", "0.3.0", "0.2.1", "0.1.0")
+EVALUATED = 5  # the newest rounds whose result the devices measured
 BYTES_DOWN, BYTES_UP = 24_000, 25_100  # bytes of a trainable set each way
 BACKBONE = 688_000
 
@@ -50,7 +78,9 @@ def fill(
                     id=number + 1,
                     name=f"phone-{number:05d}",
                     token_hash=f"{number:064d}",
-                    sdk_version="0.1.0",
+                    sdk_version=SDKS[number % len(SDKS)],
+                    cohort=COHORTS[number % len(COHORTS)],
+                    present_until=None if seen is None else seen + timedelta(seconds=30),
                     examples=rng.randrange(40, 400),
                     enrolled_at=at - timedelta(days=3),
                     last_seen_at=seen,
@@ -74,7 +104,7 @@ def fill(
                     channel="stable",
                     status="running" if running else "finished",
                     reason=None,
-                    config={"strategy": "fedavg"},
+                    config=_config(name, goal, seed, run_id, cohort),
                     artifact_version=version,
                     trainable_set="lora:8" if running else "head",
                     seed=seed,
@@ -96,6 +126,8 @@ def fill(
                     parameters,
                     under_way=running and number == last,
                     ceiling=0.97 if running else 0.88,
+                    late=run_id == 1,
+                    measured=number > last - EVALUATED,
                 )
         session.add(
             Release(
@@ -117,7 +149,97 @@ def fill(
                 created_at=at - timedelta(hours=1),
             )
         )
+        session.flush()
+        _trial(session, random.Random(seed + 1), at, versions[1], parameters, devices)
+        _operations(session, random.Random(seed + 2), at, devices, rounds)
     store.close()
+
+
+def _config(name: str, rounds: int, seed: int, run_id: int, cohort: int) -> dict[str, Any]:
+    """The first run is buffered: its updates may be of earlier rounds."""
+    size = max(cohort, 1)
+    if run_id == 1:
+        late = {"mode": "fedbuff", "buffer": size, "min_devices": size}
+        return RunConfig(name=name, rounds=rounds, seed=seed, cohort=size, **late).to_dict()  # type: ignore[arg-type]
+    config = RunConfig(name=name, rounds=rounds, seed=seed, cohort=size, quorum=1, deadline_s=60.0)
+    return config.to_dict() | {"evaluate_on_devices": True}
+
+
+def _trial(session: Session, rng: random.Random, at: datetime, version: str, parameters: str, devices: int) -> None:
+    """A third release that a fifth of the fleet has, with what its devices say of it."""
+    trial = Release(channel="stable", artifact_version=version, trainable_set="lora:8", parameters=parameters, run_id=2)
+    trial.created_at, trial.state, trial.percent, trial.parent_id = at - timedelta(minutes=20), "staged", 20.0, 2
+    trial.margin, trial.loss_margin, trial.min_devices = 0.02, 0.1, 5
+    session.add(trial)
+    session.execute(sa.update(Release).where(Release.id == 1).values(state="superseded"))
+    session.flush()
+    told = ((1, "live", 100.0, 25.0), (2, "live", 100.0, 1.0), (1, "superseded", 100.0, 1.0), (3, "staged", 5.0, 0.4))
+    for release_id, state, percent, hours in (*told, (3, "staged", 20.0, 0.2)):
+        session.add(
+            ReleaseEvent(
+                release_id=release_id, state=state, percent=percent, who="alice", at=at - timedelta(hours=hours),
+                reason="followed by release 2" if state == "superseded" else "",
+            )
+        )  # fmt: skip
+    have = set(rng.sample(range(1, devices + 1), devices // 5))
+    session.execute(sa.update(Device).values(release_id=2))
+    rows = []
+    for device in sorted(have):
+        examples, right = rng.randrange(8, 40), rng.uniform(0.7, 0.95)
+        rows.append(
+            {
+                "release_id": 3, "device_id": device, "before_id": 2, "cohort": COHORTS[(device - 1) % len(COHORTS)],
+                "examples": examples, "correct": round(min(1.0, right + 0.02) * examples),
+                "correct_before": round(right * examples), "loss_sum": 0.5 * examples, "loss_sum_before": 0.6 * examples,
+                "went_back": rng.random() < 0.02, "at": at - timedelta(minutes=rng.uniform(0, 12)),
+            }
+        )  # fmt: skip
+    if rows:
+        session.execute(sa.insert(ReleaseReport), rows)
+    for start in range(0, len(rows), 500):
+        some = [row["device_id"] for row in rows[start : start + 500]]
+        session.execute(sa.update(Device).where(Device.id.in_(some)).values(release_id=3))
+
+
+def _operations(session: Session, rng: random.Random, at: datetime, devices: int, rounds: int) -> None:
+    """What the coordinator writes of itself: its lease, a day's vital figures, the audit, a round's second attempt."""
+    session.add(Lease(name="coordinator", holder="host-a:4711", token=3, held_until=at + timedelta(days=365)))
+    session.execute(
+        sa.insert(Vitals),
+        [
+            {
+                "at": at - timedelta(seconds=60.0 * n), "seconds": 60.0, "calls": rng.randrange(400, 900),
+                "errors": rng.choice((0, 0, 0, 1, 4)), "p50_ms": rng.uniform(1, 3), "p95_ms": rng.uniform(5, 12),
+                "p99_ms": rng.uniform(15, 60), "bytes_in": rng.randrange(10**6, 10**7),
+                "bytes_out": rng.randrange(10**6, 10**8), "write_ms": rng.uniform(2, 8), "devices": devices // 2,
+                "polls": devices // 3, "queue": rng.choice((0, 0, 0, 2, 9)), "spool_files": rng.randrange(30),
+                "spool_bytes": rng.randrange(10**6), "rss_bytes": 180_000_000 + rng.randrange(10**6), "open_files": 400,
+            }
+            for n in range(1440)
+        ],
+    )  # fmt: skip
+    hour = at.replace(minute=0, second=0, microsecond=0)
+    for ago in range(24 * 7):
+        moment = hour - timedelta(hours=ago)
+        awake = 0.35 + 0.3 * (moment.hour in (0, 1, 2, 3, 4, 22, 23)) + rng.uniform(0, 0.1)
+        session.add(Presence(hour=moment, devices=round(awake * devices)))
+    lines = (
+        (26.0, "bob@cli", "publish", "stable 1a2b", "done", ""),
+        (2.0, "phone-00003", "credential.shared", "phone-00003", "noticed", "two processes at once"),
+        (1.5, "mallory", "log-in", "", "refused", ""),
+        (1.4, "mallory", "log-in", "", "refused", ""),
+        (1.0, "alice", "log-in", "", "done", ""),
+        (0.9, "carol", "promote", "3", "refused", "viewer; operator is needed"),
+        (0.4, "alice", "promote", "3 5 %", "done", ""),
+        (0.2, "alice", "promote", "3 20 %", "done", ""),
+    )
+    for hours, who, act, target, outcome, detail in lines:
+        moment = at - timedelta(hours=hours)
+        session.add(Audit(at=moment, who=who, act=act, target=target, outcome=outcome, detail=detail))
+    if rounds > 1:
+        why = "attempt 1 failed: 0 of at least 1 updates were usable"
+        moment = at - timedelta(seconds=40)
+        session.add(History(at=moment, run_id=2, round=rounds - 1, attempt=2, status="running", reason=why))
 
 
 def _artifact(session: Session, rng: random.Random, at: datetime, preset: str) -> str:
@@ -153,6 +275,8 @@ def _round(
     parameters: str,
     under_way: bool,
     ceiling: float,
+    late: bool,
+    measured: bool,
 ) -> None:
     """A round and its assignments, added in bulk: a large fleet has millions of them."""
     learned = 1 - 0.7 ** (number)
@@ -182,7 +306,8 @@ def _round(
                 "offered_at": begin,
                 "accepted_at": None if status in ("offered", "expired") else begin + timedelta(seconds=1),
                 "lease_until": None,
-                "deadline": None,
+                "deadline": begin + timedelta(seconds=60),
+                "counted_in": None if under_way else number + (rng.choice((0, 0, 1, 3)) if late else 0),
                 "finished_at": begin + timedelta(seconds=took) if arrived or status in ("failed", "expired") else None,
                 "error": rng.choice(FAILURES) if status == "failed" else None,
                 "bytes_down": 0 if status == "offered" else BYTES_DOWN + (BACKBONE if number == 1 else 0),
@@ -196,7 +321,7 @@ def _round(
                     "num_examples": rng.randrange(40, 400),
                     "bytes": BYTES_UP + rng.randrange(200),
                     "digest": f"{device:064x}",
-                    "metrics": {"train_loss": 1.0},
+                    "metrics": {"loss": rng.uniform(0.2, 2.0), "seconds": 0.6 * took},
                     "norm": rng.lognormvariate(0.2, 0.25) * (8 if refused else 1),
                     "reason": rng.choice(REFUSALS) if refused else None,
                     "received_at": begin + timedelta(seconds=took),
@@ -226,6 +351,38 @@ def _round(
         session.execute(sa.insert(Assignment), rows)
     if updates:
         session.execute(sa.insert(Update), updates)
+    if accuracy is not None and number and measured:
+        _measured(session, rng, run_id, number, begin, chosen, parameters, accuracy)
+    if number and not under_way:
+        named = {"step_norm": 2.0 / number, "device_accuracy": accuracy, "train_clipped": float(rng.randrange(3))}
+        session.add_all(Metric(run_id=run_id, round=number, name=k, value=v) for k, v in named.items() if v is not None)
+
+
+def _measured(
+    session: Session, rng: random.Random, run_id: int, number: int, begin: datetime, chosen: list[int],
+    parameters: str, accuracy: float,
+) -> None:  # fmt: skip
+    """What the devices found on their own examples."""
+    rows, updates = [], []
+    for device in chosen:
+        name = f"{run_id}-{number}-{device}-evaluate"
+        rows.append(
+            {
+                "id": name, "run_id": run_id, "round": number, "attempt": 1, "device_id": device, "kind": "evaluate",
+                "status": "aggregated", "config": {}, "parameters": parameters, "progress": 1.0,
+                "offered_at": begin + timedelta(seconds=26), "accepted_at": begin + timedelta(seconds=26),
+                "finished_at": begin + timedelta(seconds=28), "counted_in": number, "bytes_down": 0,
+            }
+        )  # fmt: skip
+        right = min(1.0, max(0.0, accuracy + rng.gauss(0, 0.08)))
+        updates.append(
+            {
+                "assignment_id": name, "num_examples": rng.randrange(10, 60), "bytes": 0, "digest": "",
+                "metrics": {"accuracy": right, "loss": 1.5 * (1 - right)}, "received_at": begin + timedelta(seconds=28),
+            }
+        )  # fmt: skip
+    session.execute(sa.insert(Assignment), rows)
+    session.execute(sa.insert(Update), updates)
 
 
 def _status(rng: random.Random, under_way: bool) -> str:

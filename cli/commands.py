@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, database, fleet, health, model, release, simulate
+from pocketfed.cli import access, advise, database, evaluate, fleet, health, model, release, simulate
 from pocketfed.cli.device import SUMMARY
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -17,7 +17,7 @@ app = typer.Typer(
 app.command()(model.distill)
 app.command()(model.quantize)
 app.command()(model.inspect)
-app.command()(model.evaluate)
+app.command()(evaluate.evaluate)
 app.command()(model.export)
 app.command()(fleet.publish)
 app.command()(fleet.serve)

@@ -1,4 +1,4 @@
-"""distill, quantize, inspect, evaluate, export: what concerns a model on this machine."""
+"""distill, quantize, inspect, export: what concerns a model on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ def distill(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student; made whole or not at all.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="Further corpus files and folders.")] = None,
-    preset: Annotated[str, typer.Option(help="nano (seconds), micro (minutes), or a published size.")] = "nano",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="nano (seconds), micro (minutes), mini (one GPU), reference (the paper's) or a published size."
+        ),
+    ] = "nano",
     steps: Annotated[int | None, typer.Option(min=1, help="All stages together; the preset's own by default.")] = None,
     seed: Seed = 0,
     set_: Annotated[
@@ -28,6 +33,9 @@ def distill(
     ] = None,
     teacher: Annotated[Path | None, typer.Option(help="A trained teacher's folder; else one is trained first.")] = None,
     keep_teacher: Annotated[Path | None, typer.Option(help="Folder for the teacher, to distill from again.")] = None,
+    keep_heads: Annotated[
+        Path | None, typer.Option(help="Folder for the student with its pre-training heads, to fill in hidden words.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process takes its own.")] = "cpu",
     licence: Annotated[str, typer.Option(help="For the model card.")] = "",
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for event files; needs TensorBoard.")] = None,
@@ -40,7 +48,7 @@ def distill(
     """Distill a task-agnostic student from an inverted-bottleneck teacher, on your text. Goes on where it was stopped."""
     from pocketfed.coordinator import distilling
 
-    options = distilling.DistillOptions(teacher, keep_teacher, device, licence, tensorboard, save_every)
+    options = distilling.DistillOptions(teacher, keep_teacher, device, licence, tensorboard, save_every, keep_heads)
     paths, settings = [*corpus, *(more or [])], key_values(set_ or [])
     if dry_run:
         _print_plan(distilling.plan_distillation(paths, preset, out, steps, seed, settings, options), json)
@@ -144,66 +152,32 @@ def _print_size_table(rows: list[dict[str, Any]], json: bool) -> None:
             print(f"{row['name']}: {row['note']}")
 
 
-def evaluate(
-    model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
-    data: Annotated[Path, typer.Option(help="Labelled texts: a file or folder, see the README.")],
-    train: Annotated[
-        str,
-        typer.Option(
-            help="What to fine-tune if the model has no classifier for the labels: head, norms, lora:R, last:K, full."
-        ),
-    ] = "full",
-    epochs: Annotated[int, typer.Option(min=1)] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
-    seed: Seed = 0,
-    json: Json = False,
-) -> None:
-    """Accuracy on a data set's test split; a student without a classifier is fine-tuned on its training split first."""
-    from pocketfed.client_sdk.trainer import TrainConfig
-    from pocketfed.simulations.central import evaluate_model
-
-    config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, seed=seed
-    )
-    with progress_bar() as bar:
-        task = bar.add_task("fine-tuning", total=100, note="")
-        report = evaluate_model(
-            model_dir, data, train, config, lambda fraction: bar.update(task, completed=round(100 * fraction))
-        )
-    if json:
-        print_json(report)
-        return
-    how = (
-        f"fine-tuned ({report['trainable_set']}) on {report['train_examples']} examples"
-        if report["fine_tuned"]
-        else "as it is"
-    )
-    print(
-        f"accuracy {report['accuracy']:.4f}, loss {report['loss']:.4f} on {report['test_examples']} test examples "
-        f"({report['test_source']}), {how}; always the commonest label: {report['majority_accuracy']:.4f}"
-    )
-
-
 def export(
     model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
-    out: Annotated[Path, typer.Option(help="The file to write; written whole and checked, or not at all.")],
-    to: Annotated[str, typer.Option(help="executorch: a .pte for XNNPACK.")] = "executorch",
+    out: Annotated[Path, typer.Option(help="The file or folder to write; written whole and checked, or not at all.")],
+    to: Annotated[
+        str, typer.Option(help="executorch: a .pte for XNNPACK. huggingface: a folder for transformers.")
+    ] = "executorch",
     labels: Annotated[
         str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")
     ] = "",
     train: Annotated[str, typer.Option("--train", "--set", help="The trainable set.")] = "lora:8",
     batch: Annotated[int, typer.Option(min=1, help="Examples a step; fixed in the file.")] = 4,
     length: Annotated[int, typer.Option(min=3, help="Tokens an example; fixed in the file.")] = 64,
+    task: Annotated[
+        str, typer.Option(help="huggingface: what the classifier does: classification, regression, tokens, spans.")
+    ] = "",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Write a training plan for another runtime: the step of the artifact's plan, with the same inputs and outputs."""
+    """Write a model for another runtime: a training plan for ExecuTorch, or the model as Hugging Face has it."""
+    if to == "huggingface":
+        _export_huggingface(model_dir, out, task, json)
+        return
     import importlib.util
 
     if to != "executorch":
-        raise CommandError(f"--to {to!r} is not a runtime to export to; choose executorch")
+        raise CommandError(f"--to {to!r} is nothing to export to; choose executorch or huggingface")
     if importlib.util.find_spec("executorch") is None:
         raise ModuleNotFoundError(name="executorch")
     from pocketfed.coordinator.artifacts import trainable_classifier
@@ -219,6 +193,20 @@ def export(
         f"{out}: {format_bytes(made.bytes)}, trains {train} ({made.parameters:,} parameters) on {batch} x {length} tokens; "
         f"its gradient is within {made.error:.1e} of autograd's"
     )
+
+
+def _export_huggingface(model_dir: Path, out: Path, task: str, json: bool) -> None:
+    import dataclasses
+
+    from pocketfed.model.huggingface_export import export_huggingface
+
+    made = export_huggingface(model_dir, out, task)
+    if json:
+        print_json({**dataclasses.asdict(made), "folder": str(made.folder)})
+        return
+    print(f"{out}: {made.architecture}, {made.parameters:,} parameters")
+    for note in made.notes:
+        print(f"Note: {note}.")
 
 
 def key_values(pairs: list[str]) -> dict[str, str]:

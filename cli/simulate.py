@@ -34,7 +34,13 @@ def simulate(
         str | None,
         typer.Option(help="A model folder, or a preset for a student that starts untrained; by default micro."),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="iid (the default), dirichlet:ALPHA or by:COLUMN.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="iid (the default), dirichlet:ALPHA, quantity:ALPHA, shards:K or by:COLUMN.")
+    ] = None,
+    fleet: Annotated[
+        str | None,
+        typer.Option(help="When devices are there and how fast: a preset, a TOML model or a CSV trace; see the docs."),
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(help="head, norms, lora:R, last:K or full; by default full for a preset, lora:8 for a folder."),
@@ -71,6 +77,7 @@ def simulate(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the database.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write rounds and result to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw who holds which labels into this SVG file.")] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="KEY=A,B,C: a run for each value; given again, for each combination.")
     ] = None,
@@ -100,7 +107,7 @@ def simulate(
     given = {
         "devices": devices, "rounds": rounds, "model": model, "partition": partition, "train": train, "strategy": strategy,
         "cohort": cohort, "local.epochs": local_epochs, "local.learning_rate": learning_rate, "seed": seed,
-        "local.batch_size": batch_size, "hold_out": hold_out, "data": None if data is None else str(data),
+        "local.batch_size": batch_size, "hold_out": hold_out, "fleet": fleet, "data": None if data is None else str(data),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     check_json(json)
@@ -119,7 +126,7 @@ def simulate(
         _sweep(experiment, queue, root, lines, report, bool(log_to or database or json))
         return
     lines = experiment.baselines if experiment.baselines is not None else (LINES if report else ("previous",))
-    _run(experiment, root, database, resume, lines, report, log_to or [], json)
+    _run(experiment, root, database, resume, lines, report, log_to or [], json, picture)
 
 
 def _with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +144,7 @@ def _run(
     report: Path | None,
     log_to: Sequence[str],
     json: Path | None,
+    picture: Path | None,
 ) -> None:
     from pocketfed.coordinator.strategy import make_strategy
     from pocketfed.simulations.experiment import config_of, settings_of
@@ -182,9 +190,11 @@ def _run(
         log(result.rounds[-1].number, _finally(result))
     if json is not None:
         write_json(json, result.to_dict())
+    if picture is not None:
+        picture.write_text(result.partition_svg, encoding="utf-8")
     if report is not None:
         described = describe(result, settings_of(settings), settings.run.name)
-        write_report(described, report, getattr(result, "partition_svg", ""))
+        write_report(described, report, result.partition_svg)
     _tell(result)
     if report is not None:
         print(f"read it: {report / 'report.html'}")

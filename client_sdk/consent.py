@@ -37,6 +37,8 @@ class RunDescription:
         form = self.form
         parts = [f"updates as {form.codec}"]
         parts += [f"without {', '.join(form.private)}"] if form.private else []
+        parts += [f"with {', '.join(form.frozen)} left as it is"] if form.frozen else []
+        parts += [f"of LoRA's first {form.lora_rank} ranks"] if form.lora_rank else []
         parts += [f"clipped to norm {form.clip_norm:g}"] if form.clip_norm else []
         parts += [f"with noise of {form.noise:g} times that norm a value"] if form.noise else []
         numbers = ", ".join(("number of examples", *form.metrics))

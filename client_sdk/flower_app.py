@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from flwr.clientapp import ClientApp
 from pocketfed.client_sdk.outgoing import Kept, UpdateForm
 from pocketfed.client_sdk.perform import Kind, Task, perform
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trainer
-from pocketfed.model.parameters import Vector
+from pocketfed.model.parameters import CONTROL, Vector
 
 THETA = "theta"
 FORM = "update."  # before the names of UpdateForm's fields in a message's config
@@ -42,7 +43,7 @@ def make_client_app(
     def train(message: Message, context: Context) -> Message:
         task, examples = _read(message, context, local, seeded_noise)
         reply = perform(trainer(), task, examples, kept=_kept(context))
-        context.state[KEPT] = _record({"residual": reply.kept.residual, "private": reply.kept.private})
+        context.state[KEPT] = _record(dataclasses.asdict(reply.kept))
         trained = Array(task.theta + reply.delta)
         # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
         trained.__dict__["delta"] = reply.delta
@@ -76,14 +77,16 @@ def _read(
     theta = message.content["arrays"][THETA].numpy()
     form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, v in config.items() if k.startswith(FORM)})
     number, how = int(config["server-round"]), TrainConfig.from_mapping(config)
-    return Task(kind, theta, how, number, name, form, seeded_noise), examples
+    arrays = message.content["arrays"]
+    control = arrays[CONTROL].numpy() if CONTROL in arrays else None
+    return Task(kind, theta, how, number, name, form, seeded_noise, control), examples
 
 
 def _kept(context: Context) -> Kept | None:
     if KEPT not in context.state:
         return None
     record = context.state[KEPT]
-    return Kept(record["residual"].numpy(), record["private"].numpy())
+    return Kept(**{name: array.numpy() for name, array in record.items()})
 
 
 def _record(values: Mapping[str, Vector]) -> ArrayRecord:

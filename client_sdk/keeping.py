@@ -1,4 +1,4 @@
-"""What a device keeps of a run from round to round, on disk: error feedback's residual, private parameters, the update under way."""
+"""What a device keeps of a run on disk: error feedback's residual, private parameters, control variate, the update under way."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """A device's part in a round. assignment: its id and the digest of its parameters; start: those, (P,)."""
+    """A device's part in a round. assignment: its id and the digest of its parameters; start: those, (P,).
+
+    controlled: the run has a control variate, and the device its own.
+    """
 
     assignment: str
     parameters: str
     run: int
     form: UpdateForm
     start: Vector
+    controlled: bool = False
 
     @property
     def key(self) -> str:
@@ -40,7 +44,7 @@ class Part:
     @property
     def leaves_traces(self) -> bool:
         """Made again it would not be the same, or something is to stay."""
-        return bool(self.form.how.feeds_back or self.form.private or self.form.noise)
+        return bool(self.form.how.feeds_back or self.form.private or self.form.noise or self.controlled)
 
 
 class Keeping:
@@ -65,7 +69,7 @@ class Keeping:
         if found is None or found[0]["key"] != part.key:
             return None
         told, arrays = found
-        kept = Kept(arrays["residual"], arrays["private"])
+        kept = Kept(arrays["residual"], arrays["private"], arrays.get("control", NOTHING))
         return Reply(arrays["data"].tobytes(), NOTHING, int(told["num_examples"]), told["metrics"], kept)
 
     def before(self, trainer: Trainer, part: Part) -> Kept:
@@ -79,7 +83,7 @@ class Keeping:
             return Kept()
         self._settle()
         split, names = split_of(trainer, part.form), list(part.form.private)
-        private, residual = NOTHING, NOTHING
+        private, residual, control = NOTHING, NOTHING, NOTHING
         own, kept = _load(self._private), _load(self._kept)
         if own is not None and own[0]["identity"] == trainer.identity:
             # Of other names, or in the place of other values, they are not these.
@@ -89,7 +93,8 @@ class Keeping:
             told = kept[0]
             same = (told["run"], told["private"], told["codec"]) == (part.run, names, part.form.codec)
             residual = kept[1]["residual"] if same else NOTHING
-        return Kept(residual, private)
+            control = kept[1].get("control", NOTHING) if same and part.controlled else NOTHING
+        return Kept(residual, private, control)
 
     def hold(self, trainer: Trainer, part: Part, reply: Reply) -> None:
         """Before the update is sent."""
@@ -106,7 +111,8 @@ class Keeping:
                 "metrics": dict(reply.metrics),
             }
             data = np.frombuffer(reply.data, np.uint8)
-            _save(self._outgoing, told, {"data": data, "residual": reply.kept.residual, "private": reply.kept.private})
+            kept = {"residual": reply.kept.residual, "private": reply.kept.private, "control": reply.kept.control}
+            _save(self._outgoing, told, {"data": data, **kept})
 
     def settle(self, assignment: str, taken: bool) -> None:
         """The coordinator has said whether it took the update. The update stays until the next: it may be asked for again."""
@@ -147,7 +153,8 @@ class Keeping:
     def _keep(self, told: Mapping[str, Any], arrays: Arrays) -> None:
         if told["private"]:
             _save(self._private, told, {"private": arrays["private"]})
-        _save(self._kept, told, {"residual": arrays["residual"]})  # last: that it is there says that all was kept
+        stays = {name: arrays[name] for name in ("residual", "control") if name in arrays}
+        _save(self._kept, told, stays)  # last: that it is there says that all was kept
 
 
 def _save(path: Path, told: Mapping[str, Any], arrays: Arrays) -> None:

@@ -30,7 +30,7 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.releases import Held, Shelf, read_shelf, write_shelf
 from pocketfed.client_sdk.trainer import pad
 from pocketfed.client_sdk.trust import Trust
-from pocketfed.model.parameters import ParametersError, Vector, decode_vector, vector_bytes
+from pocketfed.model.parameters import ParametersError, Vector, decode_start, start_bytes
 
 TASKS_HERE = ("classification",)  # what `Device.predict` and the examples of an app are made for
 
@@ -194,7 +194,7 @@ class Models:
             if trainer is None:
                 artifact: Artifact = open_artifact(self._home / "artifacts" / held.artifact, held.artifact)
                 trainer = PlanTrainer(artifact, held.set, self._threads, max_memory_mb=self._max_memory_mb)
-            theta = _checked_vector(self._theta_path(held.digest).read_bytes(), held.digest, trainer.size)
+            theta, _ = _checked_start(self._theta_path(held.digest).read_bytes(), held.digest, trainer.size)
         except (OSError, ArtifactError) as error:
             log.warning("release %d cannot be opened: %s", held.id, error)
             return None
@@ -285,7 +285,15 @@ class Models:
         return _Described(self._link, bytes(reply.manifest))
 
     def parameters(self, digest: str, size: int, progress: Callable[[float], None] = lambda fraction: None) -> Vector:
-        """Values to start from. They stay on disk while they are used: a round that is begun again does not download them again.
+        """As `start`, theta alone."""
+        return self.start(digest, size, progress)[0]
+
+    def start(
+        self, digest: str, size: int, progress: Callable[[float], None] = lambda fraction: None
+    ) -> tuple[Vector, Vector | None]:
+        """Values to start from, and the run's control variate if it has one.
+
+        They stay on disk while they are used: a round that is begun again does not download them again.
 
         Args:
             progress: as in `trainer`.
@@ -296,20 +304,20 @@ class Models:
         with self._lock:
             path = self._theta_path(digest)
             try:
-                return _checked_vector(path.read_bytes(), digest, size)
+                return _checked_start(path.read_bytes(), digest, size)
             except (OSError, ArtifactError):
                 path.unlink(missing_ok=True)
-            theta = _checked_vector(self._download(digest, size, path.with_suffix(".part"), progress), digest, size)
+            values = _checked_start(self._download(digest, size, path.with_suffix(".part"), progress), digest, size)
             os.replace(path.with_suffix(".part"), path)
             self._tidy({path})
-            return theta
+            return values
 
     def _download(self, digest: str, size: int, part: Path, progress: Callable[[float], None]) -> bytes:
-        """Parameters' bytes, on from where `part` ends; no more than `size` float32 values can have.
+        """Parameters' bytes, on from where `part` ends; no more than `size` float32 values, twice, can have.
 
         A part that turns out wrong in the end is deleted, so that the next attempt begins anew.
         """
-        most = vector_bytes(size)
+        most = start_bytes(size)
         with part.open("a+b") as stream:
             whole = stream.tell() // CHUNK_BYTES
             stream.truncate(whole * CHUNK_BYTES)
@@ -359,10 +367,10 @@ def _try_out(trainer: PlanTrainer, theta: Vector) -> None:
         )
 
 
-def _checked_vector(data: bytes, digest: str, size: int) -> Vector:
+def _checked_start(data: bytes, digest: str, size: int) -> tuple[Vector, Vector | None]:
     if hashlib.sha256(data).hexdigest() != digest:
         raise ArtifactError(f"parameters do not have the digest {digest[:12]} that they should; they are not used")
     try:
-        return decode_vector("theta", data, size)
+        return decode_start(data, size)
     except ParametersError as error:
         raise ArtifactError(f"parameters {digest[:12]}: {error}") from None

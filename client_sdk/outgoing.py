@@ -33,6 +33,8 @@ class UpdateForm:
     noise: float = 0.0
     private: tuple[str, ...] = ()
     metrics: tuple[str, ...] = METRICS
+    frozen: tuple[str, ...] = ()
+    lora_rank: int = 0
 
     def __post_init__(self) -> None:
         for name, most in (("clip_norm", 1e18), ("noise", 1000.0)):
@@ -63,7 +65,7 @@ class UpdateForm:
         for name in values:
             if name not in known:
                 raise ConfigurationError(f"the run asks for a form with {name[:100]!r}; update the app")
-        given = {k: tuple(map(str, v)) if k in ("private", "metrics") else v for k, v in values.items()}
+        given = {k: tuple(map(str, v)) if k in ("private", "metrics", "frozen") else v for k, v in values.items()}
         made = cls(**given | {"codec": given.get("codec") or "float32"})
         made.how  # noqa: B018 - a codec that this version does not know is refused now, not after training
         return made
@@ -73,11 +75,13 @@ class UpdateForm:
 class Kept:
     """What stays on the device from one round of a run to the next.
 
-    residual: of the shared values, what error feedback has still to send. private: their values. Empty: none yet.
+    residual: of the shared values, what error feedback has still to send. private: their values. control: the device's own
+    control variate (SCAFFOLD), (P,). Empty: none yet.
     """
 
     residual: Vector = field(default_factory=lambda: NOTHING)
     private: Vector = field(default_factory=lambda: NOTHING)
+    control: Vector = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True)

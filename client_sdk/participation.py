@@ -302,7 +302,7 @@ class Participation:
         self._consent.require(described)
         alive.phase = fleet.HeartbeatRequest.DOWNLOADING
         trainer = self._models.trainer(assignment.artifact_version, assignment.trainable_set, alive.go_on)
-        theta = self._models.parameters(assignment.parameters_digest, trainer.size, alive.go_on)
+        theta, control = self._models.start(assignment.parameters_digest, trainer.size, alive.go_on)
         c = assignment.config
         config = TrainConfig.from_mapping({f.name: getattr(c, f.name) for f in c.DESCRIPTOR.fields})
         examples = self._local.training(trainer, config.max_length)
@@ -310,12 +310,12 @@ class Participation:
         self._say(
             f"{'measuring' if kind == 'evaluate' else 'training'} in round {assignment.round} on {len(examples)} examples"
         )
-        part = Part(assignment.id, assignment.parameters_digest, assignment.run, form, theta)
+        part = Part(assignment.id, assignment.parameters_digest, assignment.run, form, theta, control is not None)
         made = self._keeping.reply(part) if kind == "train" else None
         if made is not None:
             return made
         kept = self._keeping.before(trainer, part)
-        task = Task(kind, theta, config, assignment.round, self._identity.name, form)
+        task = Task(kind, theta, config, assignment.round, self._identity.name, form, control=control)
         # Of the last round that was, if any.
         broken_off = Checkpoint(self._home / "training.safetensors", self._checkpoint_s)
         reply = perform(trainer, task, examples, alive.should_stop, alive.tell, broken_off, kept)

@@ -16,13 +16,14 @@ from pocketfed.client_sdk.order import derive_seed
 from pocketfed.client_sdk.outgoing import NOTHING, Kept, UpdateForm, make_outgoing
 from pocketfed.client_sdk.trainer import (
     Examples,
+    Steering,
     TrainConfig,
     Trainer,
     count,
     evaluate,
     train,
 )
-from pocketfed.model.parameters import ParametersError, Split, Vector, split_private
+from pocketfed.model.parameters import ParametersError, Split, Vector, frozen_mask, split_private, split_withheld
 
 Kind = Literal["train", "evaluate"]
 
@@ -32,6 +33,7 @@ class Task:
     """What a device is asked to do: theta (P,) is where to start, `device` its name.
 
     seeded_noise: local noise from the run's seed, for simulations; the coordinator could subtract it.
+    control: the run's control variate (P,), where it has one (SCAFFOLD).
     """
 
     kind: Kind
@@ -41,6 +43,7 @@ class Task:
     device: str
     form: UpdateForm = field(default_factory=UpdateForm)
     seeded_noise: bool = False
+    control: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,27 @@ def perform(
         ConfigurationError: a form that this trainable set, or this version, cannot have.
     """
     kept = kept or Kept()
-    split = split_of(trainer, task.form)
-    theta = split.overlay(task.theta, kept.private) if kept.private.size else task.theta
+    own, sent = split_of(trainer, task.form), sent_of(trainer, task.form)
+    theta = own.overlay(task.theta, kept.private) if kept.private.size else task.theta
     if task.kind == "evaluate":
         measured = _measure(trainer, theta, examples, task.form, should_stop)
         return Reply(b"", NOTHING, len(examples), _declared(measured, task.form), kept)
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
-    trained = train(trainer, theta, examples, config, should_stop, progress, checkpoint)
-    out = make_outgoing(task.form, split.shared(trained.delta), kept.residual, _noise(task))
-    private = split.private(theta + trained.delta) if split.ranges else NOTHING
-    metrics = _declared(trained.metrics, task.form)
-    return Reply(out.data, split.spread(out.said), trained.num_examples, metrics, Kept(out.residual, private))
+    steering = _steering(trainer, task, kept)
+    trained = train(trainer, theta, examples, config, should_stop, progress, checkpoint, steering)
+    waiting = own.spread(kept.residual) if kept.residual.size else np.zeros(trainer.size, np.float32)
+    before = sent.shared(waiting) if kept.residual.size else NOTHING
+    out = make_outgoing(task.form, sent.shared(trained.delta), before, _noise(task))
+    residual = out.residual
+    if residual.size and sent.ranges != own.ranges:  # what is frozen in this round has still to be sent in another
+        residual = own.shared(sent.overlay(sent.spread(residual), sent.private(waiting)))
+    private = own.private(theta + trained.delta) if own.ranges else NOTHING
+    said, metrics = sent.spread(out.said), _declared(trained.metrics, task.form)
+    control = NOTHING
+    if steering.drift is not None:  # Karimireddy et al. 2020, eq. 4, option II: c_i - c + (x - y_i) / (K η)
+        walked = trained.metrics["steps"] * config.learning_rate
+        control = (-steering.drift - said / walked).astype(np.float32)
+    return Reply(out.data, said, trained.num_examples, metrics, Kept(residual, private, control))
 
 
 def split_of(trainer: Trainer, form: UpdateForm) -> Split:
@@ -101,6 +114,36 @@ def split_of(trainer: Trainer, form: UpdateForm) -> Split:
         return split_private(trainer.layout, form.private)
     except ParametersError as error:
         raise ConfigurationError(str(error)) from None
+
+
+def sent_of(trainer: Trainer, form: UpdateForm) -> Split:
+    """As `split_of`, and without what this round leaves as it is."""
+    if not (form.frozen or form.lora_rank):
+        return split_of(trainer, form)
+    try:
+        return split_withheld(trainer.layout, form.private, form.frozen, form.lora_rank)
+    except ParametersError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _steering(trainer: Trainer, task: Task, kept: Kept) -> Steering:
+    """
+    Raises:
+        ConfigurationError: a control variate for steps that are not plain ones.
+    """
+    form, config = task.form, task.config
+    frozen = frozen_mask(trainer.layout, form.frozen, form.lora_rank) if form.frozen or form.lora_rank else None
+    if task.control is None:
+        return Steering(frozen)
+    steps = config.optimizer == "sgd" and config.schedule == "constant" and config.learning_rate > 0
+    steps = steps and not (config.momentum or config.proximal_mu or config.warmup or config.patience)
+    if not steps or form.private or form.noise or form.how.feeds_back:
+        raise ConfigurationError(
+            f"a control variate is defined for plain sgd at a constant rate, sent whole, without noise or error feedback, not for "
+            f"{config.optimizer} as {form.codec} with these settings; the run must be configured so"
+        )
+    own = kept.control if kept.control.size else np.zeros(trainer.size, np.float32)
+    return Steering(frozen, task.control - own)  # eq. 3: g - c_i + c
 
 
 def _measure(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,6 +178,26 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What a run does to a device's steps beside its `TrainConfig`.
+
+    frozen: (P,) True where theta stays as it is. drift: (P,) added to every clipped gradient.
+    """
+
+    frozen: NDArray[np.bool_] | None = None
+    drift: Vector | None = None
+
+    @property
+    def digest(self) -> str:
+        """Names it; empty where nothing is steered."""
+        held = [a.tobytes() for a in (self.frozen, self.drift) if a is not None]
+        return hashlib.sha256(b"".join(held)).hexdigest() if held else ""
+
+
+UNSTEERED = Steering()
+
+
+@dataclass(frozen=True)
 class Trained:
     """delta (P,) is trained minus given parameters; metrics are numbers a device may tell."""
 
@@ -252,6 +273,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[float], None] = lambda fraction: None,
     checkpoint: Checkpoint | None = None,
+    steering: Steering = UNSTEERED,
 ) -> Trained:
     """Train a copy of theta on the examples; theta itself is not touched.
 
@@ -278,9 +300,9 @@ def train(
     held_out, trained_on = _split(examples, config)
     state = _State(theta.copy(), theta.copy(), _optimizer(config))
     if checkpoint is not None:
-        checkpoint.restore(state, fingerprint(trainer.identity, theta, examples, config))
+        checkpoint.restore(state, fingerprint(trainer.identity + steering.digest, theta, examples, config))
     try:
-        _run_epochs(trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint)
+        _run_epochs(trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint, steering)
     except TrainingStopped:
         if checkpoint is not None:
             checkpoint.save(state)
@@ -314,6 +336,7 @@ def _run_epochs(
     should_stop: Callable[[], bool],
     progress: Callable[[float], None],
     checkpoint: Checkpoint | None,
+    steering: Steering,
 ) -> None:
     """From where `state` is to the end of training, or until should_stop says so."""
     total = _steps(len(examples), config)
@@ -326,7 +349,7 @@ def _run_epochs(
                 break
             if should_stop():
                 raise TrainingStopped(f"stopped after {state.steps} of {total} steps")
-            _step(trainer, theta, state, batch, config, total)
+            _step(trainer, theta, state, batch, config, total, steering)
             if checkpoint is not None:
                 checkpoint.tick(state)
             progress(state.steps / total)
@@ -386,12 +409,26 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * (left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def _step(trainer: Trainer, theta: Vector, state: _State, batch: Batch, config: TrainConfig, total: int) -> None:
+def _step(
+    trainer: Trainer,
+    theta: Vector,
+    state: _State,
+    batch: Batch,
+    config: TrainConfig,
+    total: int,
+    steering: Steering = UNSTEERED,
+) -> None:
     loss, correct, gradient = trainer.gradient(state.current, batch)
+    if steering.frozen is not None:
+        gradient[steering.frozen] = 0.0  # before the norm is taken: what is frozen clips nothing
     _add_proximal(gradient, state.current, theta, config.proximal_mu)
     _clip(gradient, config.max_grad_norm, loss, state.steps)
+    if steering.drift is not None:
+        gradient += steering.drift
     state.optimizer.learning_rate = learning_rate_at(state.steps, total, config)
     state.optimizer.step(state.current, gradient)
+    if steering.frozen is not None:
+        np.copyto(state.current, theta, where=steering.frozen)  # weight decay moves what has no gradient, too
     if state.steps == 0:
         state.first_loss = loss
     if state.steps_in_epoch == 0:

@@ -80,10 +80,12 @@ class UpdateForm:
     noise: float = 0.0  # standard deviation, in clip_norms, of Gaussian noise that the device adds
     private: Sequence[str] = ()  # parameters (names, or what stands before a dot in them) that stay on the device
     metrics: Sequence[str] = METRICS  # numbers that are sent with it, where the device has them
+    frozen: Sequence[str] = ()  # parameters (names, or parts of them between dots) that are neither trained nor sent
+    lora_rank: int = 0  # of LoRA's matrices only the first so many rows of A and columns of B are; 0: all
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "update.", {"clip_norm": (0, 1e18), "noise": (0, 1000)})
-        for name in ("private", "metrics"):
+        _check_ranges(self, "update.", {"clip_norm": (0, 1e18), "noise": (0, 1000), "lora_rank": (0, 1_000_000)})
+        for name in ("private", "metrics", "frozen"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
                 raise RunConfigError(f'update.{name} is {values!r}; it must be a list of names, e.g. ["a", "b"]')
@@ -113,6 +115,8 @@ class UpdateForm:
         """In words, what an operator and a user should know of it."""
         parts = [f"updates as {self.codec}"]
         parts += [f"without {', '.join(self.private)}"] if self.private else []
+        parts += [f"with {', '.join(self.frozen)} left as it is"] if self.frozen else []
+        parts += [f"of LoRA's first {self.lora_rank} ranks"] if self.lora_rank else []
         parts += [f"clipped to norm {self.clip_norm:g}"] if self.clip_norm else []
         parts += [f"with noise of {self.noise:g} times that norm a value"] if self.noise else []
         return f"{', '.join(parts)}; {', '.join(('number of examples', *self.metrics))}"

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import AWAY_S, Assignments
 from pocketfed.coordinator.enrolment import Seen, mark_seen
+from pocketfed.coordinator.reports import note_release
 from pocketfed.coordinator.standing import offenders
 from pocketfed.coordinator.store import Assignment, Device, now
 from pocketfed.protos import fleet_pb2 as pb
@@ -45,6 +46,9 @@ def serve(
         asking = sorted({a.device_id for a in batch if a.request is not None} & known)
         found = assignments.take(session, asking, lease_s)  # before devices: uploads lock them in this order too
         mark_seen(session, _seen([asked for asked in batch if asked.device_id in known], found))
+        for asked in batch:  # after mark_seen, which has locked their rows in order
+            if asked.request is not None and asked.stays_s is not None and asked.device_id in known:
+                note_release(session, devices[asked.device_id], asked.request)
         offended = offenders(session, ids)
         replies: list[pb.CheckInReply | Exception] = []
         for asked in batch:

@@ -73,7 +73,6 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         self._waiting: dict[int, list[asyncio.Event]] = {}  # device id -> its long polls
         self._stirred = asyncio.Event()
         self._refused: set[int] = set()  # releases that devices did not take
-        self._runs: dict[int, tuple[int, int]] = {}  # what devices run, as they said last: written down when it changes
         calls.tally.polls = lambda: sum(map(len, list(self._waiting.values())))
         calls.tally.queue = lambda: len(self._desk) + len(self._counting)
         calls.assignments.on_offer.append(self.offered)
@@ -152,13 +151,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
         await self._require_protocol(request.protocol, context)
         wait_s = min(MAX_WAIT_S, max(0.0, request.wait_s)) if math.isfinite(request.wait_s) else 0.0
         end = self._loop.time() + wait_s
-        runs = (request.release_id, request.refused_release)
-        if request.HasField("report") or self._runs.get(device_id) != runs:
-            if await self.calls.run(hear, self.calls.store, device_id, request):
-                self.offered()  # what some devices get has changed
-            if len(self._runs) >= self.calls.limits.peers:
-                self._runs.clear()
-            self._runs[device_id] = runs
+        if request.HasField("report") and await self.calls.run(hear, self.calls.store, device_id, request):
+            self.offered()  # what some devices get has changed
         if request.refused_release and request.refused_release not in self._refused:
             await self.calls.run(self._note_refusal, device_id, request.refused_release, request.refusal)
         asked, news, answered = Asked(device_id, channel, request, wait_s + AWAY_S), asyncio.Event(), False
@@ -339,4 +333,4 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
                 return 0
             run = session.get_one(tables.Run, found.run_id)
             manifest = session.get_one(tables.Artifact, run.artifact_version).manifest
-            return read_form(run.config, manifest["trainable_sets"][run.trainable_set]).most_bytes
+            return read_form(run.config, manifest["trainable_sets"][run.trainable_set], found.config).most_bytes

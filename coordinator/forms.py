@@ -8,7 +8,7 @@ from typing import Any
 
 from pocketfed.coordinator.config import UpdateForm
 from pocketfed.model.codecs import Codec, decode, encoded_bytes, parse_codec
-from pocketfed.model.parameters import Parameter, Split, Vector, split_private
+from pocketfed.model.parameters import Parameter, Split, Vector, split_withheld
 
 FORMS_SINCE = (0, 3)  # the first SDK version whose devices know forms other than the plain one
 
@@ -44,15 +44,24 @@ def form_of(update: UpdateForm, trainable_set: Mapping[str, Any]) -> Form:
         ParametersError: private parameters that the set does not have.
     """
     split = Split(int(trainable_set["size"]))
-    if update.private:
-        layout = [Parameter(p["name"], tuple(p["shape"]), int(p["offset"])) for p in trainable_set["parameters"]]
-        split = split_private(layout, update.private)
+    if update.private or update.frozen or update.lora_rank:
+        split = split_withheld(layout_of(trainable_set), update.private, update.frozen, update.lora_rank)
     return Form(parse_codec(update.codec), split)
 
 
-def read_form(config: Mapping[str, Any], trainable_set: Mapping[str, Any]) -> Form:
-    """Of a run as it is stored; those of before there were forms are plain."""
-    return form_of(UpdateForm(**config.get("update", {})), trainable_set)
+def layout_of(trainable_set: Mapping[str, Any]) -> tuple[Parameter, ...]:
+    """What theta's values are called, as a manifest describes them."""
+    return tuple(Parameter(p["name"], tuple(p["shape"]), int(p["offset"])) for p in trainable_set["parameters"])
+
+
+def read_form(config: Mapping[str, Any], trainable_set: Mapping[str, Any], asked: Mapping[str, Any]) -> Form:
+    """Of an assignment of a run as they are stored: what is withheld may differ by round and device, nothing else.
+
+    Runs of before there were forms are plain.
+    """
+    update = config.get("update", {})
+    withheld = {name: asked[f"update.{name}"] for name in ("frozen", "lora_rank") if f"update.{name}" in asked}
+    return form_of(UpdateForm(**{**update, **withheld}), trainable_set)
 
 
 def knows_forms(sdk_version: str) -> bool:

@@ -25,7 +25,7 @@ from pocketfed.coordinator.assignments import OPEN, Assignments
 from pocketfed.coordinator.forms import Form, read_form
 from pocketfed.coordinator.store import Artifact, Assignment, Device, Run, Store, Update, get_blob, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
-from pocketfed.model.parameters import Vector, decode_vector, encode_vector
+from pocketfed.model.parameters import CONTROL, Vector, decode_vector, encode_start
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
 FAILED = 500  # Error.code of a device that gave up
@@ -252,7 +252,8 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         config = dict(message.content["config"])
         arrays = message.content["arrays"]
         if id(arrays) not in digests:  # strategies share one record among all messages
-            digests[id(arrays)] = put_blob(session, encode_vector(THETA, arrays[THETA].numpy()))
+            control = arrays[CONTROL].numpy() if CONTROL in arrays else None
+            digests[id(arrays)] = put_blob(session, encode_start(arrays[THETA].numpy(), control))
         row = Assignment(
             id=row_id,
             run_id=self.run_id,
@@ -297,23 +298,35 @@ class FleetGrid(RecordedGrid):
         super().__init__(assignments.store, run_id)
         self.offer_s = lease_s
         self.assignments, self.size, self._online = assignments, size, online
+        self._forms: dict[Any, Form] = {}
 
     @cached_property
-    def _form(self) -> Form:
-        """What this run's updates are."""
+    def _described(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The run's configuration and its trainable set, as a manifest describes it."""
         with self.store.read() as session:
             run = session.get_one(Run, self.run_id)
             manifest = session.get_one(Artifact, run.artifact_version).manifest
-        return read_form(run.config, manifest["trainable_sets"][run.trainable_set])
+        return run.config, manifest["trainable_sets"][run.trainable_set]
+
+    def _form(self, asked: Mapping[str, Any]) -> Form:
+        """What an update is, by its assignment's configuration."""
+        key = (tuple(asked.get("update.frozen", ())), asked.get("update.lora_rank", 0))
+        if key not in self._forms:
+            self._forms[key] = read_form(*self._described, asked)
+        return self._forms[key]
 
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self._online().items() if node not in self.set_aside}
 
     def wait_available(self, count: int, timeout_s: float, should_stop: Callable[[], bool]) -> dict[int, str]:
-        end, watch = time.monotonic() + timeout_s, Watch(self.assignments)
-        while len(devices := self.available()) < count and time.monotonic() < end and not should_stop():
-            watch.wait(min(LOOK_S, max(0.0, end - time.monotonic())))
+        end, watch = _later(timeout_s), self.watch()
+        while len(devices := self.available()) < count and now() < end and not should_stop():
+            watch.wait(min(LOOK_S, max(0.0, _until(end))))
         return devices
+
+    def watch(self) -> Watch:
+        """What waits for devices to do something."""
+        return Watch(self.assignments)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = super().push_messages(messages)
@@ -324,10 +337,10 @@ class FleetGrid(RecordedGrid):
         self.assignments.notify_offered()
 
     def rest(self, failures: int) -> None:
-        end = time.monotonic() + min(30.0, 0.5 * 2**failures)
+        end = _later(min(30.0, 0.5 * 2**failures))
         with self.assignments.changed:
-            while time.monotonic() < end and not self.should_stop():
-                self.assignments.changed.wait(min(LOOK_S, max(0.0, end - time.monotonic())))
+            while now() < end and not self.should_stop():
+                self.assignments.changed.wait(min(LOOK_S, max(0.0, _until(end))))
 
     def holds(self, update: Update) -> bool:
         return self.assignments.holds(update)
@@ -355,7 +368,7 @@ class FleetGrid(RecordedGrid):
 
     def _wait(self, ids: list[str], enough: int) -> None:
         mine = Assignment.id.in_(ids) if len(ids) < 1000 else Assignment.run_id == self.run_id
-        wanted, watch = set(ids), Watch(self.assignments)
+        wanted, watch = set(ids), self.watch()
         while True:
             if self.should_stop():
                 raise Stopped("stopped before all devices had answered")
@@ -363,10 +376,11 @@ class FleetGrid(RecordedGrid):
             still_open = [row for row in rows if row.status in OPEN]
             if not still_open:
                 return
-            if enough and sum(row.status == "uploaded" for row in rows) >= enough:
+            missing = (enough or len(ids)) - sum(row.status == "uploaded" for row in rows)
+            if missing <= 0:
                 self.assignments.expire([row.id for row in still_open], ENOUGH)
                 return
-            watch.wait(_until_overdue(still_open, LOOK_S))
+            watch.wait(_until_overdue(still_open, watch.look_s), missing)
 
     def _look(self, mine: sa.ColumnElement[bool]) -> list[Any]:
         """What is open or waits to be aggregated; what is overdue is closed first."""
@@ -403,16 +417,18 @@ class FleetGrid(RecordedGrid):
                 yield reply
 
     def _wait_buffer(self) -> None:
-        end, watch = time.monotonic() + (self.cohort.deadline_s or float("inf")), Watch(self.assignments)
+        end = NEVER if self.cohort.deadline_s is None else _later(self.cohort.deadline_s)
+        watch = self.watch()
         mine = sa.and_(Assignment.run_id == self.run_id, Assignment.kind == "train")
         while True:
             if self.should_stop():
                 raise Stopped("stopped before the buffer was full")
             rows = self._look(mine)
             still_open = [row for row in rows if row.status in OPEN]
-            if not still_open or len(rows) - len(still_open) >= self.cohort.enough or time.monotonic() > end:
+            missing = self.cohort.enough - (len(rows) - len(still_open))
+            if not still_open or missing <= 0 or now() > end:
                 return
-            watch.wait(_until_overdue(still_open, min(LOOK_S, max(0.01, end - time.monotonic()))))
+            watch.wait(_until_overdue(still_open, min(watch.look_s, max(0.01, _until(end)))), missing)
 
     # ---- one reply ---------------------------------------------------------------------------------------------------
 
@@ -426,8 +442,8 @@ class FleetGrid(RecordedGrid):
         if row.kind == "evaluate":
             return Message(RecordDict({"metrics": metrics}), reply_to=message)
         start = self._start(message) if theta is None else theta
-        arrays = ArrayRecord()
-        arrays[THETA] = DeltaArray(start, Delta(self.assignments.upload_path(row.id), self.size, weight, self._form))
+        arrays, path = ArrayRecord(), self.assignments.upload_path(row.id)
+        arrays[THETA] = DeltaArray(start, Delta(path, self.size, weight, self._form(row.config)))
         content = {
             "arrays": arrays,
             "metrics": metrics,
@@ -439,7 +455,7 @@ class FleetGrid(RecordedGrid):
 # What a reply is made of, in one query for many; no `bytes` where there is no update. Columns: rows, not objects.
 _ANSWERS = (
     sa.select(Assignment.id, Assignment.device_id, Assignment.round, Assignment.kind, Assignment.status)
-    .add_columns(Assignment.error, Device.name.label("device"))
+    .add_columns(Assignment.error, Assignment.config, Device.name.label("device"))
     .add_columns(Update.num_examples, Update.bytes, Update.digest, Update.metrics)
     .join(Device, Device.id == Assignment.device_id)
     .outerjoin(Update, Update.assignment_id == Assignment.id)
@@ -452,6 +468,8 @@ class Watch:
     Without the latter a cohort of thousands, each of whose answers is a change, would be looked at thousands of times.
     """
 
+    look_s = LOOK_S  # it is looked again after so long whatever happens
+
     def __init__(self, assignments: Assignments) -> None:
         self._assignments = assignments
         self._begin()
@@ -459,17 +477,26 @@ class Watch:
     def _begin(self) -> None:
         self._since, self._began = self._assignments.changes, time.monotonic()
 
-    def wait(self, at_most_s: float) -> None:
-        """Until something has changed since the last look began."""
+    def wait(self, at_most_s: float, answers: int = 1) -> None:
+        """Until something has changed since the last look began. `answers`: fewer than so many do not end the wait for good."""
         rested_at = time.monotonic() + 4 * (time.monotonic() - self._began)
         self._assignments.wait_changed(self._since, at_most_s)
         time.sleep(min(LOOK_S, max(0.0, rested_at - time.monotonic())))
         self._begin()
 
 
+def _later(seconds: float) -> datetime:
+    return now() + timedelta(seconds=seconds)
+
+
+def _until(moment: datetime) -> float:
+    """Seconds."""
+    return (moment - now()).total_seconds()
+
+
 def _until_overdue(still_open: list[Any], at_most_s: float) -> float:
     """Seconds until the next of these is overdue."""
-    seconds = (min(map(_end, still_open)) - now()).total_seconds() + 0.01
+    seconds = _until(min(map(_end, still_open))) + 0.01
     return min(at_most_s, max(0.01, seconds))
 
 

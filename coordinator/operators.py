@@ -136,14 +136,20 @@ def check_password(password: str, stored: str) -> bool:
 _NOBODY = hash_password(secrets.token_urlsafe(16))  # so that a name that is not there takes as long as one that is
 
 
+def recognise(session: Session, name: str, password: str) -> Actor | None:
+    """The operator of that name and password, or None. Writes nothing: for who may only read; else `log_in`."""
+    found = session.get(Operator, name) if name.isprintable() and len(name) <= 100 else None
+    usable = found is not None and found.disabled_at is None
+    right = check_password(password, found.password if found is not None and usable else _NOBODY)
+    return Actor(found.name, found.role) if found is not None and usable and right else None
+
+
 def log_in(store: Store, name: str, password: str) -> Actor | None:
     """The operator of that name and password, or None; both leave a line in the audit."""
     with store.write() as session:
-        found = session.get(Operator, name) if name.isprintable() and len(name) <= 100 else None
-        usable = found is not None and found.disabled_at is None
-        right = check_password(password, found.password if found is not None and usable else _NOBODY)
-        record(session, name, "log-in", "", "done" if right and usable else "refused")
-        return Actor(found.name, found.role) if found is not None and usable and right else None
+        found = recognise(session, name, password)
+        record(session, name, "log-in", "", "refused" if found is None else "done")
+        return found
 
 
 def set_operator(session: Session, name: str, role: str, password: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import OPEN
 from pocketfed.coordinator.config import RunConfig
-from pocketfed.coordinator.forms import form_of
+from pocketfed.coordinator.forms import form_of, layout_of
 from pocketfed.coordinator.operators import record
 from pocketfed.coordinator.releases import add_release, lock_channel, open_releases
 from pocketfed.coordinator.retention import delete_blobs
@@ -34,7 +34,7 @@ from pocketfed.coordinator.store import (
     now,
     put_blob,
 )
-from pocketfed.model.parameters import ParametersError, Vector, decode_vector, encode_vector
+from pocketfed.model.parameters import Parameter, ParametersError, Vector, decode_vector, encode_vector
 
 THETA = "theta"
 SIMULATION = "simulation"  # in a run's stored configuration: its devices are virtual
@@ -50,7 +50,11 @@ class Interrupted(RunError):  # noqa: N818 - says what it is
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What one round ended with; `accuracy` and `loss` are None where nothing was measured."""
+    """What one round ended with; `accuracy` and `loss` are None where nothing was measured.
+
+    Where a fleet is simulated also, else None: virtual_s, fleet time since the round before had ended; device_s, for which
+    devices worked, all added up; dropped, how many assignments ended without an update, by why (simulations/virtual.py).
+    """
 
     number: int
     status: str
@@ -63,10 +67,14 @@ class RoundResult:
     bytes_down: int
     seconds: float
     reason: str | None = None
+    virtual_s: float | None = None
+    device_s: float | None = None
+    dropped: Mapping[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON files have it: the number is called `round`."""
+        """As JSON files have it: the number is called `round`; without what only fleets have, where there is none."""
         values = dataclasses.asdict(self)
+        values = {k: v for k, v in values.items() if v is not None or k not in ("virtual_s", "device_s", "dropped")}
         return {"round": values.pop("number"), **values}
 
 
@@ -130,7 +138,7 @@ def create_run(store: Store, config: RunConfig, simulation: Mapping[str, Any] | 
         try:
             form_of(config.update, manifest["trainable_sets"][chosen])
         except ParametersError as error:
-            raise RunError(f"update.private: {error}") from None
+            raise RunError(f"update: {error}") from None
         run = Run(
             name=config.name,
             channel=config.channel,
@@ -147,6 +155,13 @@ def create_run(store: Store, config: RunConfig, simulation: Mapping[str, Any] | 
 
 def get_manifest(session: Session, version: str) -> dict[str, Any]:
     return dict(session.get_one(Artifact, version).manifest)
+
+
+def run_layout(store: Store, run_id: int) -> tuple[Parameter, ...]:
+    """What theta's values are called in a run."""
+    with store.read() as session:
+        run = session.get_one(Run, run_id)
+        return layout_of(get_manifest(session, run.artifact_version)["trainable_sets"][run.trainable_set])
 
 
 def starting_theta(store: Store, run_id: int) -> tuple[Vector, int]:

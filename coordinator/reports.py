@@ -20,25 +20,23 @@ MAX_EXAMPLES = 10**6
 OFTEN = 100  # so many reports are looked at one by one; of n later ones, every n / OFTEN-th
 
 
-def hear(store: Store, device_id: int, request: pb.CheckInRequest) -> bool:
-    """Keep which release a device runs and how it compares. True: a release has changed, so whoever waits is to be answered."""
+def note_release(session: Session, device: Device, request: pb.CheckInRequest) -> None:
+    """Keep which release a device runs, where it is one of its channel's."""
     known = int(request.release_id)
     refused = known != 0 and known == request.refused_release  # then it runs an older one, of which we know already
-    with store.read() as session:
-        device = session.get_one(Device, device_id)
-        runs = device.release_id if refused else (known or None)
-        if runs != device.release_id:
-            found = session.get(Release, runs) if runs and runs < MAX_ID else None
-            runs = None if found is None or found.channel != device.channel else runs
-        if runs == device.release_id and not request.HasField("report"):
-            return False
+    runs = device.release_id if refused else (known or None)
+    if runs != device.release_id:
+        found = session.get(Release, runs) if runs and runs < MAX_ID else None
+        device.release_id = None if found is None or found.channel != device.channel else runs
+
+
+def hear(store: Store, device_id: int, request: pb.CheckInRequest) -> bool:
+    """Take a device's report. True: a release has changed by it, so whoever waits is to be answered."""
     with store.write() as session:
         device = session.get_one(Device, device_id)
         if device.revoked_at is not None:  # it may have come by a credential that was right a moment ago
             return False
-        device.release_id = runs
-        if not request.HasField("report"):
-            return False
+        note_release(session, device, request)
         taken = take_report(session, device, request.report, request.sdk_version)
         if isinstance(taken, str):
             log.info("the report of device %s is not used: %s", device.name, taken)

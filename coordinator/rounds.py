@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +35,7 @@ from pocketfed.coordinator.progress import (
     finish_run,
     give_up,
     interrupt_run,
+    run_layout,
     settled_in,
     starting_theta,
 )
@@ -43,8 +43,9 @@ from pocketfed.coordinator.retention import forget_rounds
 from pocketfed.coordinator.sampling import sample_cohort
 from pocketfed.coordinator.screening import Tally, screen, screen_measured, with_common_metrics
 from pocketfed.coordinator.standing import recall, set_aside
-from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage
+from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage, now
 from pocketfed.coordinator.strategy import THETA, make_strategy
+from pocketfed.coordinator.strategy_base import Ours
 from pocketfed.coordinator.strategy_state import capture, decode_state, encode_state, restore
 from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector
@@ -90,7 +91,7 @@ def drive_run(
     Raises:
         RunError: the run failed; the reason is in the store too.
         Interrupted, Deposed, the database's and the disk's: it is left for later, by this or another coordinator.
-        StrategyError: the strategy or its options do not exist.
+        StrategyError: the strategy or its options do not exist, or do not suit the run.
     """
     grid.should_stop = should_stop
     try:
@@ -125,6 +126,8 @@ def _drive(
 ) -> Vector:
     begin_run(store, run_id)
     strategy = make_strategy(config.strategy, config.strategy_options)
+    if isinstance(strategy, Ours):
+        strategy.prepare(config, run_layout(store, run_id))
     place = find_place(store, run_id)
     held = decode_state(place.state) if place.state is not None else {}
     grid.recall(held.get("grid", {}))
@@ -152,27 +155,28 @@ def _drive(
 
 
 def _measure_start(store: Store, run_id: int, theta: Vector, evaluate: Evaluate | None) -> RoundResult:
-    started = time.perf_counter()
+    started = now()
     measured = dict(evaluate(theta)) if evaluate else {}
-    return commit_start(store, run_id, theta, measured, time.perf_counter() - started)
+    return commit_start(store, run_id, theta, measured, (now() - started).total_seconds())
 
 
 def _run_attempt(run: Driven, place: Place) -> tuple[Place, RoundResult | None]:
     """One attempt at a round: where the run stands then, and the round's result if it has ended."""
     number, config = place.number, run.config
     cohort = place.cohort or _sample(run, number, place.attempt)
-    started, before = time.perf_counter(), capture(run.strategy)
+    started, before = now(), capture(run.strategy)
     enough, exponent = (config.cohort if config.over_selection else 0), None
     if config.mode == "fedbuff":
         enough, exponent = config.buffer, config.staleness_exponent
     run.grid.enter(Cohort(number, place.attempt, cohort, config.deadline_s, enough, exponent))
     theta, reason, tally, trained = _train_round(run, number, place.theta)
     measured = _measure(run, theta, reason, number)
+    measured["step_norm"] = float(np.linalg.norm(theta.astype(np.float64) - place.theta))  # how far the round went
     if reason is not None:
         restore(run.strategy, before)  # as the parameters, it goes on from before the attempt
     kept = {"strategy": capture(run.strategy), "grid": run.grid.capture()}
     state = encode_state(kept) if any(kept.values()) else None
-    seconds = time.perf_counter() - started
+    seconds = (now() - started).total_seconds()
     done = Attempt(theta, reason, tally, trained, measured, seconds, state)
     outcome = commit_attempt(run.store, run.id, number, done, retry=place.attempt < config.max_attempts)
     if not config.retain_updates:

@@ -7,9 +7,10 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import ForeignKey, String, UniqueConstraint
@@ -46,6 +47,11 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, OUTAGES) and (not isinstance(error, OSError) or error.errno in _DISK)
 
 
+class HasNow(Protocol):
+    def now(self) -> datetime:
+        """Aware, in UTC, and never earlier than before."""
+
+
 class Clock:
     """The time of day when this was made, and from then on what has really passed: a clock that is set ends no lease.
 
@@ -65,11 +71,21 @@ def _passed_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-_clock = Clock(lambda: datetime.now(UTC), _passed_s)
+_clock: ContextVar[HasNow] = ContextVar("clock", default=Clock(lambda: datetime.now(UTC), _passed_s))  # noqa: B039 - it has no state
 
 
 def now() -> datetime:
-    return _clock.now()
+    return _clock.get().now()
+
+
+@contextmanager
+def by_clock(clock: HasNow) -> Iterator[None]:
+    """In this thread, and as long as this lasts, it is what that clock says: fleets are simulated on a virtual one."""
+    before = _clock.set(clock)
+    try:
+        yield
+    finally:
+        _clock.reset(before)
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
@@ -223,6 +239,7 @@ class Assignment(Base):
         UniqueConstraint("run_id", "round", "attempt", "device_id", "kind"),
         sa.Index("ix_assignments_device_id_status", "device_id", "status"),
         sa.Index("ix_assignments_run_id_counted_in", "run_id", "counted_in"),
+        sa.Index("ix_assignments_status_run_id", "status", "run_id"),
     )
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"))
@@ -231,7 +248,7 @@ class Assignment(Base):
     device_id: Mapped[int] = mapped_column(ForeignKey("devices.id"))
     kind: Mapped[str] = mapped_column(String(10))  # train, evaluate
     counted_in: Mapped[int | None]  # the round whose commit settled it: a later one where rounds are buffered
-    status: Mapped[str] = mapped_column(String(20), default="offered", index=True)
+    status: Mapped[str] = mapped_column(String(20), default="offered")
     config: Mapped[dict[str, Any]]
     parameters: Mapped[str] = mapped_column(ForeignKey("blobs.digest"))
     phase: Mapped[str | None] = mapped_column(String(20))  # downloading, training, uploading: as the device last said
@@ -324,6 +341,14 @@ class Vitals(Base):
     spool_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     rss_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     open_files: Mapped[int]
+
+
+class Presence(Base):
+    """The most devices that were there at once in an hour; kept for five weeks (vitals.py)."""
+
+    __tablename__ = "presence"
+    hour: Mapped[datetime] = mapped_column(primary_key=True)  # its beginning
+    devices: Mapped[int]
 
 
 def database_url(text: str) -> URL:

@@ -12,15 +12,17 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import OUTAGES, Device, Store, StoreError, Vitals, now
+from pocketfed.coordinator.store import OUTAGES, Device, Presence, Store, StoreError, Vitals, now
 
 EVERY_S = 15.0
 KEPT = timedelta(days=1)
+HOURS_KEPT = timedelta(days=35)
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 EXPECTED = ("OK", "CANCELLED")  # codes that are nobody's fault: a device may hang up
 
@@ -171,3 +173,15 @@ class Recorder:
         with self._store.write() as session:
             session.add(row)
             session.execute(sa.delete(Vitals).where(Vitals.at < now() - KEPT))
+            note_presence(session, row.at, row.devices)
+
+
+def note_presence(session: Session, at: datetime, devices: int) -> None:
+    """The hour's greatest number of devices that were there at once."""
+    hour = at.replace(minute=0, second=0, microsecond=0)
+    noted = session.get(Presence, hour)
+    if noted is None:
+        session.add(Presence(hour=hour, devices=devices))
+        session.execute(sa.delete(Presence).where(Presence.hour < hour - HOURS_KEPT))
+    else:
+        noted.devices = max(noted.devices, devices)

@@ -13,6 +13,9 @@ PAGES = (
     ("round", "Round", ":material/filter_alt:"),
     ("fleet", "Fleet", ":material/devices:"),
     ("models", "Models", ":material/deployed_code:"),
+    ("security", "Security & privacy", ":material/shield:"),
+    ("compare", "Compare", ":material/compare_arrows:"),
+    ("system", "System", ":material/database:"),
 )
 # drawn here, because Streamlit would fetch the picture of an emoji or of a named icon from the web
 MARK = (

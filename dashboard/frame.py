@@ -1,9 +1,8 @@
-"""What every page shares: the open database, the chosen run, and a friendly word when there is nothing to show."""
+"""What every page shares: who may see it, the chosen run, and a friendly word when there is nothing to show."""
 
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +10,10 @@ import pandas as pd
 import sqlalchemy as sa
 import streamlit as st
 
-from pocketfed.coordinator.store import Store, StoreError, database_url
-from pocketfed.dashboard import queries
+from pocketfed.coordinator.store import Store, StoreError
+from pocketfed.dashboard import login, queries
 from pocketfed.dashboard.charts import BLUE, GREY, ORANGE, RED, TEAL, run_label
-from pocketfed.dashboard.launch import DATABASE_VARIABLE
+from pocketfed.dashboard.opening import NothingToShowError, store
 from pocketfed.dashboard.words import markup
 
 RETRY_S = 4  # how often a page with nothing to show looks again
@@ -23,59 +22,15 @@ PAGE_ROWS = 50
 TONES = {"good": TEAL, "busy": BLUE, "wait": ORANGE, "bad": RED, "quiet": GREY}
 
 
-class NothingToShowError(Exception):
-    """The page has nothing to show, for a reason that is no fault of the reader; `sentence` says what to do."""
-
-    def __init__(self, title: str, sentence: str) -> None:
-        super().__init__(f"{title}: {sentence}")
-        self.title = title
-        self.sentence = sentence
-
-
-# ---- the database ------------------------------------------------------------------------------------------
-
-
-@st.cache_resource(show_spinner=False, max_entries=4)
-def _open(database: str, identity: int | None) -> Store:
-    """One engine for all readers. `identity` changes with the file, so that a database made anew is opened anew."""
-    del identity
-    return Store(database, create=False)
-
-
-def _file_identity(database: str) -> int | None:
-    url = database_url(database)
-    if url.get_backend_name() != "sqlite" or url.database is None:
-        return 0
-    try:
-        return os.stat(url.database).st_ino
-    except OSError:
-        return None
-
-
-def store() -> Store:
-    """The store named by the environment.
-
-    Raises:
-        NothingToShowError: no database is named, or it cannot be used.
-    """
-    database = os.environ.get(DATABASE_VARIABLE, "")
-    if not database:
-        raise NothingToShowError(
-            "No database is named", f"set {DATABASE_VARIABLE}, or start `pocketfed dashboard --database fleet.db`"
-        )
-    try:
-        return _open(database, _file_identity(database))
-    except StoreError as error:
-        raise NothingToShowError("The database cannot be shown", str(error)) from None
-
-
 # ---- a page ------------------------------------------------------------------------------------------------
 
 
 def page(body: Callable[[Store], None]) -> None:
     """Draw a page from the store, or say in a sentence why it cannot be; then look again every RETRY_S seconds."""
     try:
-        body(store())
+        opened = store()
+        if login.admit(opened):
+            body(opened)
     except (NothingToShowError, StoreError, sa.exc.DBAPIError) as error:
         trouble = _as_trouble(error)
         st.session_state["fresh"] = True
@@ -88,7 +43,10 @@ def live(body: Callable[[Store], None]) -> Callable[[], None]:
     @st.fragment(run_every=LIVE_S)
     def part() -> None:
         try:
-            body(store())
+            opened = store()
+            if not login.entitled(opened):  # logged out elsewhere, disabled, or of another role by now
+                st.rerun()
+            body(opened)
         except (NothingToShowError, StoreError, sa.exc.DBAPIError) as error:
             trouble = _as_trouble(error)
             notice("wait", trouble.title, html.escape(trouble.sentence))
@@ -155,8 +113,8 @@ def chosen_run(opened: Store) -> int:
         NothingToShowError: there is no run, or none of that number.
     """
     with opened.read() as session:
-        names = queries.run_names(session)
-        newest = queries.newest_run_id(session)
+        names = queries.runs.run_names(session)
+        newest = queries.runs.newest_run_id(session)
         if newest is None:
             raise NothingToShowError(
                 "No run yet",
@@ -164,7 +122,7 @@ def chosen_run(opened: Store) -> int:
             )
         wanted = _wanted_run()
         if wanted is not None and wanted not in names:
-            asked = queries.run(session, wanted)
+            asked = queries.runs.run(session, wanted)
             if asked is None:
                 _forget_run()
                 raise NothingToShowError(
@@ -217,7 +175,7 @@ def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, Any]) -> N
     st.dataframe(frame, hide_index=True, width="stretch", column_config=columns, height=height, placeholder="–")
 
 
-def run_sentence(line: queries.RunLine) -> str:
+def run_sentence(line: queries.runs.RunLine) -> str:
     """HTML: what a run trains, on which channel."""
     return (
         f"Run {line.id} <b>{markup(line.name, 60)}</b> trains <b>{markup(line.trainable_set, 30)}</b> "

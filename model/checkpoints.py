@@ -1,4 +1,4 @@
-"""Model folders: `config.json`, `model.safetensors`, `vocab.txt`; Hugging Face's are read too."""
+"""Model folders: `config.json`, `model.safetensors`, `vocab.txt`; Hugging Face's and TF1's names are read too."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocketfed.model.config import ConfigError, MobileBertConfig
+from pocketfed.model.google_names import config_of_google, is_google, tensors_from_google
+from pocketfed.model.huggingface import read_config, read_labels, read_tensors
 from pocketfed.model.mobilebert import MobileBert
 from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state, stored_bytes
 from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocabulary
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
+ARRAYS = "model.npz"  # read, never written: arrays taken from a TF1 checkpoint
 CASE, CARD = "tokenizer_config.json", "README.md"
-OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD}
-PREFIX = "mobilebert."
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"  # for Hugging Face
+OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD, TOKENIZER, SPECIAL}
 
 
 class CheckpointError(ValueError):
@@ -51,11 +55,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if self.quantization not in (None, "int8"):
             raise CheckpointError(f"quantization is {self.quantization!r}; choose int8, or none")
-        if len(self.vocabulary) != self.config.vocab_size:
-            raise CheckpointError(
-                f"the vocabulary has {len(self.vocabulary)} tokens and the config's vocab_size is "
-                f"{self.config.vocab_size}; use the vocabulary the model was trained with"
-            )
+        _check_vocabulary(self.config, len(self.vocabulary))
         _check_tensors(self.config, self.state, self.labels)
 
 
@@ -71,7 +71,7 @@ def save(checkpoint: Checkpoint, folder: Path, card: str | None = None) -> None:
     Raises:
         CheckpointError: the place is taken by something else, cannot be written to, or the weights are not finite.
     """
-    _write_whole(folder, lambda fresh: _write(checkpoint, fresh, card))
+    write_whole(folder, lambda fresh: _write(checkpoint, fresh, card))
 
 
 def save_folder(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Tensor], vocabulary: Vocabulary) -> None:
@@ -86,7 +86,7 @@ def save_folder(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Te
         save_file(held, fresh / WEIGHTS, metadata={"format": "pt"})
         _write_texts(fresh, {"model_type": "mobilebert", **config.to_dict()}, vocabulary.tokens, vocabulary.lower_case)
 
-    _write_whole(folder, write)
+    write_whole(folder, write)
 
 
 def load_folder(folder: Path) -> tuple[MobileBertConfig, dict[str, Tensor], Vocabulary]:
@@ -98,15 +98,23 @@ def load_folder(folder: Path) -> tuple[MobileBertConfig, dict[str, Tensor], Voca
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check the path")
+    content, tensors = _read_model(folder)
     try:
-        return MobileBertConfig.from_dict(_read_config(folder)), _read_tensors(folder), load_vocabulary(folder)
+        config, vocabulary = read_config(content, tensors), load_vocabulary(folder)
+        _check_vocabulary(config, len(vocabulary))
+        return config, tensors, vocabulary
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no vocabulary; put its vocab.txt or tokenizer.json there") from None
-    except (ConfigError, VocabularyError) as error:
+    except (CheckpointError, ConfigError, VocabularyError) as error:
         raise CheckpointError(f"{folder} is not a usable model: {error}") from None
 
 
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """A model folder that `write` fills, whole or not at all; one that is there already is replaced.
+
+    Raises:
+        CheckpointError: the place is taken by something else, or cannot be written to.
+    """
     folder = Path(folder)
     check_writable(folder)
     try:
@@ -180,12 +188,11 @@ def load(folder: Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check the path, or run `pocketfed distill`")
-    content = _read_config(folder)
-    tensors = _read_tensors(folder)
+    content, tensors = _read_model(folder)
     try:
-        config = MobileBertConfig.from_dict({**content, "classifier_activation": _has_pooler(content, tensors)})
+        config = read_config(content, tensors)
         vocabulary = load_vocabulary(folder)
-        state, labels = _student_tensors(config, dequantize_state(tensors)), _labels(content, tensors)
+        state, labels = read_tensors(config, dequantize_state(tensors)), read_labels(content, tensors)
         quantized = any(value.dtype == torch.int8 for value in tensors.values())
         return Checkpoint(
             config, state, vocabulary.tokens, labels, "int8" if quantized else None, vocabulary.lower_case
@@ -240,8 +247,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
+    path, arrays = folder / WEIGHTS, folder / ARRAYS
+    if not path.is_file() and not arrays.is_file():
         pickled = next(iter(sorted(p.name for p in folder.glob("*.bin"))), None)
         if pickled:
             raise CheckpointError(
@@ -249,43 +256,33 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             )
         raise CheckpointError(f"{folder} has no {WEIGHTS}; fetch or save the model again")
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch or save the model again") from None
-    return tensors
+        if path.is_file():
+            return load_file(path)
+        with np.load(arrays, allow_pickle=False) as held:
+            return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
+    except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{path if path.is_file() else arrays} is damaged ({error}); fetch or save the model again"
+        ) from None
 
 
-def _has_pooler(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    stated = content.get("classifier_activation")
-    # Hugging Face's default is a pooler, ours is none, and its files may leave defaults out: the weights tell.
-    stored = any(name.removeprefix(PREFIX) == "pooler.dense.weight" for name in tensors)
-    return stored if stated is None or stated is True else stated
+def _read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors in Hugging Face's names, whichever of both's they are stored in."""
+    content, tensors = _read_config(folder), _read_tensors(folder)
+    if not is_google(tensors):
+        return content, tensors
+    try:
+        return config_of_google(content), tensors_from_google(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is not a usable model: {error}") from None
 
 
-def _student_tensors(config: MobileBertConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without Hugging Face's prefix, float32, and without what a student does not have."""
-    state: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        short = name.removeprefix(PREFIX)
-        unused = short.startswith(("cls.", "qa_outputs.")) or short == "embeddings.position_ids"
-        unused = unused or (short.startswith("pooler.") and not config.classifier_activation)
-        # Hugging Face allocates a second bottleneck that a model with use_bottleneck_attention never reads.
-        unused = unused or (config.use_bottleneck_attention and ".bottleneck.attention." in short)
-        if not unused:
-            state[short] = value.to(torch.float32) if value.dtype in FLOATS else value
-    return state
-
-
-def _labels(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, ...] | None:
-    labels = content.get("labels")
-    if labels is None and "classifier.weight" in tensors and isinstance(content.get("id2label"), dict):
-        named = content["id2label"]
-        labels = [named.get(str(i)) for i in range(len(named))]
-    if labels is None:
-        return None
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError(f"labels are {labels!r}; they must be a list of texts")
-    return tuple(labels)
+def _check_vocabulary(config: MobileBertConfig, tokens: int) -> None:
+    if tokens != config.vocab_size:
+        raise CheckpointError(
+            f"the vocabulary has {tokens} tokens and the config's vocab_size is {config.vocab_size}; use the vocabulary the "
+            "model was trained with"
+        )
 
 
 def _check_tensors(config: MobileBertConfig, state: Mapping[str, Tensor], labels: tuple[str, ...] | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pocketfed.model.pretraining import NO_PAIR
 
@@ -13,6 +16,8 @@ from pocketfed.model.pretraining import NO_PAIR
 # them with the layer's own.
 FEATURE_WEIGHT, MEAN_WEIGHT, VARIANCE_WEIGHT = 100.0, 5000.0, 5.0
 GROUND_TRUTH_SHARE = 0.5
+# Logits of a part of the vocabulary's loss: what a CPU's cache holds; elsewhere only a bound on memory.
+CACHED_LOGITS, MOST_LOGITS = 1 << 17, 1 << 26
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -65,16 +70,52 @@ def pretraining_distillation_loss(
     Args:
         student, teacher: (M, V) logits of the hidden positions. targets: (M,) token ids.
     """
-    s, t = _wide(student), _wide(teacher)
-    log_probabilities = s.log_softmax(-1)
-    hard = F.nll_loss(log_probabilities, targets)
-    soft = -(t.softmax(-1) * log_probabilities).sum(-1).mean()
-    return ground_truth * hard + (1.0 - ground_truth) * soft
+    return _WordLoss.apply(student, teacher, targets, ground_truth)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats, mean over the (M, V) hidden positions."""
-    return F.cross_entropy(_wide(logits), targets)
+    return _WordLoss.apply(logits, None, targets, 1.0)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WordLoss(torch.autograd.Function):
+    """Cross-entropy of (M, V) logits against `share` of the target and 1 - `share` of the teacher's prediction.
+
+    The gradient, softmax(student) - wanted, is made along with the loss, some rows at a time: no matrix of M x V in float32
+    is ever held, of which autograd would keep five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, targets: Tensor, share: float) -> Tensor:
+        rows = max(1, (CACHED_LOGITS if student.device.type == "cpu" else MOST_LOGITS) // student.shape[1])
+        gradient = torch.empty_like(student)
+        loss = _wide(student.new_zeros(()))
+        for start in range(0, len(student), rows):
+            part = slice(start, start + rows)
+            target = targets[part].unsqueeze(1)  # (R, 1)
+            log_probabilities = _wide(student[part]).log_softmax(-1)  # (R, V)
+            loss -= share * log_probabilities.gather(1, target).sum()
+            if teacher is None:
+                difference = log_probabilities.exp_()
+            else:
+                wanted = _wide(teacher[part]).softmax(-1)
+                loss -= (1.0 - share) * torch.dot(wanted.view(-1), log_probabilities.view(-1))
+                difference = log_probabilities.exp_().sub_(wanted, alpha=1.0 - share)
+            difference.scatter_add_(1, target, torch.full_like(target, -share, dtype=difference.dtype))
+            gradient[part] = difference.div_(len(student))
+        ctx.save_for_backward(gradient)
+        return loss / len(student)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (
+            gradient.mul_(outer.to(gradient.dtype)),
+            None,
+            None,
+            None,
+        )  # in place: a second pass is refused by autograd
 
 
 def next_sentence_loss(logits: Tensor, labels: Tensor) -> Tensor:

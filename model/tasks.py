@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
+
+from pocketfed.model.metrics import accuracy as accuracy
+from pocketfed.model.task_files import DataError as DataError
+from pocketfed.model.task_files import Table
+from pocketfed.model.task_layouts import read_splits
 
 MAX_TEXT_CHARS = 1_000_000  # a longer text is skipped; shorter ones are kept whole, truncation is the tokenizer's
 MAX_LABEL_CHARS = 200  # labels travel in every manifest
@@ -26,43 +29,44 @@ _PAIRS = (
     ("question1", "question2"),
     ("premise", "hypothesis"),
     ("question", "sentence"),
+    ("question", "passage"),
     ("#1 string", "#2 string"),
 )
 _TEXTS = ("text", "sentence", "utterance", "question")
-_LABELS = ("label", "category", "intent", "class", "quality")
+LABELS = ("gold_label", "label", "category", "intent", "class", "quality", "is_duplicate")
+SCORES = ("score", "similarity")
 _USERS = ("user", "speaker")
-_SPLITS: Mapping[str, tuple[str, ...]] = {
-    "train": ("train",),
-    "dev": ("dev", "valid", "validation", "val"),
-    "test": ("test",),
-}
-_ROW_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-_LINE_SUFFIXES = (".txt", ".tokens")
-_LOOKED_FOR = (
-    "train.csv|tsv|jsonl|json (with dev|valid|test), msr_paraphrase_train.txt, train/seq.in with train/label, "
-    "data_full.json, train/*.txt of speaker|text|basic|general|full"
-)
-_T = TypeVar("_T")
-
-
-class DataError(ValueError):
-    """Data that cannot be used; one sentence with the path and the remedy."""
+# Columns that tell which task of GLUE it is, and what that is measured by.
+_METRICS: Mapping[str, str] = {"acceptability mark": "matthews", "quality": "f1", "is_duplicate": "f1"}
+_Kind = Literal["texts", "classification", "regression"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text (or pair of texts); `fields` are the other columns, for a partition `by:COLUMN`."""
+    """One text (or pair of texts); `fields` are the other columns, for a partition `by:COLUMN`.
+
+    What is to be said of it depends on the kind of the data set: `label`; `score`; `tags`, one for each of `words`; or
+    `answers`, (text, offset of its first character in `text_pair`), none where the passage has none.
+    """
 
     text: str
     label: str | None = None
     text_pair: str | None = None
     user: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    score: float | None = None
+    words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    answers: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits; `labels` are those of train, sorted; `skipped` counts the rows left out, by reason."""
+    """Three splits; `labels` (or tags) are those of train, sorted; `skipped` counts the rows left out, by reason.
+
+    metric: what the task is usually told by. further: splits beside the three, such as MNLI's mismatched ones.
+    outside: the label that stands for out of scope, where one of `labels` does.
+    """
 
     name: str
     train: tuple[Example, ...]
@@ -71,12 +75,16 @@ class Dataset:
     labels: tuple[str, ...]
     skipped: Mapping[str, int]
     test_source: Literal["given", "dev", "held out", "none"] = "given"
+    kind: Literal["classification", "regression", "tokens", "spans"] = "classification"
+    metric: str = "accuracy"
+    further: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    outside: str | None = None
 
     def with_test(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
         """A data set that surely has a test; `test_source` says where it is from.
 
         Its own test, else dev (which is then no longer dev), else a seeded part of train: of each label `fraction`,
-        rounded, but never the label's last example.
+        rounded, but never the label's last example; of questions, those on that part of the passages.
 
         Raises:
             DataError: a fraction not between 0 and 1, or too few examples to hold one out.
@@ -89,10 +97,15 @@ class Dataset:
             return replace(self, dev=(), test=self.dev, test_source="dev")
         random = np.random.Generator(np.random.PCG64(seed))
         held: set[int] = set()
-        for label in (None, *self.labels):
-            mine = [i for i, e in enumerate(self.train) if e.label == label]
+        groups = [[[i] for i, e in enumerate(self.train) if e.label == label] for label in (None, *self.labels)]
+        if self.kind == "spans":  # whole passages: a question is easier where another on its passage was learnt
+            passages: dict[str | None, list[int]] = {}
+            for i, e in enumerate(self.train):
+                passages.setdefault(e.text_pair, []).append(i)
+            groups = [list(passages.values())]
+        for mine in groups:
             wanted = min(len(mine) - 1, round(len(mine) * fraction))
-            held |= {mine[i] for i in random.permutation(len(mine))[: max(wanted, 0)]}
+            held |= {i for place in random.permutation(len(mine))[: max(wanted, 0)] for i in mine[place]}
         if not held:
             raise DataError(
                 f"{self.name} has {len(self.train)} training examples, too few to hold out {fraction:.0%}; "
@@ -104,258 +117,6 @@ class Dataset:
             test=tuple(self.train[i] for i in sorted(held)),
             test_source="held out",
         )
-
-
-# --- files -> tables ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Rows as they stand in a file, column names in lower case; `bad` counts those that could not even be split."""
-
-    path: Path
-    columns: tuple[str, ...]
-    rows: list[dict[str, Any]]
-    bad: Mapping[str, int] = field(default_factory=dict)
-
-
-def _decode(path: Path) -> str:
-    """The file's text, without a byte order mark.
-
-    Raises:
-        DataError: unreadable, empty, or not UTF-8.
-    """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-    if not raw.strip():
-        raise DataError(f"{path} is empty; give a file with at least one row")
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16; save it as UTF-8")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        raise DataError(f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {error.start}); save it as UTF-8") from None
-    if raw.count(0) * 10 > len(raw):  # a stray NUL is removed from its text, but so many are UTF-16 or no text at all
-        raise DataError(f"{path} is binary or UTF-16 ({raw.count(0)} NUL bytes); save it as UTF-8 text")
-    return text
-
-
-def _records(path: Path, content: str) -> list[list[str]]:
-    """Cells of a CSV (quoted as by RFC 4180) or of a TSV (not quoted at all: in GLUE a quotation mark is just text)."""
-    if path.suffix.lower() == ".tsv":
-        return [line.rstrip("\r").split("\t") for line in content.split("\n") if line.strip("\r")]
-    limit = csv.field_size_limit(2**31 - 1)  # the default refuses a field of 128 KiB; long texts are counted, not fatal
-    try:
-        try:
-            return [r for r in csv.reader(io.StringIO(content, newline=""), strict=True) if r]
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                raise DataError(f'{path} opens a quotation mark (") that is never closed; close or double it') from None
-        return [r for r in csv.reader(io.StringIO(content, newline="")) if r]  # a lenient second try: "a"b is ab
-    except csv.Error as error:
-        raise DataError(f"{path} is not a CSV file ({error}); save it as UTF-8 CSV with commas") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _delimited(path: Path) -> _Table:
-    records = _records(path, _decode(path))
-    first = records[0] if records else []
-    if path.suffix.lower() == ".tsv" and len(first) == 4 and first[1] in ("0", "1") and first[2] in ("", "*"):
-        header = ["source", "label", "mark", "sentence"]  # CoLA has no header
-    else:
-        header, records = [name.replace("\0", "").strip().lower() for name in first], records[1:]
-    fitting = [dict(zip(header, r, strict=True)) for r in records if len(r) == len(header)]
-    return _Table(path, tuple(header), fitting, {"wrong number of columns": len(records) - len(fitting)})
-
-
-def _objects(path: Path, items: Iterable[Any], broken: int = 0) -> _Table:
-    rows: list[dict[str, Any]] = []
-    for item in items:
-        if isinstance(item, dict):
-            rows.append({str(k).strip().lower(): v for k, v in item.items()})
-        else:
-            broken += 1
-    return _Table(path, tuple(dict.fromkeys(k for row in rows for k in row)), rows, {"not a JSON object": broken})
-
-
-def _json_lines(path: Path) -> _Table:
-    items: list[Any] = []
-    for line in _decode(path).split("\n"):  # not splitlines(): U+2028 may stand inside a text
-        if line.strip():
-            try:
-                items.append(json.loads(line))
-            except (ValueError, RecursionError):
-                items.append(None)
-    return _objects(path, items)
-
-
-def _json_document(path: Path) -> Any:
-    content = _decode(path)
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); if it has one object a line, name it .jsonl") from None
-
-
-def _table(path: Path) -> _Table:
-    suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return _delimited(path)
-    if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path)
-    if suffix in _LINE_SUFFIXES:
-        lines = [{"text": line} for line in _decode(path).split("\n") if line.strip()]
-        return _Table(path, ("text",), lines)
-    if suffix == ".json":
-        items = _json_document(path)
-        if isinstance(items, list):
-            return _objects(path, items)
-        raise DataError(f'{path} holds no list of objects; give a list of {{"text": …, "label": …}}')
-    known = ", ".join(_ROW_SUFFIXES + _LINE_SUFFIXES)
-    shown = suffix or "(none)"
-    raise DataError(f"{path} has the extension {shown}, which is not read; give one of {known}, or a folder")
-
-
-# --- folders -> tables of splits ------------------------------------------------------------------------------------
-
-
-def _first_existing(candidates: Iterable[Path], ok: Callable[[Path], bool]) -> Path | None:
-    """The only candidate there is.
-
-    Raises:
-        DataError: more than one, so that it is unclear which is meant.
-    """
-    found = [c for c in candidates if ok(c)]
-    if len(found) > 1:
-        names = " and ".join(c.name for c in found)
-        raise DataError(f"{found[0].parent} has both {names}; leave one of them")
-    return found[0] if found else None
-
-
-def _split_files(folder: Path, suffixes: Sequence[str]) -> dict[str, _Table]:
-    """`train.*`, `dev|valid|validation|val.*`, `test.*`: plain files and most of GLUE."""
-    found = {
-        split: _first_existing((folder / f"{n}{s}" for n in names for s in suffixes), Path.is_file)
-        for split, names in _SPLITS.items()
-    }
-    return {split: _table(path) for split, path in found.items() if path is not None} if found["train"] else {}
-
-
-def _split_folders(folder: Path, ok: Callable[[Path], bool]) -> dict[str, Path]:
-    found = {s: _first_existing((folder / n for n in names), ok) for s, names in _SPLITS.items()}
-    return {split: path for split, path in found.items() if path is not None} if found["train"] else {}
-
-
-def _mrpc(folder: Path) -> dict[str, _Table]:
-    """MRPC as Microsoft gives it: dev is the part of train whose two ids stand in `dev_ids.tsv`."""
-    train_path, ids_path, test_path = (
-        folder / name for name in ("msr_paraphrase_train.txt", "dev_ids.tsv", "msr_paraphrase_test.txt")
-    )
-
-    def read(path: Path) -> _Table:
-        lines = [line.rstrip("\r").split("\t") for line in _decode(path).split("\n") if line.strip()]
-        header = [name.lower() for name in lines[0]]
-        rows = [dict(zip(header, r, strict=True)) for r in lines[1:] if len(r) == len(header)]
-        return _Table(path, tuple(header), rows, {"wrong number of columns": len(lines) - 1 - len(rows)})
-
-    train = read(train_path)
-    tables = {"train": train}
-    if ids_path.is_file():
-        ids = {tuple(line.split()) for line in _decode(ids_path).splitlines()}
-        is_dev = [(row.get("#1 id"), row.get("#2 id")) in ids for row in train.rows]
-        tables["train"] = replace(train, rows=[r for r, dev in zip(train.rows, is_dev, strict=True) if not dev])
-        tables["dev"] = replace(train, rows=[r for r, dev in zip(train.rows, is_dev, strict=True) if dev], bad={})
-    if test_path.is_file():
-        tables["test"] = read(test_path)
-    return tables
-
-
-def _seq_in(folder: Path) -> _Table:
-    """`seq.in` and `label`, line by line (SNIPS, ATIS as slot-filling papers give them)."""
-    texts, labels = (_decode(folder / name).removesuffix("\n").split("\n") for name in ("seq.in", "label"))
-    if len(texts) != len(labels):
-        raise DataError(
-            f"{folder / 'seq.in'} has {len(texts)} lines and {folder / 'label'} has {len(labels)}; they must match"
-        )
-    rows = [{"text": t, "label": y} for t, y in zip(texts, labels, strict=True)]
-    return _Table(folder / "seq.in", ("text", "label"), rows)
-
-
-def _dialogue(folder: Path) -> _Table:
-    """MRDA: one file a meeting, `speaker|text|basic|general|full` a line; the label is the basic act."""
-    columns = ("speaker", "text", "label", "general", "full")
-    rows: list[dict[str, Any]] = []
-    bad = 0
-    for path in sorted(folder.glob("*.txt")):
-        cells = [line.rstrip("\r").split("|") for line in _decode(path).split("\n") if line.strip()]
-        rows += [{**dict(zip(columns, c, strict=True)), "meeting": path.stem} for c in cells if len(c) == 5]
-        bad += sum(len(c) != 5 for c in cells)
-    return _Table(folder, (*columns, "meeting"), rows, {"wrong number of columns": bad})
-
-
-def _is_dialogue(folder: Path) -> bool:
-    first = next(iter(sorted(folder.glob("*.txt"))), None)
-    return first is not None and _decode(first).split("\n", 1)[0].count("|") == 4
-
-
-def _json_splits(path: Path) -> dict[str, _Table]:
-    """{split: [[text, label], …]} (CLINC150); other splits, such as out-of-scope ones, are counted and left out.
-
-    A `domains.json` ({domain: [label, …]}) beside it becomes the field `domain`.
-    """
-    document = _json_document(path)
-    if not isinstance(document, dict) or not isinstance(document.get("train"), list):
-        raise DataError(f'{path} has no list "train"; give {{"train": [[text, label], …], "test": …}}')
-    domains_path = path.parent / "domains.json"
-    domains = _json_document(domains_path) if domains_path.is_file() else {}
-    domain_of = {y: name for name, labels in domains.items() for y in labels} if isinstance(domains, dict) else {}
-    tables: dict[str, _Table] = {}
-    for split, names in _SPLITS.items():
-        items = next((document[n] for n in names if isinstance(document.get(n), list)), None)
-        if items is None:
-            continue
-        pairs = [i for i in items if isinstance(i, list) and len(i) == 2]
-        rows = [
-            {"text": t, "label": y} | ({"domain": domain_of[y]} if isinstance(y, str) and y in domain_of else {})
-            for t, y in pairs
-        ]
-        bad = {"not a pair of text and label": len(items) - len(pairs)}
-        tables[split] = _Table(path, ("text", "label", "domain"), rows, bad)
-    known = {n for names in _SPLITS.values() for n in names}
-    left_out = {f"split {k}": len(v) for k, v in document.items() if k not in known and isinstance(v, list)}
-    tables["train"] = replace(tables["train"], bad={**tables["train"].bad, **left_out})
-    return tables
-
-
-def _folder(folder: Path, labelled: bool) -> dict[str, _Table]:
-    if (folder / "msr_paraphrase_train.txt").is_file():
-        return _mrpc(folder)
-    tables = _split_files(folder, _ROW_SUFFIXES if labelled else _ROW_SUFFIXES + _LINE_SUFFIXES)
-    if tables:
-        return tables
-    if (folder / "data_full.json").is_file():
-        return _json_splits(folder / "data_full.json")
-    folders = _split_folders(folder, lambda p: (p / "seq.in").is_file() and (p / "label").is_file())
-    if folders:
-        return {split: _seq_in(path) for split, path in folders.items()}
-    folders = _split_folders(folder, lambda p: p.is_dir() and _is_dialogue(p))
-    if folders:
-        return {split: _dialogue(path) for split, path in folders.items()}
-    raise DataError(f"{folder} has none of the known layouts; looked for {_LOOKED_FOR}")
-
-
-def _tables(path: Path, labelled: bool) -> dict[str, _Table]:
-    if path.is_dir():
-        return _folder(path, labelled)
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give the path of a file or folder with texts")
-    if path.suffix.lower() == ".json" and isinstance(_json_document(path), dict):
-        return _json_splits(path)
-    return {"train": _table(path)}
 
 
 # --- tables -> examples ---------------------------------------------------------------------------------------------
@@ -371,7 +132,7 @@ def _clean(value: Any) -> str | None:
     return text.strip() if text.isascii() else re.sub(r"[\ud800-\udfff]", "\ufffd", text).strip()
 
 
-def _text_columns(table: _Table) -> tuple[str, str | None]:
+def _text_columns(table: Table) -> tuple[str, str | None]:
     for one, two in _PAIRS:
         if one in table.columns and two in table.columns:
             return one, two
@@ -396,25 +157,42 @@ def _text_problem(row: Mapping[str, Any], column: str) -> str | None:
     return f"text over {MAX_TEXT_CHARS:,} characters" if len(text) > MAX_TEXT_CHARS else None
 
 
-def _examples(
-    table: _Table, labelled: bool, known: frozenset[str] | None, skipped: Counter[str]
-) -> tuple[Example, ...]:
+def _said(row: Mapping[str, Any], column: str | None, known: frozenset[str] | None) -> tuple[str, str | None]:
+    """A row's label, and what is wrong with it."""
+    value = _clean(row.get(column)) if column else ""
+    if not value or (column == "gold_label" and value == "-"):  # "-": the annotators did not agree (SNLI)
+        return "", "label is not a string" if value is None else "missing label"
+    if len(value) > MAX_LABEL_CHARS:
+        return "", f"label over {MAX_LABEL_CHARS} characters"
+    return value, "label not in train" if known is not None and value not in known else None
+
+
+def _number(row: Mapping[str, Any], column: str) -> tuple[float | None, str | None]:
+    """A row's score, and what is wrong with it."""
+    value = row.get(column)
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        score = math.nan
+    return (score, None) if math.isfinite(score) else (None, "score is not a number")
+
+
+def _examples(table: Table, kind: _Kind, known: frozenset[str] | None, skipped: Counter[str]) -> tuple[Example, ...]:
     """The usable rows; the others are counted in `skipped`. `known` are the labels that may occur, None for any."""
     text, pair = _text_columns(table)
-    label, user = _first(table.columns, _LABELS), _first(table.columns, _USERS)
+    label, user = _first(table.columns, LABELS), _first(table.columns, _USERS)
+    if kind == "regression":
+        label = _first(table.columns, (*SCORES, *LABELS))
     others = [c for c in table.columns if c not in (text, pair, label, user)]
     skipped.update({reason: count for reason, count in table.bad.items() if count})
     examples: list[Example] = []
     for row in table.rows:
         problem = _text_problem(row, text) or (_text_problem(row, pair) if pair else None)
-        value = _clean(row.get(label)) if label else ""
-        if problem is None and labelled:
-            if not value:
-                problem = "missing label" if value == "" else "label is not a string"
-            elif len(value) > MAX_LABEL_CHARS:
-                problem = f"label over {MAX_LABEL_CHARS} characters"
-            elif known is not None and value not in known:
-                problem = "label not in train"
+        value, score = (_clean(row.get(label)) if label else "") or "", None
+        if problem is None and kind == "classification":
+            value, problem = _said(row, label, known)
+        elif problem is None and kind == "regression":
+            score, problem = _number(row, label or "")
         if problem is not None:
             skipped[problem] += 1
             continue
@@ -422,52 +200,65 @@ def _examples(
         examples.append(
             Example(
                 text=_clean(row[text]) or "",
-                label=value or None,
+                label=None if kind == "regression" else value or None,
                 text_pair=_clean(row[pair]) if pair else None,
                 user=(_clean(row.get(user)) or None) if user else None,
                 fields={c: v for c, v in cells.items() if v is not None},
+                score=score,
             )
         )
     return tuple(examples)
 
 
-def _check_labels(table: _Table) -> None:
-    if _first(table.columns, _LABELS) is None:
+def _check_labels(table: Table) -> None:
+    if _first(table.columns, LABELS) is None:
         if "score" in table.columns:
             raise DataError(f"{table.path} is a regression task (its column is score); give data with a label column")
         found = ", ".join(c[:40] for c in table.columns[:12])
         raise DataError(f"{table.path} has no label column (found: {found}); name one of them label")
 
 
-def _read(path: str | Path, labelled: bool) -> Dataset:
+def _read(path: str | Path, kind: _Kind) -> Dataset:
     path = Path(path)
-    tables = _tables(path, labelled)
+    tables = read_splits(path, labelled=kind != "texts")
     skipped: Counter[str] = Counter()
-    _text_columns(tables["train"])
-    if labelled:
-        _check_labels(tables["train"])
-    train = _examples(tables["train"], labelled, None, skipped)
+    first = tables["train"]
+    _text_columns(first)
+    said = {"texts": (), "classification": LABELS, "regression": (*SCORES, *LABELS)}[kind]
+    if kind != "texts" and _first(first.columns, said) is None:
+        _check_labels(first)
+    train = _examples(first, kind, None, skipped)
     if not train:
         reasons = ", ".join(f"{n} × {r}" for r, n in skipped.items()) or "it has no rows"
-        raise DataError(
-            f"{tables['train'].path} has no usable row ({reasons}); add rows with a text"
-            + (" and a label" if labelled else "")
-        )
+        wanted = {"texts": "", "classification": " and a label", "regression": " and a score"}[kind]
+        raise DataError(f"{first.path} has no usable row ({reasons}); add rows with a text{wanted}")
     labels = tuple(sorted({e.label for e in train if e.label is not None}))
-    if labelled and len(labels) < 2:
-        raise DataError(f"{tables['train'].path} has only the label {labels[0]!r}; a classifier needs at least two")
+    if kind == "classification" and len(labels) < 2:
+        raise DataError(f"{first.path} has only the label {labels[0]!r}; a classifier needs at least two")
     others: dict[str, tuple[Example, ...]] = {"dev": (), "test": ()}
-    for split in others:
-        table = tables.get(split)
-        if table is None:
+    for split, table in tables.items():
+        if split == "train":
             continue
-        if labelled and _first(table.columns, _LABELS) is None:  # GLUE keeps its test labels to itself
+        if kind != "texts" and _first(table.columns, said) is None:  # GLUE keeps its test labels to itself
             skipped[f"{table.path.name} has no labels"] += len(table.rows)
+        elif split.startswith("oos_"):  # their label is none of train's
+            others[split] = _examples(table, kind, None, Counter())
         else:
-            others[split] = _examples(table, labelled, frozenset(labels), skipped)
+            others[split] = _examples(table, kind, None if kind == "regression" else frozenset(labels), skipped)
     name = path.resolve().name if path.is_dir() else path.stem
+    source: Literal["given", "none"] = "given" if others["test"] else "none"
+    metric = next((m for column, m in _METRICS.items() if column in first.columns), "accuracy")
     return Dataset(
-        name, train, others["dev"], others["test"], labels, dict(skipped), "given" if others["test"] else "none"
+        name,
+        train,
+        others.pop("dev"),
+        others.pop("test"),
+        labels,
+        dict(skipped),
+        source,
+        kind="regression" if kind == "regression" else "classification",
+        metric="pearson" if kind == "regression" else metric,
+        further=others,
     )
 
 
@@ -484,7 +275,16 @@ def read_dataset(path: str | Path, labelled: bool = True) -> Dataset:
     Raises:
         DataError: a path that holds nothing usable; the sentence names it and the remedy.
     """
-    return _read(path, labelled)
+    return _read(path, "classification" if labelled else "texts")
+
+
+def read_scores(path: str | Path) -> Dataset:
+    """Texts with a number each, in a column `score` (STS-B) or any that `read_dataset` takes for labels.
+
+    Raises:
+        DataError: as `read_dataset`.
+    """
+    return _read(path, "regression")
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -495,18 +295,7 @@ def read_texts(path: str | Path) -> list[str]:
     Raises:
         DataError: as `read_dataset`, but for labels.
     """
-    return [text for e in _read(path, labelled=False).train for text in (e.text, e.text_pair) if text]
-
-
-def accuracy(predicted: Sequence[_T], expected: Sequence[_T]) -> float:
-    """The share of guesses that are right.
-
-    >>> accuracy(["a", "b", "b", "c"], ["a", "b", "c", "c"])
-    0.75
-    """
-    if len(predicted) != len(expected) or not len(expected):
-        raise ValueError(f"{len(predicted)} predictions for {len(expected)} labels; give as many, and at least one")
-    return sum(bool(p == e) for p, e in zip(predicted, expected, strict=True)) / len(expected)
+    return [text for e in _read(path, "texts").train for text in (e.text, e.text_pair) if text]
 
 
 def majority_accuracy(dataset: Dataset) -> float:

@@ -279,6 +279,14 @@ class Tokenizer:
         self._pipeline.enable_padding(pad_id=self.vocabulary.pad_id)
         return [row.ids for row in rows]
 
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """As `encode_plain`, and where in its text each piece stands: its first character and the one after its last."""
+        self._pipeline.no_truncation()
+        self._pipeline.no_padding()
+        rows = self._pipeline.encode_batch([_encodable(text) for text in texts], add_special_tokens=False)
+        self._pipeline.enable_padding(pad_id=self.vocabulary.pad_id)
+        return [(row.ids, row.offsets) for row in rows]
+
 
 def _checked_pairs(texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int) -> Sequence[str | None]:
     """One second text, or None, for each text."""

@@ -127,18 +127,22 @@ class Assignment(_message.Message):
     def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[Assignment.Kind, str]] = ..., run: _Optional[int] = ..., round: _Optional[int] = ..., artifact_version: _Optional[str] = ..., trainable_set: _Optional[str] = ..., parameters_digest: _Optional[str] = ..., parameters_bytes: _Optional[int] = ..., config: _Optional[_Union[TrainConfig, _Mapping]] = ..., lease_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., form: _Optional[_Union[UpdateForm, _Mapping]] = ...) -> None: ...
 
 class UpdateForm(_message.Message):
-    __slots__ = ("codec", "clip_norm", "noise", "private", "metrics")
+    __slots__ = ("codec", "clip_norm", "noise", "private", "metrics", "frozen", "lora_rank")
     CODEC_FIELD_NUMBER: _ClassVar[int]
     CLIP_NORM_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     codec: str
     clip_norm: float
     noise: float
     private: _containers.RepeatedScalarFieldContainer[str]
     metrics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, codec: _Optional[str] = ..., clip_norm: _Optional[float] = ..., noise: _Optional[float] = ..., private: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Iterable[str]] = ...) -> None: ...
+    frozen: _containers.RepeatedScalarFieldContainer[str]
+    lora_rank: int
+    def __init__(self, codec: _Optional[str] = ..., clip_norm: _Optional[float] = ..., noise: _Optional[float] = ..., private: _Optional[_Iterable[str]] = ..., metrics: _Optional[_Iterable[str]] = ..., frozen: _Optional[_Iterable[str]] = ..., lora_rank: _Optional[int] = ...) -> None: ...
 
 class TrainConfig(_message.Message):
     __slots__ = ("epochs", "batch_size", "learning_rate", "optimizer", "momentum", "weight_decay", "max_grad_norm", "proximal_mu", "seed", "max_length", "max_steps", "schedule", "warmup", "label_smoothing", "holdout", "patience")

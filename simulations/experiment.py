@@ -189,6 +189,12 @@ def config_of(values: Mapping[str, Any], data_root: Path | None = None) -> Simul
     given = {name: _checked(own[name], value) for name, value in values.items() if name in own}
     given["data"] = (data_root or Path()) / given["data"]
     run = {"min_devices": 1, "name": f"simulate {given['data'].name}"[:100]}
+    if given.get("fleet"):  # a night is worth waiting for, and a cohort is a cohort
+        devices, cohort = given.get("devices", SimulationConfig.devices), values.get("cohort", 0)
+        run |= {
+            "wait_s": 7 * 86400.0,
+            "min_devices": min(devices, cohort) if isinstance(cohort, int) and cohort > 0 else 1,
+        }
     return SimulationConfig(**given, run=RunConfig.from_dict(run | {k: v for k, v in values.items() if k in run_names}))
 
 

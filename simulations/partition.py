@@ -1,4 +1,4 @@
-"""Dealing a data set out to devices: evenly, with skewed labels, or by who said it."""
+"""Dealing a data set out to devices: evenly, with skewed labels or sizes, or by who said it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def partition(examples: Sequence[Example], spec: str, devices: int, seed: int) -
             `dirichlet:ALPHA`, for each label its shares over the devices drawn from Dir(ALPHA) (Yurochkin et al. 2019,
             section 4; the skew Hsu et al. 2019 study), drawn again while a device has nothing: the smaller ALPHA, the
             fewer labels a device has;
+            `quantity:ALPHA`, shuffled, in shares of all examples drawn from Dir(ALPHA): devices have much or little of the
+            same kind (the quantity skew of Li et al. 2022);
+            `shards:K`, sorted by label and cut into K equal shards a device, which are dealt out: most devices have at
+            most K labels (McMahan et al. 2017, section 3, with K = 2);
             `by:COLUMN`, where a value of the column (`user`, `label` or a field) stays on one device; with more values
             than devices, the largest first, in rounds over the devices.
         seed: the same seed gives the same partition; `by:` needs none.
@@ -44,10 +48,15 @@ def partition(examples: Sequence[Example], spec: str, devices: int, seed: int) -
         return [sorted(order[d::devices].tolist()) for d in range(devices)]
     if kind == "dirichlet":
         return _dirichlet(examples, _alpha(spec, argument), devices, random)
+    if kind == "quantity":
+        return _quantity(len(examples), _alpha(spec, argument), devices, random)
+    if kind == "shards":
+        return _shards(examples, _shards_each(spec, argument, devices, len(examples)), devices, random)
     if kind == "by" and argument:
         return _by_column(examples, argument, devices)
     raise PartitionError(
-        f"there is no partition {spec!r}; give iid, dirichlet:ALPHA (such as dirichlet:0.3) or by:COLUMN"
+        f"there is no partition {spec!r}; give iid, dirichlet:ALPHA (such as dirichlet:0.3), quantity:ALPHA, shards:K (such "
+        "as shards:2) or by:COLUMN"
     )
 
 
@@ -57,8 +66,19 @@ def _alpha(spec: str, argument: str) -> float:
     except ValueError:
         alpha = math.nan
     if not 0 < alpha < math.inf:
-        raise PartitionError(f"{spec!r} needs a finite number above 0, such as dirichlet:0.3")
+        raise PartitionError(f"{spec!r} needs a finite number above 0, such as {spec.partition(':')[0]}:0.3")
     return alpha
+
+
+def _shards_each(spec: str, argument: str, devices: int, examples: int) -> int:
+    each = int(argument) if argument.isascii() and argument.isdigit() and len(argument) < 10 else 0
+    if each < 1:
+        raise PartitionError(f"{spec!r} needs a whole number of shards a device, such as shards:2")
+    if each * devices > examples:
+        raise PartitionError(
+            f"{devices} devices of {each} shards need {each * devices} examples, and there are {examples}; give fewer of either"
+        )
+    return each
 
 
 def _dirichlet(examples: Sequence[Example], alpha: float, devices: int, random: np.random.Generator) -> list[list[int]]:
@@ -69,19 +89,43 @@ def _dirichlet(examples: Sequence[Example], alpha: float, devices: int, random: 
         parts: list[list[int]] = [[] for _ in range(devices)]
         for label in sorted(of_label):
             mine = random.permutation(np.asarray(of_label[label]))
-            shares = random.dirichlet(np.full(devices, alpha))
-            if not np.isfinite(shares).all():  # a tiny alpha underflows to 0/0; its limit is one device a label
-                shares = np.eye(devices)[random.integers(devices)]
-            cuts = np.rint(np.cumsum(shares)[:-1] * len(mine)).astype(int)
-            for part, piece in zip(parts, np.split(mine, cuts), strict=True):
+            for part, piece in zip(parts, np.split(mine, _cuts(len(mine), alpha, devices, random)), strict=True):
                 part.extend(piece.tolist())
         if min(map(len, parts)) >= MIN_EXAMPLES:
             break
-    else:  # hardly ever luckier: many devices and a small alpha, so the fullest give
-        for part in parts:
-            while len(part) < MIN_EXAMPLES:
-                part.append(max(parts, key=len).pop())
+    else:  # hardly ever luckier: many devices and a small alpha
+        _share_out(parts)
     return [sorted(part) for part in parts]
+
+
+def _cuts(count: int, alpha: float, devices: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Where to cut so many examples into pieces for the devices, their shares drawn from Dir(alpha)."""
+    shares = random.dirichlet(np.full(devices, alpha))
+    if not np.isfinite(shares).all():  # a tiny alpha underflows to 0/0; its limit is one device
+        shares = np.eye(devices)[random.integers(devices)]
+    return np.rint(np.cumsum(shares)[:-1] * count).astype(int)
+
+
+def _share_out(parts: Sequence[list[int]]) -> None:
+    """The fullest give to those that have nothing."""
+    for part in parts:
+        while len(part) < MIN_EXAMPLES:
+            part.append(max(parts, key=len).pop())
+
+
+def _quantity(count: int, alpha: float, devices: int, random: np.random.Generator) -> list[list[int]]:
+    order = random.permutation(count)
+    parts = [piece.tolist() for piece in np.split(order, _cuts(count, alpha, devices, random))]
+    _share_out(parts)
+    return [sorted(part) for part in parts]
+
+
+def _shards(examples: Sequence[Example], each: int, devices: int, random: np.random.Generator) -> list[list[int]]:
+    order = random.permutation(len(examples))  # so that it is chance which examples of a label share a shard
+    order = np.asarray(sorted(order.tolist(), key=lambda i: examples[i].label or ""))
+    shards = np.array_split(order, each * devices)
+    dealt = random.permutation(each * devices)
+    return [sorted(i for s in dealt[d * each : (d + 1) * each] for i in shards[s].tolist()) for d in range(devices)]
 
 
 def _by_column(examples: Sequence[Example], column: str, devices: int) -> list[list[int]]:

@@ -19,17 +19,22 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.forms import form_of
 from pocketfed.coordinator.progress import RoundResult, create_run, results_of
 from pocketfed.coordinator.rounds import drive_run, recall_end
 from pocketfed.coordinator.spending import spent_in
-from pocketfed.coordinator.store import Store, device_named
+from pocketfed.coordinator.store import Store, by_clock, device_named
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.costs import EnergyModel, cost_of
 from pocketfed.simulations.findings import Findings, Material, find
-from pocketfed.simulations.partition import partition
+from pocketfed.simulations.fleet import Fleet
+from pocketfed.simulations.fleet_files import load_fleet
+from pocketfed.simulations.partition import label_counts, partition
+from pocketfed.simulations.partition_picture import draw_partition
 from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, plain, run_to_drive
 from pocketfed.simulations.served import hold_out
+from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class SimulationConfig:
     Args:
         model: a preset (a student that starts untrained) or a model folder.
         train: the trainable set; empty: `full` for a preset, `lora:8` for a model folder.
-        partition: iid, dirichlet:ALPHA or by:COLUMN.
+        partition: as `partition` takes it.
+        fleet: as `load_fleet` takes it; empty: all devices are always there and take no time.
         hold_out: share of its examples that each device never trains on, to be measured on.
         energy: what a second of training and a megabyte cost.
         run: rounds, cohort, strategy, local training and seed.
@@ -53,9 +59,10 @@ class SimulationConfig:
     devices: int = 10
     partition: str = "iid"
     train: str = ""
+    run: RunConfig = field(default_factory=RunConfig)
+    fleet: str = ""
     hold_out: float = 0.0
     energy: EnergyModel = field(default_factory=EnergyModel)
-    run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.hold_out <= 0.9:
@@ -78,6 +85,9 @@ class SimulationResult:
     test_source: str
     run_id: int
     skipped: Mapping[str, int] = field(default_factory=dict)  # rows of the data that could not be used, by reason
+    virtual_s: float | None = None  # with a fleet: its time from beginning to end
+    device_s: float | None = None  # with a fleet: for which devices worked, what no round has counted included
+    partition_svg: str = ""  # a picture, label by device
     found: Findings | None = None
     data: Mapping[str, Any] = field(default_factory=dict)  # its name, digest and sizes
 
@@ -96,6 +106,7 @@ class SimulationResult:
             "model": dict(self.model),
             "seed": self.seed,
             "skipped": dict(self.skipped),
+            **({} if self.virtual_s is None else {"virtual_s": self.virtual_s, "device_s": self.device_s}),
             "data": dict(self.data),
             **(self.found.to_dict() if self.found else {}),
         }
@@ -207,8 +218,22 @@ def simulate(
         artifact = prepare_artifact(
             config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length
         )
-        with _open_store(database, Path(scratch)) as store:
-            setting = _Setting(config, store, dataset, parts, aside, artifact, database is not None, resume)
+        fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
+        clock = VirtualClock()
+        with _open_store(database, Path(scratch)) as store, by_clock(clock) if fleet else contextlib.nullcontext():
+            setting = _Setting(
+                config,
+                store,
+                dataset,
+                parts,
+                aside,
+                artifact,
+                database is not None,
+                resume,
+                Path(scratch),
+                fleet,
+                clock,
+            )
             return _simulate(setting, on_round, on_step, should_stop, lines, kept)
 
 
@@ -224,6 +249,9 @@ class _Setting:
     artifact: Artifact
     is_kept: bool
     resume: Resume
+    scratch: Path
+    fleet: Fleet | None
+    clock: VirtualClock
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -276,8 +304,16 @@ def _simulate(
         )
         grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
         grid.remembers = setting.is_kept
+        virtual = None
+        if setting.fleet is not None:
+            tokens = {name: sum(map(len, mine.rows)) for name, mine in local.items()}
+            form = form_of(config.run.update, built.manifest["trainable_sets"][trainable_set])
+            demand = Demand(tokens, {name: len(mine) for name, mine in local.items()}, form.most_bytes)
+            spool, clock = setting.scratch / "spool", setting.clock
+            virtual = VirtualGrid(grid, spool, setting.fleet, trainer.size, demand, clock, config.run)
 
         def remember(result: RoundResult) -> None:
+            result = virtual.told(result) if virtual else result
             rounds.append(result)
             on_round(result)
 
@@ -288,12 +324,15 @@ def _simulate(
             theta = drive_run(
                 store,
                 run_id,
-                grid,
+                virtual or grid,
                 config.run,
                 lambda values: evaluate(trainer, values, test_examples),
                 remember,
+                virtual.assignments.forget if virtual else lambda assignment_ids: None,
                 should_stop=should_stop,
             )
+        if virtual:
+            virtual.finish()
     node_of = {name: node for node, name in nodes.items()}
     found = find(
         Material(
@@ -330,4 +369,11 @@ def _simulate(
         skipped=dataset.skipped,
         found=found,
         data=setting.data,
+        virtual_s=round(setting.clock.s, 6) if virtual else None,
+        device_s=round(virtual.device_s, 6) if virtual else None,
+        partition_svg=draw_partition(
+            label_counts(dataset.train, list(setting.parts.values()), dataset.labels),
+            dataset.labels,
+            f"{dataset.name}, {config.partition}",
+        ),
     )

@@ -31,7 +31,7 @@ from pocketfed.coordinator.grid import FleetGrid
 from pocketfed.coordinator.progress import RunError
 from pocketfed.coordinator.rounds import RoundResult, create_run, drive_run
 from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
-from pocketfed.coordinator.store import Assignment, Store, device_named
+from pocketfed.coordinator.store import Assignment, Blob, Store, device_named
 from pocketfed.model.codecs import HEADER_BYTES, encode, parse_codec
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example
@@ -155,6 +155,59 @@ def test_devices_over_grpc_end_with_the_bits_of_the_simulation_in_every_form(
     private = form.split.private(start)
     assert form.split.private(theta).tobytes() == private.tobytes(), "what is private stays as it was published"
     assert (form.split.shared(theta) != form.split.shared(start)).any()
+
+
+SGD = LocalTraining(batch_size=4, learning_rate=0.05, max_length=32, optimizer="sgd")
+ASKING: dict[str, tuple[UpdateForm, dict[str, Any]]] = {
+    "A frozen": (UpdateForm(), {"strategy": "FFALoRA"}),
+    "B and A in turn, what int8 leaves out of each sent later": (UpdateForm("int8"), {"strategy": "RoLoRA"}),
+    "unequal ranks": (UpdateForm(), {"strategy": "ExactLoRA", "strategy_options": {"ranks": {"*-0": 1}}}),
+    "a control variate": (UpdateForm(), {"strategy": "Scaffold", "local": SGD}),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_devices_over_grpc_end_with_the_bits_of_the_simulation_whatever_a_strategy_asks(
+    tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset, name: str
+) -> None:
+    update, settings = ASKING[name]
+    fleet = Fleet(tmp_path, nano_built, tiny_dataset, "lora:4")
+    try:
+        for index in range(2):
+            fleet.device(index).start()
+        theta = fleet.drive(update, **settings)
+        simulated, results = fleet.simulate(nano_artifact, update, **settings)
+        assert fleet.statuses() == {("aggregated", None)}
+        with fleet.store.read() as session:
+            rows = session.scalars(sa.select(Assignment).order_by(Assignment.round, Assignment.device_id)).all()
+            asked = [(a.round, a.config["update.frozen"], a.config["update.lora_rank"]) for a in rows]
+            sent = [session.get_one(Blob, a.parameters).bytes for a in rows]
+    finally:
+        fleet.close()
+    assert theta.tobytes() == simulated.tobytes()
+    assert [r.bytes_up for r in fleet.results] == [r.bytes_up for r in results]
+    layout = PlanTrainer(nano_artifact, "lora:4").layout
+    sizes = {half: sum(p.size for p in layout if half in p.name) for half in ("lora_A", "lora_B", "classifier")}
+    a, b, head = sizes.values()
+    assert a + b + head == fleet.size
+    values = {  # of a device's update in the first two rounds
+        "FFALoRA": ([b + head] * 2, [b + head] * 2),
+        "RoLoRA": ([b + head] * 2, [a + head] * 2),
+        "ExactLoRA": ([(a + b) // 4 + head, fleet.size],) * 2,  # rank 1 of 4, and all of it
+        "Scaffold": ([fleet.size] * 2,) * 2,
+    }[settings["strategy"]]
+    for result, counts in zip(fleet.results[1:], values, strict=False):
+        each = (lambda n: n + 4 * -(-n // 256)) if update.codec == "int8" else (lambda n: 4 * n)
+        assert 0 < result.bytes_up - sum(map(each, counts)) < 2 * 400
+    tensors = 2 if settings["strategy"] == "Scaffold" else 1
+    assert all(0 < count - 4 * tensors * fleet.size < 400 for count in sent), "theta goes down whole, and c beside it"
+    expected = {
+        "FFALoRA": [(n, ["lora_A"], 0) for n in (1, 1, 2, 2, 3, 3)],
+        "RoLoRA": [(n, ["lora_A" if n % 2 else "lora_B"], 0) for n in (1, 1, 2, 2, 3, 3)],
+        "ExactLoRA": [(n, [], rank) for n in (1, 2, 3) for rank in (1, 0)],
+        "Scaffold": [(n, [], 0) for n in (1, 1, 2, 2, 3, 3)],
+    }
+    assert asked == expected[settings["strategy"]]
 
 
 def test_a_base_that_is_held_is_never_sent_again(fleet: Fleet) -> None:

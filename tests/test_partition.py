@@ -21,7 +21,20 @@ def examples(count: int) -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.1", "dirichlet:1", "by:user", "by:room", "by:label"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "iid",
+        "dirichlet:0.1",
+        "dirichlet:1",
+        "quantity:0.3",
+        "shards:1",
+        "shards:2",
+        "by:user",
+        "by:room",
+        "by:label",
+    ],
+)
 @pytest.mark.parametrize("devices", [1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_example_is_on_exactly_one_device(spec: str, devices: int, seed: int) -> None:
@@ -32,7 +45,7 @@ def test_every_example_is_on_exactly_one_device(spec: str, devices: int, seed: i
     assert all(part == sorted(part) for part in parts)
 
 
-@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.3"])
+@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.3", "quantity:0.3", "shards:2"])
 def test_the_seed_decides(spec: str) -> None:
     data = examples(200)
     assert partition(data, spec, 7, 1) == partition(data, spec, 7, 1)
@@ -87,6 +100,37 @@ def test_extreme_alphas_still_deal_everything_out(alpha: str) -> None:
     assert all(parts)
 
 
+def test_quantity_shares_have_the_spread_of_the_distribution_and_the_labels_stay_even() -> None:
+    """A device's share of everything has mean 1/4 and, for alpha = 1, variance (1/4)(3/4)/(4 + 1) = .0375."""
+    data = examples(2000)
+    counts = np.stack([label_counts(data, partition(data, "quantity:1", 4, seed), LABELS) for seed in range(300)])
+    assert (counts.sum(2) / 2000).var() == pytest.approx(0.0375, rel=0.1)
+    large = counts[counts.sum(2) > 500]  # of these every label is a fifth; 0.1 is more than four standard deviations
+    assert (abs(large / large.sum(1, keepdims=True) - 0.2) < 0.1).all()
+
+
+def test_with_much_more_skew_than_examples_no_device_is_left_with_nothing() -> None:
+    sizes = [len(part) for part in partition(examples(30), "quantity:0.001", 20, 0)]
+    assert (min(sizes), sum(sizes)) == (1, 30)
+    assert max(sizes) >= 8
+
+
+def test_shards_hold_one_label_each_where_that_comes_out_even() -> None:
+    """200 examples of 5 labels in 20 shards of 10: four whole shards a label, two to each of 10 devices."""
+    data = examples(200)
+    counts = label_counts(data, partition(data, "shards:2", 10, 0), LABELS)
+    assert set(counts.ravel().tolist()) <= {0, 10, 20}
+    assert counts.sum(1).tolist() == [20] * 10
+    assert counts.sum(0).tolist() == [40] * 5
+    assert ((counts > 0).sum(1) <= 2).all()
+
+
+def test_shards_of_one_sort_the_labels_over_the_devices() -> None:
+    data = examples(50)
+    counts = label_counts(data, partition(data, "shards:1", 5, 3), LABELS)
+    assert sorted(counts.tolist()) == sorted((10 * np.eye(5, dtype=int)).tolist())
+
+
 def test_a_user_stays_on_one_device() -> None:
     data = examples(320)
     parts = partition(data, "by:user", 3, 0)
@@ -131,6 +175,13 @@ def test_label_counts_are_counted_by_hand() -> None:
         ("dirichlet:-1", 2, "needs a finite number above 0"),
         ("dirichlet:nan", 2, "needs a finite number above 0"),
         ("dirichlet:inf", 2, "needs a finite number above 0"),
+        ("quantity:0", 2, "'quantity:0' needs a finite number above 0, such as quantity:0.3"),
+        ("quantity:nan", 2, "needs a finite number above 0"),
+        ("shards", 2, "'shards' needs a whole number of shards a device, such as shards:2"),
+        ("shards:0", 2, "'shards:0' needs a whole number"),
+        ("shards:-1", 2, "needs a whole number"),
+        ("shards:1.5", 2, "needs a whole number"),
+        ("shards:3", 4, "4 devices of 3 shards need 12 examples, and there are 10; give fewer of either"),
         ("by:room", 4, "by:room has 3 distinct values for 4 devices; give at most 3 devices"),
         ("by:planet", 2, "example 0 has no 'planet', so by:planet cannot place it; the data has label, room, user"),
     ],

@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from pocketfed.coordinator.store import Store
-from pocketfed.dashboard import charts, frame, queries, words
+from pocketfed.dashboard import charts, frame, opening, queries, words
 
 MOST_RUNS = 7  # as many as there are colours
 
@@ -18,10 +18,10 @@ def show(opened: Store) -> None:
         "How good the model has become with every round, and what that cost. Round 0 is the model before any training.",
     )
     with opened.read() as session:
-        names = queries.run_names(session)
-        line = queries.run(session, run_id)
+        names = queries.runs.run_names(session)
+        line = queries.runs.run(session, run_id)
     if line is None:
-        raise frame.NothingToShowError("No run", "the run that was shown is gone from the database; choose another")
+        raise opening.NothingToShowError("No run", "the run that was shown is gone from the database; choose another")
     names = {run_id: line.name, **names}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         # the key holds the run: choosing another in the sidebar starts the comparison anew
@@ -42,8 +42,9 @@ def show(opened: Store) -> None:
 
 def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) -> None:
     with opened.read() as session:
-        rounds = queries.rounds(session, chosen)
-    curves = charts.learning_frame(rounds, names)
+        rounds = queries.runs.rounds(session, chosen)
+        told = {m: queries.runs.metric(session, chosen, f"device_{m}") for m in ("accuracy", "loss")}
+    curves = charts.learning_frame(rounds, names, told, beginning=True)
     for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
         with column:
             st.subheader(measure.capitalize())
@@ -51,10 +52,51 @@ def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) 
                 st.altair_chart(charts.learning(curves, measure, axis), width="stretch")
             else:
                 st.info(f"No {measure} is known yet: it comes with the first evaluated round.")
+    st.caption(
+        "What the run began with is the release before it. Lines of central and of local-only training are not in the "
+        "store: `pocketfed simulate` measures them."
+    )
+    _spreads(opened, chosen[0])
+    _further(opened, chosen, names)
     _table(rounds, names)
 
 
-def _table(rounds: list[queries.RoundLine], names: dict[int, str]) -> None:
+def _spreads(opened: Store, run_id: int) -> None:
+    st.subheader("On the devices' own examples, by cohort")
+    with opened.read() as session:
+        found = queries.learning.spreads(session, run_id)
+    if not found:
+        st.info(
+            "No device of this run was asked to measure (`evaluate_on_devices`), or no cohort has "
+            f"{queries.learning.MIN_COHORT} that did: of fewer nothing is shown."
+        )
+        return
+    st.altair_chart(charts.spreads(found, "accuracy"), width="stretch")
+    st.caption(
+        f"Run {run_id}, its newest {queries.learning.NEWEST} rounds. Line: the median device; "
+        "band: 10th to 90th percentile; dotted: mean of the worst tenth. Cohorts of fewer than "
+        f"{queries.learning.MIN_COHORT} devices are left out."
+    )
+
+
+def _further(opened: Store, chosen: list[int], names: dict[int, str]) -> None:
+    with opened.read() as session:
+        known = queries.runs.metric_names(session, chosen)
+    if not known:
+        return
+    st.subheader("Anything else that rounds have measured")
+    first = known.index("step_norm") if "step_norm" in known else 0
+    name = st.selectbox(
+        "Number", known, first, format_func=lambda n: words.plain(n, 60), key="metric", width=300,
+        help="step_norm: how far the round moved the parameters (L2)",
+    )  # fmt: skip
+    with opened.read() as session:
+        values = queries.runs.metric(session, chosen, name)
+    if values:
+        st.altair_chart(charts.metric(values, names, f"{words.plain(name, 60)} (as reported)"), width="stretch")
+
+
+def _table(rounds: list[queries.runs.RoundLine], names: dict[int, str]) -> None:
     st.subheader("Rounds")
     if not rounds:
         st.info("The run has no round yet.")
@@ -78,7 +120,7 @@ def _table(rounds: list[queries.RoundLine], names: dict[int, str]) -> None:
     )
 
 
-def _row(r: queries.RoundLine, names: dict[int, str]) -> dict[str, object]:
+def _row(r: queries.runs.RoundLine, names: dict[int, str]) -> dict[str, object]:
     return {
         "Run": charts.run_label(r.run_id, names.get(r.run_id, "")),
         "Round": r.number,

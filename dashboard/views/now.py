@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
+from datetime import datetime
 
 import streamlit as st
 
 from pocketfed.coordinator.store import Store, now
-from pocketfed.dashboard import charts, frame, queries, words
+from pocketfed.dashboard import charts, frame, opening, queries, words
+from pocketfed.dashboard.health import Condition, condition
 
 
 def show(opened: Store) -> None:
@@ -20,77 +21,102 @@ def show(opened: Store) -> None:
 def _current(opened: Store, run_id: int | None) -> None:
     at = now()
     with opened.read() as session:
-        run_id = run_id if run_id is not None else queries.newest_run_id(session)
-        line = queries.run(session, run_id) if run_id is not None else None
+        run_id = run_id if run_id is not None else queries.runs.newest_run_id(session)
+        line = queries.runs.run(session, run_id) if run_id is not None else None
         if line is None:
-            raise frame.NothingToShowError("No run", "the run that was shown is gone from the database; choose another")
-        rounds = queries.rounds(session, [line.id])
-        funnel = queries.funnel(session, line.id, line.current_round) if line.current_round else None
-        states = queries.device_states(session, at)
-        problems = queries.problems(session, line.id, limit=8)
-    _banner(line, funnel, rounds)
-    _numbers(line, states)
+            raise opening.NothingToShowError(
+                "No run", "the run that was shown is gone from the database; choose another"
+            )
+        rounds = queries.runs.rounds(session, [line.id])
+        last = rounds[-1] if rounds else None
+        under_way = last.number if last is not None and last.status == "running" else None
+        funnel = queries.rounds.funnel(session, line.id, under_way) if under_way else None
+        ends = queries.rounds.deadline(session, line.id, under_way) if under_way else None
+        config = queries.runs.configs(session, [line.id])[line.id]
+        present = queries.fleet.present(session, at)
+        lease = queries.system.lease(session)
+        changed = queries.runs.last_change(session, line.id, line.current_round) if line.current_round else None
+        states = queries.fleet.device_states(session, at)
+        live = queries.models.live(session, line.channel)
+        runs = queries.models.running(session, line.channel) if live is not None else {}
+        problems = queries.runs.problems(session, line.id, limit=8)
+    changed = max((moment for moment in (changed, last.started_at if last else None) if moment), default=None)
+    found = condition(line, config, present.eligible, lease[1] if lease else None, ends, changed, at)
+    _banner(line, found, funnel, rounds, ends, at)
+    share = (live.id, live.artifact_version, runs.get(live.id, 0) / max(sum(runs.values()), 1)) if live else None
+    _numbers(line, present, states, share)
     _pictures(line, rounds, states)
     _problems(problems)
     st.caption(
-        f"As of {words.utc(at)} UTC; looks again every {frame.LIVE_S} seconds. "
-        f"A device is offline when it was not seen for {queries.OFFLINE_AFTER_S} s."
+        f"As of {words.utc(at)} UTC; looks again every {frame.LIVE_S} seconds. Online: seen within the last "
+        f"{queries.fleet.OFFLINE_AFTER_S} s. Eligible: it asks for work now."
     )
 
 
-def _banner(line: queries.RunLine, funnel: queries.Funnel | None, rounds: list[queries.RoundLine]) -> None:
+def _banner(
+    line: queries.runs.RunLine,
+    found: Condition,
+    funnel: queries.rounds.Funnel | None,
+    rounds: list[queries.runs.RoundLine],
+    ends: datetime | None,
+    at: datetime,
+) -> None:
     about = frame.run_sentence(line)
-    reason = f"<br>{words.markup(line.reason, 300)}" if line.reason else ""
+    why = f"<br>{words.markup(found.reason, 300)}" if found.reason else ""
     goal = max(line.rounds_planned, 1)
     if line.status == "finished":
-        result = f" Accuracy {words.percent(line.accuracy)}." if line.accuracy is not None else ""
-        frame.notice(
-            "good",
-            f"Finished: all {words.number_of(line.rounds_done, 'round')} are done",
-            f"{about}{html.escape(result)}{reason}",
-        )
+        title = f"Finished: all {words.number_of(line.rounds_done, 'round')} are done"
+        about += f" Accuracy {words.percent(line.accuracy)}." if line.accuracy is not None else ""
     elif line.status == "failed":
-        frame.notice(
-            "bad",
-            f"Failed after {words.number_of(line.rounds_done, 'round')}",
-            about + (reason or "<br>No reason was recorded."),
-        )
+        title = f"Failed after {words.number_of(line.rounds_done, 'round')}"
     elif line.status == "waiting":
-        frame.notice(
-            "wait",
-            "Waiting for devices",
-            about + (reason or "<br>The run starts when enough devices have asked for work."),
-        )
-    elif funnel is None or not funnel.sampled or rounds[-1].status != "running":
-        frame.notice("busy", f"Running: round {line.rounds_done} of {goal} is done", f"{about}{reason}")
+        title = "Waiting for devices"
+    elif funnel is None or not funnel.sampled:
+        title = f"Running: round {line.rounds_done} of {goal} is done"
     else:
-        answered = funnel.uploaded + funnel.statuses.get("failed", 0) + funnel.statuses.get("expired", 0)
-        since = words.duration(max((now() - rounds[-1].started_at).total_seconds(), 0))
-        progress = (
-            f"<br>{answered:,} of {words.number_of(funnel.sampled, 'device')} have answered, "
-            f"{funnel.dropped:,} of them with a problem; under way for {since}."
-        )
-        frame.notice("busy", f"Running: round {line.current_round} of {goal}", about + progress + reason)
+        title = f"Running: round {line.current_round} of {goal}"
+        about += f"<br>{_progress(funnel, rounds[-1], ends, at)}"
+    frame.notice(found.tone, f"{found.word}. {title}", about + why)
     st.progress(min(line.rounds_done / goal, 1.0), text=f"{line.rounds_done:,} of {line.rounds_planned:,} rounds done")
 
 
-def _numbers(line: queries.RunLine, states: dict[str, int]) -> None:
+def _progress(funnel: queries.rounds.Funnel, last: queries.runs.RoundLine, ends: datetime | None, at: datetime) -> str:
+    answered = funnel.uploaded + funnel.statuses.get("failed", 0) + funnel.statuses.get("expired", 0)
+    said = (
+        f"{answered:,} of {words.number_of(funnel.sampled, 'device')} have answered, {funnel.dropped:,} of them with "
+        f"a problem; under way for {words.duration(max((at - last.started_at).total_seconds(), 0))}"
+    )
+    if ends is not None:
+        left = (ends - at).total_seconds()
+        said += f", the deadline is in {words.duration(left)}" if left > 0 else ", the deadline has passed"
+    reason = f"<br>{words.markup(last.reason, 300)}" if last.reason else ""
+    return f"{said}.{reason}"
+
+
+def _numbers(
+    line: queries.runs.RunLine,
+    present: queries.fleet.Present,
+    states: dict[str, int],
+    share: tuple[int, str, float] | None,
+) -> None:
     gain = ""
     if line.accuracy is not None and line.first_accuracy is not None:
         gain = f"{100 * (line.accuracy - line.first_accuracy):+.1f} points since the start"
-    total = sum(states.values())
     moving = f"{states['downloading']:,} down, {states['uploading']:,} up"
+    live = (f"release {share[0]}", f"{words.percent(share[2])} of the fleet run it") if share else ("none", "")
     frame.cards(
         ("Accuracy", words.percent(line.accuracy), gain),
-        ("Devices online", f"{total - states['offline']:,}", f"of {total:,} enrolled"),
+        ("Devices online", f"{present.online:,}", f"of {present.enrolled:,} enrolled"),
+        ("Eligible now", f"{present.eligible:,}", "ask for work"),
         ("Training now", f"{states['training']:,}", f"{states['offered']:,} asked, not begun"),
         ("Moving data now", f"{states['downloading'] + states['uploading']:,}", moving),
+        (f"Live on {words.plain(line.channel, 16)}", *live),
         ("Updates taken in", f"{line.updates:,}", f"{line.failed:,} did not count"),
         ("Data moved", words.size(line.bytes_up + line.bytes_down), f"{words.size(line.bytes_up)} of it up"),
     )
 
 
-def _pictures(line: queries.RunLine, rounds: list[queries.RoundLine], states: dict[str, int]) -> None:
+def _pictures(line: queries.runs.RunLine, rounds: list[queries.runs.RoundLine], states: dict[str, int]) -> None:
     left, right = st.columns([3, 2], gap="large")
     with left:
         st.subheader("Accuracy so far")
@@ -107,7 +133,7 @@ def _pictures(line: queries.RunLine, rounds: list[queries.RoundLine], states: di
             st.info("No device has enrolled yet.")
 
 
-def _problems(problems: list[queries.Problem]) -> None:
+def _problems(problems: list[queries.runs.Problem]) -> None:
     st.subheader("Last problems")
     if not problems:
         st.success("None in this run.")

@@ -1,0 +1,194 @@
+"""evaluate: how well a model does a task, once as a device would, or fine-tuned with several seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketfed.cli.output import CommandError, format_skipped, print_json, progress_bar
+
+WHOLE = ("epochs", "batch_size")  # settings of a search that are whole numbers
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a preset that starts untrained.")],
+    data: Annotated[Path, typer.Option(help="Examples of a task: a file or folder, see the docs on tasks.")],
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What to fine-tune if the model has no classifier for the labels: head, norms, lora:R, last:K, full."
+        ),
+    ] = "full",
+    epochs: Annotated[int, typer.Option(min=1)] = 3,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0.0, help="By default 1e-3; 4e-5 from 512 wide on.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_length: Annotated[int | None, typer.Option(min=3, help="Tokens; longer texts are cut. By default 64.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
+    seeds: Annotated[str, typer.Option(help="0,1,2,...: fine-tune the whole model with each, in PyTorch.")] = "",
+    task: Annotated[
+        str, typer.Option(help="Where the data is good for several: intents or slots, oos:label, ...")
+    ] = "",
+    metric: Annotated[str, typer.Option(help="What is chosen by; by default what the task is usually told by.")] = "",
+    from_scratch: Annotated[str, typer.Option(metavar="PRESET", help="Compare with this preset, untrained.")] = "",
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="SETTING=A,B,...: try each combination and keep the best on dev; or paper. May be repeated."),
+    ] = None,
+    at_most: Annotated[int, typer.Option(min=0, help="So many combinations of a search, drawn by the first seed.")] = 0,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON-lines file of trials, gone on with if it is there; the table beside it.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+) -> None:
+    """Measures on a data set's test split. A student without a classifier is fine-tuned on the training split first.
+
+    Without any of --seeds, --task, --metric, --from-scratch, --search, --precision and --out the model is trained as a
+    device would, by its plan; with one of them, in PyTorch, each seed anew.
+    """
+    from pocketfed.model.config import STUDENTS
+
+    several = bool(seeds or task or metric or from_scratch or search or precision or out or at_most)
+    if several or (model in STUDENTS and not Path(model).exists()):
+        if train != "full":
+            raise CommandError(
+                f"--train {train} is for one run by the device's plan; leave it out, or --seeds and the like"
+            )
+        chosen = {"epochs": epochs, "batch_size": batch_size, "precision": precision or "float32"}
+        chosen |= {"learning_rate": learning_rate, "max_length": max_length}
+        numbers = _seeds(seeds) if seeds else (seed,)
+        _trials(model, data, task, metric, from_scratch, chosen, numbers, _space(search or []), at_most, out, json)
+        return
+    _as_a_device(Path(model), data, train, epochs, learning_rate or 1e-3, batch_size, max_length or 64, seed, json)
+
+
+def _as_a_device(
+    model_dir: Path,
+    data: Path,
+    train: str,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    json: bool,
+) -> None:
+    from pocketfed.client_sdk.trainer import TrainConfig
+    from pocketfed.simulations.central import evaluate_model
+
+    config = TrainConfig(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, seed=seed
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("fine-tuning", total=100, note="")
+        report = evaluate_model(
+            model_dir, data, train, config, lambda fraction: bar.update(task, completed=round(100 * fraction))
+        )
+    if json:
+        print_json(report)
+        return
+    how = (
+        f"fine-tuned ({report['trainable_set']}) on {report['train_examples']} examples"
+        if report["fine_tuned"]
+        else "as it is"
+    )
+    print(
+        f"accuracy {report['accuracy']:.4f}, loss {report['loss']:.4f} on {report['test_examples']} test examples "
+        f"({report['test_source']}), {how}; always the commonest label: {report['majority_accuracy']:.4f}"
+    )
+
+
+def _trials(
+    model: str,
+    data: Path,
+    task: str,
+    metric: str,
+    from_scratch: str,
+    settings: dict[str, Any],
+    seeds: tuple[int, ...],
+    space: dict[str, tuple[float, ...]],
+    at_most: int,
+    out: Path | None,
+    json: bool,
+) -> None:
+    from pocketfed.model.finetuning import Recipe
+    from pocketfed.model.task_kinds import read_task
+    from pocketfed.model.trials import Plan, best_metric, floor, markdown, run_trials, start_of, untrained
+
+    if out is not None and not out.resolve().parent.is_dir():
+        raise CommandError(f"the folder of {out} does not exist; create it, or name another file")
+    dataset = best_metric(read_task(data, task).with_test(), metric)
+    starts = [start_of(model, dataset)]
+    if from_scratch:
+        starts.append(untrained(from_scratch, starts[0]))
+    wide = starts[0].config.hidden_size >= 512
+    settings["learning_rate"] = settings["learning_rate"] or (4e-5 if wide else 1e-3)
+    longest = min(start.config.max_position_embeddings for start in starts)
+    settings["max_length"] = settings["max_length"] or min(longest, 384 if dataset.kind == "spans" else 64)
+    if settings["max_length"] > longest:
+        raise CommandError(
+            f"--max-length {settings['max_length']} is more than the model's {longest} positions; give less"
+        )
+    plan = Plan(Recipe(**settings), seeds, space, at_most)
+    with progress_bar() as bar:
+        shown: dict[str, Any] = {}
+
+        def tell(what: str, fraction: float) -> None:
+            if what not in shown:
+                for earlier in shown.values():
+                    bar.update(earlier, visible=False)
+                shown[what] = bar.add_task(what, total=100, note="")
+            bar.update(shown[what], completed=round(100 * fraction))
+
+        rows = run_trials(dataset, starts, plan, out, tell)
+    table = markdown(dataset, rows)
+    if out is not None:
+        out.with_suffix(".md").write_text(table, encoding="utf-8")
+    if json:
+        print_json({"rows": rows, "floor": floor(dataset), "skipped": dict(dataset.skipped)})
+        return
+    if dataset.skipped:
+        print(format_skipped(dataset.skipped))
+    size = f"{len(dataset.train)} training, {len(dataset.test)} test examples ({dataset.test_source})"
+    print(f"{dataset.name}: {size}; mean (least to greatest) over seeds\n\n{table}", end="")
+
+
+def _seeds(given: str) -> tuple[int, ...]:
+    """
+    >>> _seeds("0, 1,2")
+    (0, 1, 2)
+    """
+    words = given.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise CommandError(f"--seeds {given!r} are no whole numbers; give them as 0,1,2")
+    return tuple(int(word) for word in words)
+
+
+def _space(given: list[str]) -> dict[str, tuple[float, ...]]:
+    """
+    >>> _space(["learning_rate=1e-3,3e-3", "epochs=3"])
+    {'learning_rate': (0.001, 0.003), 'epochs': (3.0,)}
+    """
+    from pocketfed.model.trials import PAPER_SPACE
+
+    space: dict[str, tuple[float, ...]] = {}
+    for word in given:
+        if word == "paper":
+            space |= PAPER_SPACE
+            continue
+        name, _, values = word.partition("=")
+        if name not in PAPER_SPACE:
+            raise CommandError(
+                f"--search {word!r} is not SETTING=A,B or paper; the settings are {', '.join(PAPER_SPACE)}"
+            )
+        try:
+            space[name] = tuple(float(value) for value in values.split(","))
+        except ValueError:
+            raise CommandError(f"--search {word!r} holds what is no number; give it as {name}=A,B") from None
+        if name in WHOLE and any(value != int(value) for value in space[name]):
+            raise CommandError(f"--search {word!r} needs whole numbers; give it as {name}=2,3")
+    return space

@@ -1,0 +1,67 @@
+"""What devices measured on their own examples, as quantiles over enough of them that none can be told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from pocketfed.coordinator.store import Assignment, Device, Round, Update
+
+MIN_COHORT = 5  # devices; of fewer no cohort's numbers are shown
+NEWEST = 30  # rounds that are looked at
+MOST_VALUES = 50_000
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A cohort's devices in one round. worst: the mean of the worst tenth of them, at least of one."""
+
+    cohort: str
+    round: int
+    devices: int
+    p10: float
+    p50: float
+    p90: float
+    worst: float
+
+
+def spreads(session: Session, run_id: int, name: str = "accuracy", floor: int = MIN_COHORT) -> list[Spread]:
+    """The devices' own measurements by cohort ("" for devices without one) and round, in the NEWEST rounds.
+
+    Where a run has asked for no evaluation on the devices there is none. Cohorts of fewer than `floor` are left out.
+    """
+    last = session.scalar(sa.select(sa.func.max(Round.number)).where(Round.run_id == run_id)) or 0
+    value = Update.metrics[name].as_float()
+    query = (
+        sa.select(Device.cohort, Assignment.round, value.label("value"))
+        .select_from(Assignment)
+        .join(Update, Update.assignment_id == Assignment.id)
+        .join(Device, Device.id == Assignment.device_id)
+        .where(Assignment.run_id == run_id, Assignment.round > last - NEWEST, Assignment.kind == "evaluate")
+        .where(Assignment.status == "aggregated", value.is_not(None))
+        .order_by(Assignment.round.desc())
+        .limit(MOST_VALUES)
+    )
+    groups = dict[tuple[str, int], list[float]]()
+    for row in session.execute(query):
+        groups.setdefault((row.cohort or "", row.round), []).append(float(row.value))
+    return [
+        spread(cohort, number, values, higher_is_better=name == "accuracy")
+        for (cohort, number), values in sorted(groups.items())
+        if len(values) >= floor
+    ]
+
+
+def spread(cohort: str, number: int, values: Sequence[float], higher_is_better: bool) -> Spread:
+    """
+    >>> spread("pilot", 3, [0.1, 0.2, 0.3, 0.4, 0.5], higher_is_better=True)
+    Spread(cohort='pilot', round=3, devices=5, p10=0.1, p50=0.3, p90=0.5, worst=0.1)
+    """
+    rising = sorted(values)
+    tenth = max(1, round(len(rising) / 10))
+    worst = rising[:tenth] if higher_is_better else rising[-tenth:]
+    p10, p50, p90 = (rising[round(share * (len(rising) - 1))] for share in (0.1, 0.5, 0.9))
+    return Spread(cohort, number, len(rising), p10, p50, p90, sum(worst) / tenth)
