@@ -50,7 +50,13 @@ def run_once(arguments: argparse.Namespace, mode: str, seed: int) -> dict[str, A
         **settings(mode, arguments.cohort, arguments.buffer),
     )
     config = SimulationConfig(
-        arguments.data, arguments.model, arguments.devices, arguments.partition, arguments.train, run, arguments.fleet
+        arguments.data,
+        arguments.model,
+        arguments.devices,
+        arguments.partition,
+        arguments.train,
+        run=run,
+        fleet=arguments.fleet,
     )
     rounds: list[RoundResult] = []
 
