@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test lint stubs screenshot clean
+.PHONY: demo test lint stubs screenshot screenshots clean
 
 demo: $(VENV)/simulation.stamp
 	$(BIN)/python -m pocketfed.cli demo
@@ -38,6 +38,10 @@ stubs: $(VENV)/dev.stamp
 screenshot: $(VENV)/dev.stamp
 	@[ -f demo/fleet.db ] || { echo "there is no demo/fleet.db to show; run make demo first"; exit 1; }
 	$(BIN)/python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
+
+# Every page of the dashboard, light and dark, on a made-up fleet.
+screenshots: $(VENV)/dev.stamp
+	$(BIN)/python docs/screenshot.py --all --out docs/dashboard
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo

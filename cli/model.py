@@ -19,7 +19,12 @@ def distill(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student; made whole or not at all.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="PATH", help="Further corpus files and folders.")] = None,
-    preset: Annotated[str, typer.Option(help="nano (seconds), micro (minutes), or a published size.")] = "nano",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="nano (seconds), micro (minutes), mini (one GPU), reference (the paper's) or a published size."
+        ),
+    ] = "nano",
     steps: Annotated[int | None, typer.Option(min=1, help="All stages together; the preset's own by default.")] = None,
     seed: Seed = 0,
     set_: Annotated[
@@ -28,6 +33,9 @@ def distill(
     ] = None,
     teacher: Annotated[Path | None, typer.Option(help="A trained teacher's folder; else one is trained first.")] = None,
     keep_teacher: Annotated[Path | None, typer.Option(help="Folder for the teacher, to distill from again.")] = None,
+    keep_heads: Annotated[
+        Path | None, typer.Option(help="Folder for the student with its pre-training heads, to fill in hidden words.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process takes its own.")] = "cpu",
     licence: Annotated[str, typer.Option(help="For the model card.")] = "",
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for event files; needs TensorBoard.")] = None,
@@ -40,7 +48,7 @@ def distill(
     """Distill a task-agnostic student from an inverted-bottleneck teacher, on your text. Goes on where it was stopped."""
     from pocketfed.coordinator import distilling
 
-    options = distilling.DistillOptions(teacher, keep_teacher, device, licence, tensorboard, save_every)
+    options = distilling.DistillOptions(teacher, keep_teacher, device, licence, tensorboard, save_every, keep_heads)
     paths, settings = [*corpus, *(more or [])], key_values(set_ or [])
     if dry_run:
         _print_plan(distilling.plan_distillation(paths, preset, out, steps, seed, settings, options), json)

@@ -31,6 +31,7 @@ class DistillOptions:
     """What does not change what is learnt, but `teacher`: where from, where, and what is kept.
 
     teacher: a folder made by `keep_teacher`; without it a teacher is trained first. keep_teacher: a folder for it.
+    keep_heads: a folder for the student with its pre-training heads, a third more weights that no task needs.
     device: "cpu" or "cuda". licence: a line for the model card. tensorboard: a folder for event files.
     """
 
@@ -40,6 +41,7 @@ class DistillOptions:
     licence: str = ""
     tensorboard: Path | None = None
     save_every_s: float = 60.0  # between checkpoints
+    keep_heads: Path | None = None
 
 
 def distill(
@@ -73,8 +75,9 @@ def distill(
 
     options = options or DistillOptions()
     checkpoints.check_writable(out)  # better now than after the training
-    if options.keep_teacher is not None:
-        checkpoints.check_writable(options.keep_teacher)
+    for kept in (options.keep_teacher, options.keep_heads):
+        if kept is not None:
+            checkpoints.check_writable(kept)
     material = prepare_distillation(corpus, preset, _work_folder(out), steps, seed, overrides, options)
     try:
         with training_log(options.tensorboard) as log:
@@ -89,6 +92,8 @@ def distill(
         return report
     if options.keep_teacher is not None:
         teacher.save_pretrained(run.teacher, material.vocabulary, options.keep_teacher)
+    if options.keep_heads is not None:
+        teacher.save_pretrained(run.student, material.vocabulary, options.keep_heads)
     card = _model_card(material, result, report)
     words = material.vocabulary
     checkpoint = checkpoints.Checkpoint(material.student, result.student, words.tokens, lower_case=words.lower_case)
@@ -188,10 +193,19 @@ def prepare_distillation(
     paths = [Path(path) for path in corpus]
     weights, given = None, None
     if options.teacher is not None:
+        if teacher_changes:
+            key = next(iter(teacher_changes))
+            raise ConfigError(
+                f"teacher.{key} is set and the teacher is given; a trained teacher is what it is, so leave one"
+            )
         trained, given = teacher.load_pretrained(options.teacher)
-        weights, teacher_changes = trained.state_dict(), trained.config.to_dict() | teacher_changes
+        weights, teacher_changes = trained.state_dict(), trained.config.to_dict()
     if vocabulary_path is not None:
         vocabulary = tokenization.load_vocabulary(vocabulary_path)
+        if given is not None and vocabulary != given:
+            raise ConfigError(
+                f"{vocabulary_path} is not the vocabulary of {options.teacher}, whose teacher would read other words; leave it out"
+            )
     elif given is not None:
         vocabulary = given
     else:
@@ -200,7 +214,12 @@ def prepare_distillation(
     config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
     shared = {name: getattr(config, name) for name in REACHES_TEACHER}
     taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
-    length = min(schedule.max_length or config.max_position_embeddings, config.max_position_embeddings)
+    length = schedule.max_length or config.max_position_embeddings
+    if length > config.max_position_embeddings:
+        raise ConfigError(
+            f"schedule.max_length is {length} and the student has {config.max_position_embeddings} positions; shorten it, or "
+            "set max_position_embeddings too"
+        )
     place = distillation.Place.here(options.device)
     tokens, read = place.in_turn(lambda: _encoded(paths, vocabulary, work / "corpus", length, token_store))
     return Material(preset, config, taught, schedule, seed, vocabulary, tokens, read, weights, options, place)

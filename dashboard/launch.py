@@ -13,17 +13,19 @@ OPEN_VARIABLE = "POCKETFED_DASHBOARD_OPEN"  # 1: only this machine can connect, 
 APP = Path(__file__).with_name("app.py")
 
 
-def command(port: int, address: str = "127.0.0.1") -> list[str]:
+def command(port: int, address: str = "127.0.0.1", tls: tuple[str, str] | None = None) -> list[str]:
     """The process to start. It asks nothing, sends no statistics, and shows no developer's tools and no tracebacks.
 
+    tls: files of a certificate and its key, for HTTPS.
     The address is always given: without one, Streamlit asks a public web service for this machine's own.
     """
+    https = ["--server.sslCertFile", tls[0], "--server.sslKeyFile", tls[1]] if tls else []
     return [
         sys.executable, "-m", "streamlit", "run", str(APP),
         "--server.address", address, "--server.port", str(port), "--server.headless", "true",
         "--server.fileWatcherType", "none", "--browser.gatherUsageStats", "false",
         "--client.toolbarMode", "viewer", "--client.showErrorDetails", "none", "--client.showErrorLinks", "false",
-        "--theme.light.primaryColor", "#2D7DD2", "--theme.dark.primaryColor", "#5AA2E6",
+        "--theme.light.primaryColor", "#2D7DD2", "--theme.dark.primaryColor", "#5AA2E6", *https,
     ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import streamlit as st
 from pocketfed.coordinator.operators import Actor, log_in, recognise, record
 from pocketfed.coordinator.store import Operator, Store
 from pocketfed.dashboard import opening
-from pocketfed.dashboard.launch import OPEN_VARIABLE
+from pocketfed.dashboard.launch import DATABASE_VARIABLE, OPEN_VARIABLE
 from pocketfed.dashboard.words import plain
 
 SESSION_S = 12 * 3600.0
@@ -97,7 +97,7 @@ def entitled(opened: Store) -> bool:
             "the dashboard listens beyond this machine and the database has no operator; make one with "
             "`pocketfed operator set NAME --role viewer --password-file FILE --database DATABASE`",
         )
-    name = _by_organisation(operators) if oidc_configured() and st.user.is_logged_in else _by_password()
+    name = _by_organisation(operators) if oidc_configured() and _known_outside() else _by_password()
     if name is None or name not in operators:
         return False
     found = Actor(name, operators[name])
@@ -120,7 +120,7 @@ def _signed_in(who: Actor) -> None:
         st.text(f"{plain(who.name)}, {who.role}")
         if st.button("Log out", icon=":material/logout:", key="log out"):
             _forget()
-            if oidc_configured() and st.user.is_logged_in:
+            if oidc_configured() and _known_outside():
                 st.logout()
             st.rerun()
 
@@ -148,7 +148,7 @@ def _form() -> None:
 
 def _try(name: str, password: str) -> str:
     """Empty if that is right, else why not."""
-    tries = _tries(os.environ.get(opening.DATABASE_VARIABLE, ""))
+    tries = _tries(os.environ.get(DATABASE_VARIABLE, ""))
     wait = tries.wait_s(name)
     if wait:
         return f"There were too many failed log-ins; try again in {int(wait // 60) + 1} minutes."
@@ -174,6 +174,10 @@ def check(name: str, password: str) -> Actor | None:
 def oidc_configured() -> bool:
     """Whether Streamlit's secrets have a section [auth] (docs/operations.md)."""
     return st.secrets.load_if_toml_exists() and "auth" in st.secrets
+
+
+def _known_outside() -> bool:
+    return bool(st.user.get("is_logged_in", False))
 
 
 def operator_of(claims: Mapping[str, Any], operators: Mapping[str, str]) -> str | None:

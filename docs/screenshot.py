@@ -2,6 +2,7 @@
 
 python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
 python docs/screenshot.py --database demo/fleet.db --page models --dark --width 390 --out models.png
+python docs/screenshot.py --all --out docs/dashboard                       # every page, light and dark, of a made-up fleet
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from pocketfed.dashboard.launch import command, environment
 
-START_S = 30  # seconds the server, and any page, may take to appear
+START_S = 120  # seconds the server, and any page, may take to appear
+PAGES = ("now", "learning", "round", "fleet", "models", "security", "compare", "system")
 SETTLED = """
 const busy = document.querySelector('[data-testid="stStatusWidget"], [data-testid="stSkeleton"], [data-stale="true"]');
 const body = document.querySelector('[data-testid="stMain"]');
@@ -139,11 +141,44 @@ def full_height(driver: webdriver.Chrome) -> int:
     return int(driver.execute_script("return document.querySelector('[data-testid=\"stMain\"]').scrollHeight"))
 
 
+def picture(driver: webdriver.Chrome, address: str, out: Path, width: int, height: int = 0) -> None:
+    """Save what a page shows; all of it where no height is given."""
+    visit(driver, address)
+    if not height:
+        size = {"width": width, "height": max(full_height(driver), 400), "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        WebDriverWait(driver, START_S, poll_frequency=0.1).until(lambda d: d.execute_script(SETTLED))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    driver.save_screenshot(str(out))
+    if not height:  # the next page may be shorter
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "height": 1000})
+
+
+def every_page(folder: Path, database: str) -> int:
+    """Each page, light and dark, on that database or on a made-up fleet of 200 devices and 40 rounds."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from fleet_database import fill
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if not database:
+            database = str(Path(scratch) / "fleet.db")
+            fill(database, devices=200, rounds=40, planned=60, cohort=40)
+        with serving(database) as address:
+            for dark in (False, True):
+                with browsing(1440, 1000, dark) as driver:
+                    for page in PAGES:
+                        out = folder / f"{page}-{'dark' if dark else 'light'}.png"
+                        picture(driver, f"{address}/{'' if page == 'now' else page}", out, 1440)
+                        print(f"{out}: {out.stat().st_size:,} bytes", flush=True)
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--database", required=True, help="a file name or an SQLAlchemy URL")
+    parser.add_argument("--database", default="", help="a file name or an SQLAlchemy URL; --all makes one up")
+    parser.add_argument("--all", action="store_true", help="every page, light and dark, into the folder --out")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", default="", choices=["", "now", "learning", "round", "fleet", "models"])
+    parser.add_argument("--page", default="", choices=["", *PAGES])
     parser.add_argument("--query", default="", help="e.g. run=2")
     parser.add_argument("--width", type=int, default=1440)
     parser.add_argument("--height", type=int, default=0, help="pixels; 0: as high as the page")
@@ -152,20 +187,13 @@ def main() -> int:
     if reason := missing():
         print(f"error: {reason}", file=sys.stderr)
         return 1
+    if given.all:
+        return every_page(given.out, given.database)
+    if not given.database:
+        parser.error("give --database, or --all")
     page = "" if given.page == "now" else given.page
     with serving(given.database) as address, browsing(given.width, given.height or 1000, given.dark) as driver:
-        visit(driver, f"{address}/{page}?{given.query}")
-        if not given.height:
-            size = {
-                "width": given.width,
-                "height": max(full_height(driver), 400),
-                "deviceScaleFactor": 1,
-                "mobile": given.width < 600,
-            }
-            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            WebDriverWait(driver, START_S, poll_frequency=0.1).until(lambda d: d.execute_script(SETTLED))
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        driver.save_screenshot(str(given.out))
+        picture(driver, f"{address}/{page}?{given.query}", given.out, given.width, given.height)
     print(f"{given.out}: {given.out.stat().st_size:,} bytes")
     return 0
 

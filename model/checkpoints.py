@@ -1,4 +1,4 @@
-"""Model folders: `config.json`, `model.safetensors`, `vocab.txt`; Hugging Face's are read too."""
+"""Model folders: `config.json`, `model.safetensors`, `vocab.txt`; Hugging Face's and TF1's names are read too."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocketfed.model.config import ConfigError, MobileBertConfig
+from pocketfed.model.google_names import config_of_google, is_google, tensors_from_google
 from pocketfed.model.huggingface import read_config, read_labels, read_tensors
 from pocketfed.model.mobilebert import MobileBert
 from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state, stored_bytes
 from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocabulary
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
+ARRAYS = "model.npz"  # read, never written: arrays taken from a TF1 checkpoint
 CASE, CARD = "tokenizer_config.json", "README.md"
 TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"  # for Hugging Face
 OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD, TOKENIZER, SPECIAL}
@@ -94,7 +98,7 @@ def load_folder(folder: Path) -> tuple[MobileBertConfig, dict[str, Tensor], Voca
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check the path")
-    content, tensors = _read_config(folder), _read_tensors(folder)
+    content, tensors = _read_model(folder)
     try:
         config, vocabulary = read_config(content, tensors), load_vocabulary(folder)
         _check_vocabulary(config, len(vocabulary))
@@ -184,8 +188,7 @@ def load(folder: Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check the path, or run `pocketfed distill`")
-    content = _read_config(folder)
-    tensors = _read_tensors(folder)
+    content, tensors = _read_model(folder)
     try:
         config = read_config(content, tensors)
         vocabulary = load_vocabulary(folder)
@@ -244,8 +247,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
+    path, arrays = folder / WEIGHTS, folder / ARRAYS
+    if not path.is_file() and not arrays.is_file():
         pickled = next(iter(sorted(p.name for p in folder.glob("*.bin"))), None)
         if pickled:
             raise CheckpointError(
@@ -253,10 +256,25 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             )
         raise CheckpointError(f"{folder} has no {WEIGHTS}; fetch or save the model again")
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch or save the model again") from None
-    return tensors
+        if path.is_file():
+            return load_file(path)
+        with np.load(arrays, allow_pickle=False) as held:
+            return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
+    except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{path if path.is_file() else arrays} is damaged ({error}); fetch or save the model again"
+        ) from None
+
+
+def _read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors in Hugging Face's names, whichever of both's they are stored in."""
+    content, tensors = _read_config(folder), _read_tensors(folder)
+    if not is_google(tensors):
+        return content, tensors
+    try:
+        return config_of_google(content), tensors_from_google(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} is not a usable model: {error}") from None
 
 
 def _check_vocabulary(config: MobileBertConfig, tokens: int) -> None:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,6 +151,8 @@ class Distillation:
             ranks=self.place.ranks,
             **how,
         )
+        larger = schedule.teacher_batch_size
+        self.teacher_batches = replace(self.batches, batch_size=larger) if larger else self.batches
         self.held_out = Batches(held_out, vocabulary, schedule.batch_size, seed, **how)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -245,7 +247,7 @@ class Distillation:
         self, stage: Stage, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
     ) -> tuple[str, float, float, int]:
         """Gradients of one step, clipped. Returns what it was a step of, its loss, the gradient's norm, its tokens."""
-        batch = self.batches.batch(self._step, stage.number)
+        batch = self.batches_of(stage).batch(self._step, stage.number)
         # A step's dropout depends on where it is, not on how the process came there.
         torch.manual_seed(_mix(self.seed, stage.number, self._step, self.place.rank))
         optimizer.zero_grad(set_to_none=True)
@@ -259,6 +261,9 @@ class Distillation:
         total = self._average(parameters, total)
         norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
         return stage.label(self._step), total, norm, int(batch.attention_mask.sum()) * self.place.ranks
+
+    def batches_of(self, stage: Stage) -> Batches:
+        return self.teacher_batches if stage.trained is self.teacher else self.batches
 
     def precision(self) -> AbstractContextManager[Any]:
         if self.schedule.precision == "bfloat16":

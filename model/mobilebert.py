@@ -58,6 +58,11 @@ class Embeddings(nn.Module):
         self.LayerNorm = make_norm(config, config.hidden_size, eps=1e-5 if config.use_bottleneck else None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {input_ids.shape[1]} tokens is longer than the model's "
+                f"{self.config.max_position_embeddings} positions; cut it"
+            )
         x = self.word_embeddings(input_ids)  # (B, T, E)
         if self.config.isolate_padding:
             # Else the last real token's trigram sees [PAD]'s embedding, and an example's output depends on its batch.

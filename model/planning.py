@@ -34,7 +34,7 @@ def plan(run: Distillation) -> list[StageCost]:
     texts, tokens = len(lengths), float(lengths.mean()) + 3
     costs = []
     for stage in run.stages:
-        count = round(stage.steps * run.schedule.batch_size * tokens)
+        count = round(stage.steps * run.batches_of(stage).batch_size * tokens)
         costs.append(
             StageCost(
                 stage.name,

@@ -32,7 +32,8 @@ class Schedule:
     teacher_rate: float
     transfer_rate: float
     distillation_rate: float
-    warm_up: float = 0.1  # share of a stage, and of a layer's phase
+    warm_up: float = 0.1  # share of a stage
+    phase_warm_up: float = 0.1  # share of a layer's phase
     optimizer: Literal["lamb", "adamw"] = "lamb"  # LAMB pays with batches of thousands; small ones want AdamW
     strategy: str = "progressive"
     feature_maps: bool = True
@@ -42,6 +43,7 @@ class Schedule:
     accumulate: int = 1  # parts of a batch whose gradients are averaged
     precision: str = "float32"
     max_length: int = 0  # tokens; 0 for the model's
+    teacher_batch_size: int = 0  # while the teacher is trained; 0 for `batch_size`
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -52,7 +54,7 @@ class Schedule:
             if getattr(self, name) not in allowed:
                 raise DistillationError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         least = {"teacher_steps": 1, "transfer_steps": 0, "distillation_steps": 1, "batch_size": 1, "accumulate": 1}
-        for name, low in (least | {"max_length": 0}).items():
+        for name, low in (least | {"max_length": 0, "teacher_batch_size": 0}).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise DistillationError(f"{name} is {value!r}; it must be a whole number of at least {low}")
@@ -60,15 +62,18 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise DistillationError(f"{name} is {value!r}; it must be a positive number, such as 0.003")
-        if not isinstance(self.warm_up, (int, float)) or not 0 <= self.warm_up < 1:
-            raise DistillationError(f"warm_up is {self.warm_up!r}; it must be a share of a stage, such as 0.1")
+        for name in ("warm_up", "phase_warm_up"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+                raise DistillationError(f"{name} is {value!r}; it must be a share of a stage, such as 0.1")
         for name in ("feature_maps", "attention", "pairs", "whole_words"):
             if not isinstance(getattr(self, name), bool):
                 raise DistillationError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        if self.batch_size % self.accumulate:
-            raise DistillationError(
-                f"a batch of {self.batch_size} cannot be cut into {self.accumulate} equal parts; choose a divisor"
-            )
+        for size in (self.batch_size, self.teacher_batch_size):
+            if size % self.accumulate:
+                raise DistillationError(
+                    f"a batch of {size} cannot be cut into {self.accumulate} equal parts; choose a divisor"
+                )
 
     @property
     def student_steps(self) -> int:
@@ -97,7 +102,8 @@ class Schedule:
         )
 
 
-# Sun et al. 2020, section 4.2, and google-research/mobilebert: a TPU pod's work, kept as the reference.
+# Sun et al. 2020, section 4.2, and google-research/mobilebert, on sequences of 512: 740,000 steps of the student, of which 24 phases
+# of 10,000 transfer a layer each at three times the rate, and a teacher of 500,000 before. A TPU pod's work, kept as it is.
 REFERENCE_SCHEDULE = Schedule(
     teacher_steps=500_000,
     transfer_steps=240_000,
@@ -106,9 +112,26 @@ REFERENCE_SCHEDULE = Schedule(
     teacher_rate=1.5e-3,
     transfer_rate=4.5e-3,
     distillation_rate=1.5e-3,
+    warm_up=0.02,  # 10,000 steps
+    teacher_batch_size=4096,
+)
+# The reference at a fifth of the steps, a quarter of the texts and half of their length, at rates smaller by the square root of
+# a quarter (You et al. 2020, section 4.3): 5.1e18 FLOPs, which at 60e12 a second, a sixteenth of an H100's bfloat16 peak, are
+# 23 hours. No GPU has run it yet: `--dry-run` says what it takes on a given one.
+MINI_SCHEDULE = Schedule(
+    teacher_steps=100_000,
+    transfer_steps=48_000,
+    distillation_steps=100_000,
+    batch_size=512,
+    teacher_rate=7.5e-4,
+    transfer_rate=2.25e-3,
+    distillation_rate=7.5e-4,
     warm_up=0.02,
+    precision="bfloat16",
+    accumulate=2,  # what a teacher keeps for its backward pass is then some 35 GB, by counting
 )
 SCHEDULES: dict[str, Schedule] = {
+    "mini": MINI_SCHEDULE,
     "nano": Schedule(
         teacher_steps=800,
         transfer_steps=600,

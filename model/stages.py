@@ -130,7 +130,7 @@ class Transfer(Stage):
         return groups
 
     def rates(self, step: int) -> list[float]:
-        peak, warm_up = self.schedule.transfer_rate, self.schedule.warm_up
+        peak, warm_up = self.schedule.transfer_rate, self.schedule.phase_warm_up
         if not self.progressive:
             return [peak * phase_decay(step, self.steps, warm_up)]
         of_layer = layer_rates(step, self.phases, peak, warm_up)

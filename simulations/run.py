@@ -58,10 +58,10 @@ class SimulationConfig:
     devices: int = 10
     partition: str = "iid"
     train: str = ""
-    hold_out: float = 0.0
-    energy: EnergyModel = field(default_factory=EnergyModel)
     run: RunConfig = field(default_factory=RunConfig)
     fleet: str = ""
+    hold_out: float = 0.0
+    energy: EnergyModel = field(default_factory=EnergyModel)
 
     def __post_init__(self) -> None:
         if not 0 <= self.hold_out <= 0.9:

@@ -349,3 +349,15 @@ def test_the_command_stays_on_loopback_and_sends_no_statistics() -> None:
     given = {"POCKETFED_DATABASE": "fleet.db", "POCKETFED_DASHBOARD_OPEN": "1"}
     assert launch.environment("fleet.db", base={"A": "1"}) == {"A": "1", **given}
     assert launch.environment("fleet.db", "0.0.0.0", {})["POCKETFED_DASHBOARD_OPEN"] == "0"
+
+
+def test_off_loopback_the_command_asks_for_tls_and_gives_the_certificate_to_the_server(tmp_path: Path) -> None:
+    from pocketfed.cli.fleet import dashboard
+    from pocketfed.cli.output import CommandError
+
+    with pytest.raises(CommandError, match="in plain text; give --certs"):
+        dashboard(str(tmp_path / "fleet.db"), 8501, "0.0.0.0", None, False)
+    with pytest.raises(CommandError, match="there is no certificate in"):
+        dashboard(str(tmp_path / "fleet.db"), 8501, "0.0.0.0", tmp_path, False)
+    flags = launch.command(8501, "0.0.0.0", ("fleet.pem", "fleet.key"))
+    assert flags[-4:] == ["--server.sslCertFile", "fleet.pem", "--server.sslKeyFile", "fleet.key"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,12 +12,32 @@ from types import ModuleType
 import pytest
 import sqlalchemy as sa
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from pocketfed.coordinator.store import Run, Store
+from pocketfed.client_sdk.artifacts import Artifact
+from pocketfed.client_sdk.flower_app import make_client_app
+from pocketfed.client_sdk.plan_trainer import PlanTrainer
+from pocketfed.client_sdk.trainer import Examples, evaluate
+
+# isort: split
+from flwr.app import Context
+
+from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
+from pocketfed.coordinator.config import LocalTraining, RunConfig
+from pocketfed.coordinator.operators import audit_lines, set_operator
+from pocketfed.coordinator.rounds import create_run, drive_run
+from pocketfed.coordinator.store import Release, Run, Store, device_named
+from pocketfed.model.tasks import Dataset
+from pocketfed.simulations.grids import InProcessGrid
+from pocketfed.simulations.run import encode_examples
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG_S = 180.0  # for what takes seconds: this machine may have other work
+PASSWORD = "correct horse battery"
+LOCAL = LocalTraining(batch_size=4, learning_rate=0.01, max_length=32)
 CHART = '[data-testid="stVegaLiteChart"] svg.marks'
 POINT = f"{CHART} .mark-symbol.role-mark path"
 
@@ -66,7 +87,7 @@ def test_a_reader_sees_the_run_its_curve_the_devices_and_the_sizes(browser: webd
 
     learning = screenshot.visit(browser, f"{address}/learning?run=1")
     assert "first try, head only" in learning
-    assert len(browser.find_elements(By.CSS_SELECTOR, CHART)) == 2
+    assert len(browser.find_elements(By.CSS_SELECTOR, CHART)) == 4
 
     fleet = screenshot.visit(browser, f"{address}/fleet")
     assert "12 devices of 12" in fleet
@@ -77,7 +98,7 @@ def test_a_reader_sees_the_run_its_curve_the_devices_and_the_sizes(browser: webd
     models = screenshot.visit(browser, f"{address}/models")
     assert "660 kB" in models
     assert "3.8 × smaller than fp32" in models
-    assert len(browser.find_elements(By.CSS_SELECTOR, CHART)) == 1
+    assert len(browser.find_elements(By.CSS_SELECTOR, CHART)) == 2
     assert screenshot.contacted(browser) == {"127.0.0.1"}
 
 
@@ -103,6 +124,122 @@ def test_the_page_follows_the_database_and_runs_no_strangers_script(
 
 def test_a_phone_needs_no_sideways_scrolling(address: str) -> None:
     with screenshot.browsing(390, 844, dark=True) as phone:
-        for page in ("", "learning", "models"):
+        for page in ("", "round", "models", "security"):
             screenshot.visit(phone, f"{address}/{page}")
             assert phone.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+# ---- a day of two people ---------------------------------------------------------------------------------------------
+
+
+class Simulation:
+    """A real run of four virtual devices; after each round it waits until it is told to go on."""
+
+    def __init__(self, database: Path, built: BuiltArtifact, artifact: Artifact, dataset: Dataset) -> None:
+        self.store = Store(str(database))
+        self.trainer = PlanTrainer(artifact, "head")
+        everything = encode_examples(self.trainer, dataset.train, 32)
+        self.test = encode_examples(self.trainer, dataset.test, 32)
+        self.local = {f"device-{i}": everything.take(range(12 * i, 12 * i + 12)) for i in range(4)}
+        self.bytes = artifact.manifest.bytes
+        with self.store.write() as session:
+            publish_artifact(session, built, "stable", "head")
+            self.nodes = {device_named(session, name).id: name for name in self.local}
+        self.app = make_client_app(lambda: self.trainer, self.examples_of)
+        self.may_go_on = threading.Semaphore(0)
+
+    def examples_of(self, context: Context) -> tuple[str, Examples]:
+        name = str(context.node_config["device"])
+        return name, self.local[name]
+
+    def run(self, name: str, rounds: int, waiting: bool) -> None:
+        config = RunConfig(name=name, min_devices=1, rounds=rounds, seed=rounds, local=LOCAL)
+        run_id = create_run(self.store, config)
+        grid = InProcessGrid(self.store, run_id, self.app, self.nodes, self.bytes)
+        told = (lambda result: self.may_go_on.acquire()) if waiting else (lambda result: True)
+        drive_run(self.store, run_id, grid, config, lambda theta: evaluate(self.trainer, theta, self.test), told)
+
+
+def says(driver: webdriver.Chrome, *texts: str) -> None:
+    """Wait until the page shows these words."""
+    shown = ""
+
+    def found(d: webdriver.Chrome) -> bool:
+        nonlocal shown
+        shown = d.find_element(By.TAG_NAME, "body").text
+        return all(text in shown for text in texts)
+
+    try:
+        WebDriverWait(driver, LONG_S, poll_frequency=0.1, ignored_exceptions=[WebDriverException]).until(found)
+    except TimeoutException:
+        pytest.fail(f"{texts} are not all on the page, which says {shown[:3000]!r}")
+
+
+def go(driver: webdriver.Chrome, page: str) -> None:
+    """By the links at the side: the log-in lasts as long as the page is not loaded anew."""
+    link = f"[data-testid='stSidebarNavLink'][href$='/{page}']"
+    driver.execute_script("document.querySelector(arguments[0]).click()", link)
+
+
+def type_into(driver: webdriver.Chrome, label: str, text: str, *then: str) -> None:
+    found = WebDriverWait(driver, LONG_S, poll_frequency=0.1).until(
+        lambda d: d.find_element(By.CSS_SELECTOR, f"input[aria-label*='{label}']")
+    )
+    found.send_keys(text, *then)
+
+
+def log_in(driver: webdriver.Chrome, name: str) -> None:
+    says(driver, "Log in", "Password")
+    type_into(driver, "Name", name)
+    type_into(driver, "Password", PASSWORD, Keys.ENTER)
+
+
+def roll_back_to_the_first(driver: webdriver.Chrome) -> None:
+    says(driver, "Promote, pause, roll back")
+    type_into(driver, "What", "rollback", Keys.ENTER)
+    type_into(driver, "Selected 3. Release", "1", Keys.ENTER)
+    type_into(driver, "to confirm", "1", Keys.ENTER)
+
+
+def test_two_people_watch_a_live_run_drill_into_it_compare_and_only_the_operator_may_act(
+    tmp_path: Path, nano_built: BuiltArtifact, nano_artifact: Artifact, tiny_dataset: Dataset
+) -> None:
+    database = tmp_path / "fleet.db"
+    fleet = Simulation(database, nano_built, nano_artifact, tiny_dataset)
+    with fleet.store.write() as session:
+        set_operator(session, "vera", "viewer", PASSWORD)
+        set_operator(session, "olga", "operator", PASSWORD)
+    fleet.run("the first", rounds=1, waiting=False)
+    live = threading.Thread(target=fleet.run, args=("the second", 3, True), daemon=True)
+    live.start()
+    with screenshot.serving(str(database)) as where, screenshot.browsing(1280, 1400) as driver:
+        driver.get(where)
+        log_in(driver, "vera")
+        fleet.may_go_on.release()  # past round 0
+        says(driver, "vera, viewer", "the second", "round 1 of 3 is done")
+        fleet.may_go_on.release()
+        says(driver, "round 2 of 3 is done")  # by itself
+        fleet.may_go_on.release()
+        says(driver, "3 of 3 rounds done")
+        go(driver, "round")
+        says(driver, "Round 3: finished", "How far they came")
+        type_into(driver, "Selected 3. Round", "2", Keys.ENTER)
+        says(driver, "Round 2: finished", "4 of 4 devices counted")
+        fleet.may_go_on.release()
+        live.join(LONG_S)
+        go(driver, "compare")
+        says(driver, "Where their settings differ", "#1 the first", "#2 the second")
+        go(driver, "models")
+        roll_back_to_the_first(driver)
+        says(driver, "Refused: vera is viewer; rollback needs operator")
+        driver.find_element(By.XPATH, "//button[contains(., 'Log out')]").click()
+        log_in(driver, "olga")
+        roll_back_to_the_first(driver)
+        says(driver, "Done: release 4 is live for 100 %")
+        go(driver, "security")
+        says(driver, "Failed log-ins", "Audit")
+    with fleet.store.read() as session:
+        acted = [(a.who, a.outcome) for a in audit_lines(session) if a.act == "rollback"]
+        assert acted == [("olga", "done"), ("vera", "refused")]
+        assert session.get_one(Release, 4).parameters == session.get_one(Release, 1).parameters
+    fleet.store.close()

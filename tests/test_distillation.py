@@ -41,6 +41,7 @@ from pocketfed.model.schedules import (
     layer_rates,
     linear_decay,
     phase_decay,
+    phase_steps,
     schedule_for,
 )
 from pocketfed.model.stages import MaskedWords, Transfer, check_pair, make_optimizer, student_stages
@@ -129,6 +130,32 @@ def test_attention_loss_is_the_cross_entropy_of_the_maps() -> None:
     assert float(attention_loss(student, teacher, mask)) == pytest.approx(math.log(2))
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert float(attention_loss(teacher, teacher, mask)) == pytest.approx(entropy)  # its least value
+
+
+def test_every_head_and_every_real_query_weighs_the_same_in_the_attention_loss() -> None:
+    even, sharp = [0.0, 0.0], [math.log(3.0), 0.0]  # 1/2 and 1/2; 3/4 and 1/4
+    teacher = torch.tensor([[[sharp, even], [even, sharp]], [[even, sharp], [sharp, sharp]]])  # (2, 2 heads, 2, 2)
+    student = torch.tensor([[[even, sharp], [even, even]], [[sharp, even], [even, even]]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    # Cross-entropy of a query's two maps: against an even student log 2 whatever the teacher; of an even teacher against a sharp one:
+    apart = -(math.log(0.75) + math.log(0.25)) / 2
+    heads = [[math.log(2), apart], [math.log(2), math.log(2)]], [[apart, 0.0], [math.log(2), 0.0]]
+    queries = [(heads[0][0][q] + heads[0][1][q]) / 2 for q in (0, 1)] + [(heads[1][0][0] + heads[1][1][0]) / 2]
+    assert float(attention_loss(student, teacher, mask)) == pytest.approx(sum(queries) / 3)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [  # of a student whose token has features (-1, 1): mean 0, variance 1, normed (-1, 1)
+        ([-1.0, 1.0], 0.0),
+        ([1.0, -1.0], 100 * 4.0),  # turned round: only the normed features differ, by 2 each
+        ([1.0, 3.0], 5000 * 4.0),  # moved by 2: only the mean differs
+        ([-2.0, 2.0], 5 * 3.0),  # twice as wide: only the variance differs, 4 from 1
+    ],
+)
+def test_each_term_of_the_feature_loss_has_its_weight(teacher: list[float], expected: float) -> None:
+    student, mask = torch.tensor([[[-1.0, 1.0]]]), torch.ones(1, 1)
+    assert float(feature_map_loss(student, torch.tensor([[teacher]]), mask)) == pytest.approx(expected, abs=1e-2)
 
 
 def test_attention_loss_stays_finite_where_a_hard_mask_hides_keys() -> None:
@@ -235,6 +262,43 @@ def test_progressive_rates_are_full_for_the_phases_layer_a_tenth_below_and_nothi
         [0.1 * decayed[1], 0.1 * decayed[1], decayed[1]],
     ]
     assert [pytest.approx(row) for row in expected] == rates
+
+
+def test_the_reference_is_the_papers_recipe_of_740_000_steps() -> None:
+    student, teacher, schedule = STUDENTS["reference"], TEACHERS["reference"], schedule_for("reference")
+    assert schedule.student_steps == 740_000
+    assert (schedule.teacher_steps, schedule.batch_size, schedule.teacher_batch_size) == (500_000, 2048, 4096)
+    assert (schedule.optimizer, schedule.strategy, schedule.max_length) == ("lamb", "progressive", 0)
+    assert student.max_position_embeddings == 512
+    assert (student.hidden_size, student.intra_bottleneck_size, teacher.intra_bottleneck_size) == (512, 128, 1024)
+    phases = phase_steps(schedule.transfer_steps, student.num_hidden_layers)
+    assert phases == [10_000] * 24
+    with torch.device("meta"):
+        transfer = Transfer(PreTrainingModel(student), PreTrainingModel(teacher), schedule)
+    assert len(transfer.groups()) == 48  # of each layer what LAMB adapts, and its norms and biases
+    # Step within the run of 240,000: layer 1's warm-up ends after 1,000 steps; layer 3 begins anew at 20,000.
+    for step, layer, rate in (
+        (0, 0, 4.5e-3 / 1000),
+        (499, 0, 4.5e-3 / 2),
+        (7_500, 0, 4.5e-3 * 0.95),
+        (20_000, 2, 4.5e-3 / 1000),
+        (29_999, 2, 4.5e-3 * (0.9 + 0.1 * 1e-2)),
+        (239_999, 23, 4.5e-3 * (0.9 + 0.1 * 1e-2)),
+    ):
+        expected = [rate / 10] * (2 * layer) + [rate] * 2 + [0.0] * (46 - 2 * layer)
+        assert transfer.rates(step) == pytest.approx(expected), step
+    steps = {s: 1.5e-3 * linear_decay(s, schedule.distillation_steps, schedule.warm_up) for s in (0, 4_999, 499_999)}
+    assert steps == pytest.approx({0: 1.5e-7, 4_999: 7.5e-4, 499_999: 1.5e-7})  # up in 10,000 steps, down to 1.5e-7
+
+
+def test_the_teacher_has_batches_of_its_own_size(material: tuple[TokenCorpus, Vocabulary]) -> None:
+    corpus, vocabulary = material
+    schedule = dataclasses.replace(QUICK, teacher_batch_size=64)
+    run = Distillation(fitted(SMALL, vocabulary), fitted(SMALL_TEACHER, vocabulary), corpus, vocabulary, schedule, 0)
+    sizes = {stage.name: len(run.batches_of(stage).batch(1, stage.number).input_ids) for stage in run.stages}
+    assert sizes == {"teacher": 64, "transfer": 32, "distillation": 32}
+    teacher, *_ = plan(run)
+    assert teacher.tokens == round(400 * 64 * (run.batches.corpus.lengths.mean() + 3))
 
 
 # ---- the head ------------------------------------------------------------------------------------------------------
@@ -392,12 +456,25 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, [("teacher", 3), ("transfer/1", 2), ("transfer/2", 5), ("distillation", 1)]),
+        (
+            {"accumulate": 4, "precision": "bfloat16", "optimizer": "lamb", "teacher_batch_size": 64},
+            [("teacher", 2), ("transfer/2", 4), ("distillation", 3)],
+        ),
+        ({"strategy": "auxiliary", "whole_words": True}, [("distillation", 2)]),
+        ({"strategy": "none", "accumulate": 2}, [("masked words", 5)]),
+    ],
+)
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
-    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path, changes: dict[str, Any], steps: list[tuple[str, int]]
 ) -> None:
     # With dropout, so that its draws have to be the same too.
     teacher = fitted(SMALL_TEACHER, material[1]).with_changes(hidden_dropout_prob=0.1)
-    student, schedule = fitted(SMALL, material[1]), QUICK.scaled(24, layers=2)
+    student = fitted(SMALL, material[1]).with_changes(hidden_dropout_prob=0.1)
+    schedule = dataclasses.replace(QUICK, **changes).scaled(24, layers=2)
 
     def run(folder: Path | None, stop: tuple[str, int] | None) -> Result:
         def watch(tick: Tick) -> None:
@@ -409,7 +486,6 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
         ).run()
 
     whole = run(None, None)
-    steps = [("teacher", 3), ("transfer/1", 2), ("transfer/2", 5), ("distillation", 1)]
     for number, stop in enumerate(steps):
         folder = tmp_path / str(number)
         with pytest.raises(KilledError):

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketfed.model.config import STUDENTS, TEACHERS, MobileBertConfig, preset
+from pocketfed.model.google_names import tensors_to_google
+from pocketfed.model.heads import TextClassifier, segment_ids
 from pocketfed.model.mobilebert import (
     Embeddings,
     MobileBert,
@@ -151,47 +152,28 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     torch.set_default_dtype(default)
 
 
-def our_name(google: str) -> str:
-    """A variable of Google's graph, in our state dict; `qa` is the span head on top."""
-    if google.startswith("cls/squad/"):
-        return {"output_weights": "qa.weight", "output_bias": "qa.bias"}[google.rsplit("/", 1)[1]]
-    parts = google.removeprefix("bert/").split("/")
-    renamed = {"FakeLayerNorm": "LayerNorm", "kernel": "weight", "gamma": "weight", "beta": "bias"}
-    path: list[str] = []
-    for part in parts:
-        stem, _, number = part.rpartition("_")
-        if stem in ("layer", "ffn_layer") and number.isdigit():
-            path += ["ffn" if stem == "ffn_layer" else "layer", number]
-        else:
-            path.append(renamed.get(part, part))
-    name = ".".join(path)
-    return name + ".weight" if name.endswith("_embeddings") else name
-
-
 @pytest.mark.slow
-def test_span_logits_are_those_of_googles_own_graph(oracle: ModuleType) -> None:
-    padding = 150
+def test_span_logits_are_those_of_googles_own_graph_with_our_weights_under_its_1113_names(oracle: ModuleType) -> None:
+    padding, separator = 150, 102
     generator = torch.Generator().manual_seed(1)
-    weights, state = {}, {}
-    for google, shape in oracle.SHAPES.items():
-        kernel = google.endswith("/kernel")
-        name = our_name(google)
-        value = torch.empty(shape[::-1] if kernel else shape)
-        state[name] = randomise({name: value}, generator, gain=0.85)[name]
-        weights[google] = state[name].T if kernel else state[name]
+    config = preset("mobilebert").with_changes(isolate_padding=False)
+    ours = TextClassifier(config, 2, separator, "spans").double().eval()
+    ours.load_state_dict(randomise(ours.state_dict(), generator, gain=0.85))
+    state = {name.replace("classifier.", "qa_outputs."): value for name, value in ours.state_dict().items()}
+    weights = tensors_to_google(state, config)
+    assert len(weights) == 1113
+    assert {name: tuple(value.shape) for name, value in weights.items()} == oracle.SHAPES
 
     tokens = 384  # the graph's own length
     ids = torch.randint(1000, 30000, (1, tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[:, tokens - padding :] = 0
     ids[mask == 0] = 0
-    types = torch.zeros_like(ids)
-    types[:, 20:200] = 1
-
-    student = MobileBert(preset("mobilebert").with_changes(isolate_padding=False)).double().eval()
-    student.load_state_dict({name: value for name, value in state.items() if not name.startswith("qa.")}, strict=True)
+    ids[0, 19] = ids[0, tokens - padding - 1] = separator
+    types = segment_ids(ids, mask, separator)
+    assert types.sum() == tokens - padding - 20
     with torch.no_grad():
-        logits = F.linear(student(ids, mask, types).last, state["qa.weight"], state["qa.bias"])  # (1, 384, 2)
+        logits = ours(ids, mask)  # (1, 384, 2)
         (start, _), (end, _) = oracle.run(weights, ids, mask, types)[:2]
     real = tokens - padding
     assert start[:, :real].std() > 0.1

@@ -509,6 +509,7 @@ def config_for(data: Path, seed: int = 5, **settings: Any) -> SimulationConfig:
 
 def without_seconds(result: SimulationResult) -> Mapping[str, Any]:
     told = result.to_dict()
+    told["costs"] = {k: v for k, v in told["costs"].items() if k.startswith("bytes_")}
     return told | {"rounds": [{k: v for k, v in r.items() if k != "seconds"} for r in told["rounds"]]}
 
 

@@ -24,11 +24,12 @@ def learning_frame(
     rounds: Sequence[RoundLine],
     names: Mapping[int, str],
     on_devices: Mapping[str, Sequence[tuple[int, int, float]]] | None = None,
+    beginning: bool = False,
 ) -> pd.DataFrame:
-    """One line a round and curve: what was evaluated, the devices' own training loss, and where every run began.
+    """One line a round and curve: what was evaluated, the devices' own training loss, and where a run began.
 
     Args:
-        on_devices: measure -> (run, round, value) of what devices found on their own examples.
+        on_devices: measure -> (run, round, value) of what devices found on their own examples. beginning: as a level line.
     """
     lines: list[dict[str, Any]] = []
     devices = {m: {(run, n): v for run, n, v in values} for m, values in (on_devices or {}).items()}
@@ -41,7 +42,7 @@ def learning_frame(
         for measure, curve, value in (
             ("accuracy", EVALUATED, r.accuracy), ("loss", EVALUATED, r.loss), ("loss", TRAINING, r.train_loss),
             *((m, ON_DEVICES, found.get((r.run_id, r.number))) for m, found in devices.items()),
-            *((m, BEGAN, began.get((r.run_id, m)) if r.number else None) for m in ("accuracy", "loss")),
+            *((m, BEGAN, began.get((r.run_id, m)) if beginning and r.number else None) for m in ("accuracy", "loss")),
         ):  # fmt: skip
             if value is not None:
                 lines.append({**common, "measure": measure, "curve": curve, "value": value})

@@ -251,7 +251,7 @@ def staleness(session: Session, run_id: int, number: int) -> dict[int, int]:
         .group_by(late)
         .order_by(late)
     )
-    return {int(row[0]): row[1] for row in session.execute(query)}
+    return {int(row[0] or 0): row[1] for row in session.execute(query)}
 
 
 def clip_line(session: Session, run_id: int, number: int) -> float | None:
@@ -278,8 +278,8 @@ def clip_line(session: Session, run_id: int, number: int) -> float | None:
         .order_by(Assignment.counted_in.desc(), Update.norm, Update.digest)
         .limit(MEDIAN_OVER)
     )
-    norms = sorted(session.scalars(last))
-    return factor * norms[(len(norms) - 1) // 2] if len(norms) >= WARM_UP else None
+    norms = sorted(float(norm) for norm in session.scalars(last) if norm is not None)
+    return float(factor) * norms[(len(norms) - 1) // 2] if len(norms) >= WARM_UP else None
 
 
 def metrics(session: Session, run_id: int, number: int) -> dict[str, float]:

@@ -176,7 +176,8 @@ def metric_names(session: Session, run_ids: Sequence[int], limit: int = 100) -> 
 def metric(session: Session, run_ids: Sequence[int], name: str, limit: int = 10_000) -> list[tuple[int, int, float]]:
     """(run, round, value) of a metric, by run and round."""
     query = sa.select(Metric.run_id, Metric.round, Metric.value).where(Metric.run_id.in_(run_ids), Metric.name == name)
-    return [tuple(row) for row in session.execute(query.order_by(Metric.run_id, Metric.round).limit(limit))]
+    rows = session.execute(query.order_by(Metric.run_id, Metric.round).limit(limit))
+    return [(row.run_id, row.round, row.value) for row in rows]
 
 
 def rounds(session: Session, run_ids: Sequence[int], limit: int = 10_000) -> list[RoundLine]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
@@ -51,9 +54,8 @@ def _curves(rounds: list[queries.runs.RoundLine], names: dict[int, str], axis: s
     for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
         with column:
             st.subheader(measure.capitalize())
-            shown = curves[curves["curve"] != charts.BEGAN]
-            if (shown["measure"] == measure).any():
-                st.altair_chart(charts.learning(shown, measure, axis), width="stretch")
+            if (curves["measure"] == measure).any():
+                st.altair_chart(charts.learning(curves, measure, axis), width="stretch")
             else:
                 st.info(f"No {measure} is known yet.")
 
@@ -92,12 +94,12 @@ def _cost(lines: list[queries.runs.RunLine]) -> None:
     st.caption("A chart is saved as a picture (PNG, SVG) by the menu in its upper right corner.")
 
 
-def _settings(configs: dict[int, object], names: dict[int, str]) -> None:
+def _settings(configs: Mapping[int, Mapping[str, Any]], names: dict[int, str]) -> None:
     st.subheader("Where their settings differ")
     if len(configs) < 2:
         st.info("Choose a second run to see where their settings differ.")
         return
-    different = queries.compare.differences(configs)  # type: ignore[arg-type]
+    different = queries.compare.differences(configs)
     if not different:
         st.success("They were configured alike.")
         return

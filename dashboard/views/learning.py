@@ -44,7 +44,7 @@ def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) 
     with opened.read() as session:
         rounds = queries.runs.rounds(session, chosen)
         told = {m: queries.runs.metric(session, chosen, f"device_{m}") for m in ("accuracy", "loss")}
-    curves = charts.learning_frame(rounds, names, told)
+    curves = charts.learning_frame(rounds, names, told, beginning=True)
     for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
         with column:
             st.subheader(measure.capitalize())
