@@ -281,6 +281,8 @@ def _simulate(
 
     built = read_artifact(artifact.folder)
     made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
+    if setting.fleet is not None:  # its file may say something else by the time the run goes on
+        made_of["fleet_sha256"] = sha256(repr(setting.fleet).encode()).hexdigest()
 
     def begin() -> int:
         with store.write() as session:

@@ -130,10 +130,6 @@ class VirtualGrid(FleetGrid):
 
     def _form(self, asked: Mapping[str, Any]) -> Form:
         """What lies in the spool: differences as a coordinator has decoded them, whatever form they travel in."""
-        return self._plain
-
-    @cached_property
-    def _plain(self) -> Form:
         return Form(parse_codec("float32"), Split(self.size))
 
     # ---- who is there ------------------------------------------------------------------------------------------------
