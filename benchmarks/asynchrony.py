@@ -50,7 +50,13 @@ def run_once(arguments: argparse.Namespace, mode: str, seed: int) -> dict[str, A
         **settings(mode, arguments.cohort, arguments.buffer),
     )
     config = SimulationConfig(
-        arguments.data, arguments.model, arguments.devices, arguments.partition, arguments.train, run, arguments.fleet
+        arguments.data,
+        arguments.model,
+        arguments.devices,
+        arguments.partition,
+        arguments.train,
+        run=run,
+        fleet=arguments.fleet,
     )
     rounds: list[RoundResult] = []
 
@@ -146,7 +152,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.95, help="accuracy at which a run ends")
     parser.add_argument("--deadline", type=float, default=600.0, help="seconds, of a round")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--local-epochs", type=int, default=1)
+    parser.add_argument("--local-epochs", type=int, default=3)
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--modes", default=",".join(MODES))
     arguments = parser.parse_args()

@@ -62,11 +62,6 @@ def run_to_drive(
             if resume == "unfinished" and left.status not in UNFINISHED:
                 continue
             made_of = {"config": left.config, "simulation": left.simulation}
-            if left.status != "finished" and left.simulation.get("fleet"):
-                why = f"run {left.run_id} has a fleet, whose clock ended with its process; begin anew without --resume"
-                if resume == "must":
-                    break
-                continue
             if not same(made_of, described) or left.artifact_version != version:
                 why = _difference(left, made_of, described, version)
                 if resume == "must":

@@ -19,7 +19,6 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
-from pocketfed.coordinator.forms import form_of
 from pocketfed.coordinator.progress import RoundResult, create_run, results_of
 from pocketfed.coordinator.rounds import drive_run, recall_end
 from pocketfed.coordinator.spending import spent_in
@@ -282,6 +281,8 @@ def _simulate(
 
     built = read_artifact(artifact.folder)
     made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
+    if setting.fleet is not None:  # its file may say something else by the time the run goes on
+        made_of["fleet_sha256"] = sha256(repr(setting.fleet).encode()).hexdigest()
 
     def begin() -> int:
         with store.write() as session:
@@ -307,8 +308,7 @@ def _simulate(
         virtual = None
         if setting.fleet is not None:
             tokens = {name: sum(map(len, mine.rows)) for name, mine in local.items()}
-            form = form_of(config.run.update, built.manifest["trainable_sets"][trainable_set])
-            demand = Demand(tokens, {name: len(mine) for name, mine in local.items()}, form.most_bytes)
+            demand = Demand(tokens, {name: len(mine) for name, mine in local.items()})
             spool, clock = setting.scratch / "spool", setting.clock
             virtual = VirtualGrid(grid, spool, setting.fleet, trainer.size, demand, clock, config.run)
 
@@ -319,7 +319,7 @@ def _simulate(
 
         on_step("training")
         if has_finished:
-            theta = recall_end(store, run_id, grid)
+            theta = recall_end(store, run_id, virtual or grid)
         else:
             theta = drive_run(
                 store,
@@ -332,6 +332,7 @@ def _simulate(
                 should_stop=should_stop,
             )
         if virtual:
+            rounds = [virtual.told(result) for result in rounds]  # also those of before it was stopped
             virtual.finish()
     node_of = {name: node for node, name in nodes.items()}
     found = find(
@@ -348,7 +349,14 @@ def _simulate(
         theta,
         trainer.initial_theta(),
         lambda name: grid.private_of(node_of[name]),
-        cost_of(rounds, spent_in(store, run_id), config.devices, config.energy),
+        cost_of(
+            rounds,
+            spent_in(store, run_id),
+            config.devices,
+            config.energy,
+            virtual.device_s if virtual else None,
+            setting.clock.s if virtual else None,
+        ),
         lines,
         kept,
         on_step,

@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from pocketfed.coordinator.assignments import Assignments, portions
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.forms import Form
 from pocketfed.coordinator.grid import ENOUGH, NEVER, FleetGrid, Stopped, Watch
-from pocketfed.coordinator.progress import RoundResult
+from pocketfed.coordinator.progress import RoundResult, begin_attempt, find_place
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
 from pocketfed.coordinator.strategy import THETA
 from pocketfed.coordinator.validation import check_form
@@ -29,6 +28,7 @@ from pocketfed.simulations.fleet import FORWARD, PHASES, Fleet, Journey, Work, t
 
 START = datetime(2024, 1, 1, tzinfo=UTC)  # a Monday; every fleet begins then, so that all dates are reproducible
 DOING = {"download": "downloading", "training": "training", "upload": "uploading"}
+UNCOUNTED = -1  # the number of what no round has counted
 Messages = Mapping[str, Any]  # assignment id -> what the device is asked
 
 
@@ -62,14 +62,10 @@ class VirtualWatch(Watch):
 
 @dataclass(frozen=True)
 class Demand:
-    """What an assignment costs a device beside the parameters that it is sent: tokens of an epoch and examples, by name.
-
-    update_bytes: what it sends back.
-    """
+    """What devices train on, by name: the tokens of an epoch, and the examples."""
 
     tokens: Mapping[str, int]
     examples: Mapping[str, int]
-    update_bytes: int
 
 
 class Computing(Protocol):
@@ -79,9 +75,14 @@ class Computing(Protocol):
     run_id: int
     devices: dict[int, str]  # node id -> name
     artifact_bytes: int
+    remembers: bool  # somebody may go on with the run
 
     def work(self, messages: Sequence[Any]) -> Iterable[Any]:
         """What devices reply to messages, in their order."""
+
+    def capture(self) -> dict[str, Any]: ...
+
+    def recall(self, held: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(order=True)
@@ -113,28 +114,22 @@ class VirtualGrid(FleetGrid):
         clock: VirtualClock,
         run: RunConfig,
     ) -> None:
-        super().__init__(Assignments(computing.store, spool), computing.run_id, self.available, size, run.lease_s)
+        super().__init__(Assignments(computing.store, spool), computing.run_id, dict, size, run.lease_s)
         self.computing, self.fleet, self.demand, self.clock = computing, fleet, demand, clock
         self.devices, self.seed, self.lease_s = dict(computing.devices), run.seed, run.lease_s
-        self.device_s, self._told_s = 0.0, 0.0
         ordered = sorted(self.devices, key=lambda node: self.devices[node])
         self._profiles = dict(zip(ordered, fleet.devices, strict=True))
         self._away: dict[int, float] = {}  # until when
-        self._worked: defaultdict[tuple[int, float], float] = defaultdict(
-            float
-        )  # seconds, by node and when its visit began
+        self._worked: defaultdict[tuple[int, float], float] = defaultdict(float)  # s, by node and its visit's beginning
         self._hold_artifact: set[int] = set()
         self._asked: dict[str, Any] = {}  # messages under way
         self._journeys: dict[str, Journey] = {}
         self._events: list[_Event] = []
         self._bytes: dict[str, int] = {}  # of parameters by digest
+        self._books: dict[int, dict[str, Any]] = {}  # of rounds that have ended: what `told` says
 
     def _form(self, asked: Mapping[str, Any]) -> Form:
         """What lies in the spool: differences as a coordinator has decoded them, whatever form they travel in."""
-        return self._plain
-
-    @cached_property
-    def _plain(self) -> Form:
         return Form(parse_codec("float32"), Split(self.size))
 
     # ---- who is there ------------------------------------------------------------------------------------------------
@@ -225,7 +220,8 @@ class VirtualGrid(FleetGrid):
             self._bytes[row.parameters] = session.get_one(Blob, row.parameters).bytes
         down = self._bytes[row.parameters] + (0 if node in self._hold_artifact else self.computing.artifact_bytes)
         trains = row.kind == "train"
-        work = Work(down, self._tokens(name, row.config, trains), self.demand.update_bytes if trains else 0)
+        up = super()._form(row.config).most_bytes if trains else 0
+        work = Work(down, self._tokens(name, row.config, trains), up)
         visit = profile.visit(at)
         leaves = at + (self._left_s(node, visit.begin, at) if visit is not None else 0.0)
         journey = travel(profile, work, at, leaves, self.fleet.rules.dropout, self._dice(row.id)[1:])
@@ -364,21 +360,24 @@ class VirtualGrid(FleetGrid):
         if row.bytes_down < journey.down_bytes:
             self._hold_artifact.discard(row.device_id)
 
+    @property
+    def device_s(self) -> float:
+        return float(sum(book["device_s"] for book in self._books.values()))
+
     def told(self, result: RoundResult) -> RoundResult:
         """With what a round took on the clock, cost the devices, and lost of their work."""
-        device_s, dropped = self._spent(result.number)
-        began, self._told_s = self._told_s, self.clock.s
-        return dataclasses.replace(
-            result, virtual_s=round(self.clock.s - began, 6), device_s=round(device_s, 6), dropped=dropped
-        )
+        self._book(result.number, result.number)
+        return dataclasses.replace(result, **self._books[result.number])
 
     def finish(self) -> None:
         """The run has ended: what was still under way cost something, too."""
-        self._spent(None)
+        self._book(UNCOUNTED, None)
 
-    def _spent(self, number: int | None) -> tuple[float, dict[str, int]]:
+    def _book(self, name: int, counted_in: int | None) -> None:
+        if name in self._books:
+            return
         device_s, dropped = 0.0, Counter[str]()
-        for row in ended(self.store, self.run_id, number):
+        for row in ended(self.store, self.run_id, counted_in):
             self._asked.pop(row.id, None)
             journey = self._journeys.pop(row.id, None)
             closed = self.clock.s if row.finished_at is None else self.clock.seconds(row.finished_at)
@@ -386,8 +385,62 @@ class VirtualGrid(FleetGrid):
                 device_s += max(0.0, min(journey.end, closed) - journey.begin)
             if row.status in ("failed", "expired"):
                 dropped[_why(row, journey, closed)] += 1
-        self.device_s += device_s
-        return device_s, dict(sorted(dropped.items()))
+        passed = self.clock.s - sum(book["virtual_s"] for book in self._books.values())
+        kept = {"virtual_s": round(passed, 6), "device_s": round(device_s, 6), "dropped": dict(sorted(dropped.items()))}
+        self._books[name] = kept
+
+    # ---- going on where another process was left ---------------------------------------------------------------------
+
+    def capture(self) -> dict[str, Any]:
+        if not self.computing.remembers:
+            return {}
+        state = {
+            "s": self.clock.s,
+            "away": self._away,
+            "worked": dict(self._worked),
+            "holds": sorted(self._hold_artifact),
+            "journeys": {row_id: dataclasses.asdict(journey) for row_id, journey in self._journeys.items()},
+            "coming": [[event.at, event.device, event.row_id] for event in self._events if event.comes],
+            "books": self._books,
+        }
+        return {**self.computing.capture(), "virtual": state}
+
+    def recall(self, held: Mapping[str, Any]) -> None:
+        self.computing.recall(held)
+        state = held.get("virtual")
+        if state is None:
+            return
+        self.clock.s, self._away, self._books = state["s"], state["away"], state["books"]
+        self._worked, self._hold_artifact = defaultdict(float, state["worked"]), set(state["holds"])
+        self._journeys = {row_id: Journey(**journey) for row_id, journey in state["journeys"].items()}
+        self._events = [_Event(at, device, row_id, comes=True) for at, device, row_id in state["coming"]]
+
+    def reopen(self, deadline_s: float) -> None:
+        """All is as it was when the last attempt had been committed; what came after it happens again."""
+        self.begin_again({*self._journeys, *(event.row_id for event in self._events)})
+        under_way = open_until(self.store, [*self._journeys, *(event.row_id for event in self._events)])
+        with self.store.write() as session:
+            for row_id in under_way:
+                row = session.get_one(Assignment, row_id)
+                self._asked[row_id] = self.message_of(row_id)
+                row.lease_until = row.offered_at + timedelta(seconds=self.lease_s)
+                journey = self._journeys.get(row_id)
+                if journey is None or (journey.lost == "download" and journey.silent):
+                    continue
+                row.status, row.accepted_at = "accepted", self.clock.at(journey.begin)
+                row.bytes_down, row.lease_until = journey.down_bytes, self.clock.at(journey.end + self.lease_s)
+                if not journey.silent:
+                    self._events.append(_Event(journey.end, self.devices[row.device_id], row_id, comes=False))
+        self._events = [event for event in self._events if event.row_id in under_way]
+        heapq.heapify(self._events)
+        place = find_place(self.store, self.run_id)
+        if place.cohort is not None:  # sampled, but when time had gone on: it is sampled again, the same
+            begin_attempt(self.store, self.run_id, place.number, [])
+        failures = place.attempt - 1 or place.failed_in_a_row
+        if failures:
+            self.rest(failures)
+        if place.number > 0 and place.attempt == 1:
+            self._book(place.number - 1, place.number - 1)
 
 
 def _why(row: Any, journey: Journey | None, closed: float) -> str:

@@ -77,7 +77,7 @@ class World:
                 return drive_run(self.store, self.run_id, computing, config)
             fleet = Fleet("test", tuple((devices or {}).get(name, device()) for name in SECONDS), rules or Rules())
             tokens = {name: 1000 * s for name, s in SECONDS.items()}
-            demand = Demand(tokens, dict.fromkeys(SECONDS, 4), 0)
+            demand = Demand(tokens, dict.fromkeys(SECONDS, 4))
             grid = VirtualGrid(computing, spool, fleet, self.trainer.size, demand, self.clock, config)
             theta = drive_run(
                 self.store, self.run_id, grid, config, on_round=lambda r: self.results.append(grid.told(r))
@@ -246,7 +246,7 @@ def test_fault_12_a_third_lost_in_every_phase_and_a_slow_tail_end_within_the_bud
     data = tmp_path / "data.csv"
     data.write_text("text,label\n" + "".join(f"{e.text},{e.label}\n" for e in tiny_dataset.train))
     run = RunConfig(rounds=3, cohort=3, over_selection=7.0, local=LOCAL, min_devices=24)
-    config = SimulationConfig(data, "nano", 24, "iid", "head", run, fleet=str(tmp_path / "fleet.toml"))
+    config = SimulationConfig(data, "nano", 24, "iid", "head", run=run, fleet=str(tmp_path / "fleet.toml"))
     result = simulate(config)
     assert [r.devices for r in result.rounds[1:]] == [3, 3, 3]
     assert all(r.virtual_s < 60 for r in result.rounds)  # type: ignore[operator]
@@ -256,6 +256,41 @@ def test_fault_12_a_third_lost_in_every_phase_and_a_slow_tail_end_within_the_bud
     assert wall == {r.number: dataclasses.asdict(r) for r in again.rounds}  # every number, the clock's too
     assert result.to_dict()["virtual_s"] == pytest.approx(sum(r.virtual_s or 0 for r in result.rounds))
     assert result.partition_svg.startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "fedbuff", "buffer": 2, "cohort": 4, "rounds": 5},
+        {"cohort": 3, "quorum": 2, "max_attempts": 2, "max_failed_rounds": 9, "rounds": 4},
+    ],
+)
+def test_a_stopped_simulation_of_a_fleet_goes_on_to_the_same_numbers(
+    tmp_path: Path, tiny_dataset: Dataset, settings: dict[str, Any]
+) -> None:
+    """Some are lost, nobody charges, and by half of the hours half are there: all of that is as it would have been."""
+    (tmp_path / "fleet.toml").write_text(
+        f"away_s = 3000.0\navailability = {[1.0, 0.3] * 12}\n[dropout]\ntraining = 0.2\nupload = 0.1\n"
+        "[[tiers]]\nms_per_token = 3000.0\nspeed_spread = 1.0\ncharging = 0.3\nbattery_wh = 4.0\n"
+    )
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"{e.text},{e.label}\n" for e in tiny_dataset.train))
+    run = RunConfig(min_devices=2, wait_s=1e6, deadline_s=1200.0, seed=2, local=LOCAL, **settings)
+    config = SimulationConfig(data, "nano", 8, "iid", "head", run=run, fleet=str(tmp_path / "fleet.toml"))
+    whole = simulate(config)
+    assert len({why for r in whole.rounds for why in r.dropped or {}}) > 1  # things did happen
+
+    def stop(result: RoundResult) -> None:
+        if result.number == 2:
+            raise KeyboardInterrupt
+
+    database = str(tmp_path / "runs.db")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, database, stop)
+    later = simulate(config, database)
+    assert later.theta.tobytes() == whole.theta.tobytes()
+    assert [dataclasses.asdict(r) for r in later.rounds] == [dataclasses.asdict(r) for r in whole.rounds]
+    assert (later.virtual_s, later.device_s) == (whole.virtual_s, whole.device_s)
 
 
 def test_a_fleet_that_is_always_there_ends_with_the_bits_of_no_fleet(world: World, tmp_path: Path) -> None:
