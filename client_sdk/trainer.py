@@ -83,9 +83,10 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From names written with - or _; what this version does not know is ignored."""
+        """From names written with - (a Flower strategy's, which count) or _; what this version does not know is ignored."""
         types: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
-        known = {k.replace("-", "_"): v for k, v in values.items() if k.replace("-", "_") in types}
+        own_last = sorted(values.items(), key=lambda item: "-" in item[0])
+        known = {k.replace("-", "_"): v for k, v in own_last if k.replace("-", "_") in types}
         return cls(**{k: types[k](v) for k, v in known.items()})
 
 
