@@ -148,7 +148,9 @@ def live(hours: float, seed: int, folder: Path, built: BuiltArtifact, rounds: in
         device.start()
         for quarter in range(1, 4 * max(1, int(hours)) + 1):
             last = quarter == 4 * max(1, int(hours))
-            while day.since < quarter * hours * 3600 / (4 * max(1, int(hours))) or (last and log.said["handed"] < rounds):
+            while day.since < quarter * hours * 3600 / (4 * max(1, int(hours))) or (
+                last and log.said["handed"] < rounds
+            ):
                 if stopped.wait(0.02):
                     break
             grown.append((resident_mb(), len(os.listdir("/proc/self/fd"))))

@@ -15,11 +15,12 @@ import numpy as np
 from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
+from pocketfed.coordinator.answers import enrol_virtual
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.progress import RoundResult, create_run, give_up
 from pocketfed.coordinator.rounds import drive_run
-from pocketfed.coordinator.store import Store, device_named
+from pocketfed.coordinator.store import Store
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.partition import partition
@@ -38,6 +39,7 @@ class SimulationConfig:
         train: the trainable set; empty: `full` for a preset, `lora:8` for a model folder.
         partition: iid, dirichlet:ALPHA or by:COLUMN.
         run: rounds, cohort, strategy, local training and seed.
+        backend: where the devices' work is done, one of `grids.BACKENDS`.
     """
 
     data: Path
@@ -46,6 +48,7 @@ class SimulationConfig:
     partition: str = "iid"
     train: str = ""
     run: RunConfig = field(default_factory=RunConfig)
+    backend: str = "in-process"
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def simulate(
             config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length
         )
         with _open_store(database, Path(scratch)) as store:
-            return _simulate(config, store, dataset, parts, artifact, on_round, on_step, should_stop)
+            return _simulate(config, store, dataset, parts, artifact, Path(scratch), on_round, on_step, should_stop)
 
 
 def _simulate(
@@ -184,13 +187,13 @@ def _simulate(
     dataset: Dataset,
     parts: Sequence[Sequence[int]],
     artifact: Artifact,
+    scratch: Path,
     on_round: Callable[[RoundResult], None],
     on_step: Callable[[str], None],
     should_stop: Callable[[], bool],
 ) -> SimulationResult:
-    from pocketfed.client_sdk.flower_app import make_client_app
     from pocketfed.coordinator.artifacts import read_artifact
-    from pocketfed.simulations.grids import InProcessGrid
+    from pocketfed.simulations.grids import Material, make_grid
 
     trainable_set = next(iter(artifact.manifest.sets))
     trainer = PlanTrainer(artifact, trainable_set)
@@ -199,22 +202,14 @@ def _simulate(
     train_examples = encode_examples(trainer, dataset.train, max_length)
     test_examples = encode_examples(trainer, dataset.test, max_length)
     names = device_names(config.devices)
-    local = {name: train_examples.take(part) for name, part in zip(names, parts, strict=True)}
+    held = dict(zip(names, parts, strict=True))
 
     built = read_artifact(artifact.folder)
     with store.write() as session:
         publish_artifact(session, built, config.run.channel, trainable_set)
-        nodes = {device_named(session, name, channel=config.run.channel).id: name for name in names}
-        for node, name in nodes.items():
-            device = device_named(session, name)
-            device.examples = len(local[nodes[node]])
+        nodes = enrol_virtual(session, config.run.channel, {name: len(held[name]) for name in names})
     run_id = create_run(store, config.run)
-    app = make_client_app(
-        lambda: trainer,
-        lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])]),
-        seeded_noise=True,
-    )
-    grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
+    grid = make_grid(config.backend, store, run_id, nodes, Material(trainer, train_examples, held, scratch))
     rounds: list[RoundResult] = []
 
     def remember(result: RoundResult) -> None:
@@ -235,6 +230,8 @@ def _simulate(
     except BaseException as error:
         give_up(store, run_id, str(error) or type(error).__name__)  # nobody comes back to a simulation
         raise
+    finally:
+        grid.close()
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,
         "trainable_parameters": trainer.size,
