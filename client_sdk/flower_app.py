@@ -13,18 +13,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.outgoing import Kept, UpdateForm
-from pocketfed.client_sdk.perform import Kind, Task, perform
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trainer
+from pocketfed.client_sdk.perform import Kind, Task, performing
+from pocketfed.client_sdk.trainer import Asking, Examples, TrainConfig, Trainer, converse
 from pocketfed.model.parameters import Vector
 
 THETA = "theta"
 FORM = "update."  # before the names of UpdateForm's fields in a message's config
 KEPT = "kept"  # in a context's state
+Local = Callable[[Context], tuple[str, Examples]]
 
 
-def make_client_app(
-    trainer: Callable[[], Trainer], local: Callable[[Context], tuple[str, Examples]], seeded_noise: bool = False
-) -> ClientApp:
+def make_client_app(trainer: Callable[[], Trainer], local: Local, seeded_noise: bool = False) -> ClientApp:
     """A ClientApp whose train and evaluate functions are `perform()`.
 
     Args:
@@ -40,36 +39,38 @@ def make_client_app(
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
-        task, examples = _read(message, context, local, seeded_noise)
-        reply = perform(trainer(), task, examples, kept=_kept(context))
-        context.state[KEPT] = _record({"residual": reply.kept.residual, "private": reply.kept.private})
-        trained = Array(task.theta + reply.delta)
-        # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
-        trained.__dict__["delta"] = reply.delta
-        arrays = ArrayRecord()
-        arrays[THETA] = trained  # not in the constructor: that would make another Array
-        content = {
-            "arrays": arrays,
-            "metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics}),
-            "update": ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()}),
-        }
-        return Message(RecordDict(content), reply_to=message)
+        model = trainer()
+        return converse(answering(message, context, model, local, seeded_noise), model)
 
     @app.evaluate()  # type: ignore[untyped-decorator]
     def evaluate(message: Message, context: Context) -> Message:
-        task, examples = _read(message, context, local, seeded_noise)
-        reply = perform(trainer(), task, examples, kept=_kept(context))
-        return Message(
-            RecordDict({"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}),
-            reply_to=message,
-        )
+        model = trainer()
+        return converse(answering(message, context, model, local, seeded_noise), model)
 
     return app
 
 
-def _read(
-    message: Message, context: Context, local: Callable[[Context], tuple[str, Examples]], seeded_noise: bool
-) -> tuple[Task, Examples]:
+def answering(
+    message: Message, context: Context, trainer: Trainer, local: Local, seeded_noise: bool = False
+) -> Asking[Message]:
+    """What the app makes of a message, but for the gradients: those it asks for."""
+    task, examples = _read(message, context, local, seeded_noise)
+    reply = yield from performing(trainer, task, examples, kept=_kept(context))
+    content = {"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}
+    if task.kind == "evaluate":
+        return Message(RecordDict(content), reply_to=message)
+    if reply.kept.residual.size or reply.kept.private.size:
+        context.state[KEPT] = _record({"residual": reply.kept.residual, "private": reply.kept.private})
+    trained = Array(task.theta + reply.delta)
+    # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
+    trained.__dict__["delta"] = reply.delta
+    arrays = ArrayRecord()
+    arrays[THETA] = trained  # not in the constructor: that would make another Array
+    told = ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()})
+    return Message(RecordDict(content | {"arrays": arrays, "update": told}), reply_to=message)
+
+
+def _read(message: Message, context: Context, local: Local, seeded_noise: bool) -> tuple[Task, Examples]:
     config = dict(message.content["config"])
     name, examples = local(context)
     kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"

@@ -15,12 +15,14 @@ from pocketfed.client_sdk.errors import ConfigurationError
 from pocketfed.client_sdk.order import derive_seed
 from pocketfed.client_sdk.outgoing import NOTHING, Kept, UpdateForm, make_outgoing
 from pocketfed.client_sdk.trainer import (
+    Asking,
     Examples,
     TrainConfig,
     Trainer,
+    converse,
     count,
     evaluate,
-    train,
+    training,
 )
 from pocketfed.model.parameters import ParametersError, Split, Vector, split_private
 
@@ -76,6 +78,19 @@ def perform(
         TrainingError: no examples, stopped, or diverged; nothing is to be sent.
         ConfigurationError: a form that this trainable set, or this version, cannot have.
     """
+    return converse(performing(trainer, task, examples, should_stop, progress, checkpoint, kept), trainer)
+
+
+def performing(
+    trainer: Trainer,
+    task: Task,
+    examples: Examples,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[float], None] = lambda fraction: None,
+    checkpoint: Checkpoint | None = None,
+    kept: Kept | None = None,
+) -> Asking[Reply]:
+    """`perform`, but for the gradients of training: those it asks for."""
     kept = kept or Kept()
     split = split_of(trainer, task.form)
     theta = split.overlay(task.theta, kept.private) if kept.private.size else task.theta
@@ -83,7 +98,7 @@ def perform(
         measured = _measure(trainer, theta, examples, task.form, should_stop)
         return Reply(b"", NOTHING, len(examples), _declared(measured, task.form), kept)
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
-    trained = train(trainer, theta, examples, config, should_stop, progress, checkpoint)
+    trained = yield from training(trainer, theta, examples, config, should_stop, progress, checkpoint)
     out = make_outgoing(task.form, split.shared(trained.delta), kept.residual, _noise(task))
     private = split.private(theta + trained.delta) if split.ranges else NOTHING
     metrics = _declared(trained.metrics, task.form)

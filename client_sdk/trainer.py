@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ DIVERGED = 10.0  # times the first step's loss, or times 1 where that is less
 SCHEDULES = ("constant", "linear", "cosine")
 Ids = NDArray[np.int64]
 Labels = NDArray[Any] | Sequence[Ids]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,22 @@ class Trainer(Protocol):
         """(B, outputs), or (B, T, outputs) for tokens and spans."""
 
 
+# Training as a conversation: it asks for the gradient at a theta (P,) on a batch, is told loss, right answers and gradient,
+# and ends with T. Whoever leads many of them (simulations/batched.py) may compute the gradients together.
+Asking = Generator[tuple[Vector, Batch], tuple[float, int, Vector], T]
+
+
+def converse(asking: Asking[T], trainer: Trainer) -> T:
+    """Lead a training to its end with one trainer's gradients."""
+    try:
+        theta, batch = next(asking)
+        while True:
+            theta, batch = asking.send(trainer.gradient(theta, batch))
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
+
+
 @dataclass(frozen=True)
 class Trained:
     """delta (P,) is trained minus given parameters; metrics are numbers a device may tell."""
@@ -226,6 +243,9 @@ def check_labels(examples: Examples, task: str, outputs: int) -> None:
                 f"the label of example {int(np.argmin(np.isfinite(values)))} is not finite; leave it out"
             )
         return
+    whole = task == "classification" and isinstance(examples.labels, np.ndarray)
+    if whole and 0 <= int(np.min(examples.labels)) and int(np.max(examples.labels)) < outputs:
+        return  # looked at all at once: a simulation asks for ten thousand devices
     for i, (row, label) in enumerate(zip(examples.rows, examples.labels, strict=True)):
         low, high = int(np.min(label)), int(np.max(label))
         limit = len(row) if task == "spans" else outputs
@@ -268,6 +288,19 @@ def train(
         TrainingStopped: should_stop said so.
         TrainingDiverged: a loss, gradient or parameter is not finite, or the loss has grown DIVERGED times.
     """
+    return converse(training(trainer, theta, examples, config, should_stop, progress, checkpoint), trainer)
+
+
+def training(
+    trainer: Trainer,
+    theta: Vector,
+    examples: Examples,
+    config: TrainConfig,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[float], None] = lambda fraction: None,
+    checkpoint: Checkpoint | None = None,
+) -> Asking[Trained]:
+    """`train`, but for the gradients: those it asks for."""
     if not len(examples):
         raise NoExamples("the device has no labelled examples; add some before it takes part")
     if not np.isfinite(theta).all():
@@ -280,7 +313,7 @@ def train(
     if checkpoint is not None:
         checkpoint.restore(state, fingerprint(trainer.identity, theta, examples, config))
     try:
-        _run_epochs(trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint)
+        yield from _run_epochs(trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint)
     except TrainingStopped:
         if checkpoint is not None:
             checkpoint.save(state)
@@ -314,7 +347,7 @@ def _run_epochs(
     should_stop: Callable[[], bool],
     progress: Callable[[float], None],
     checkpoint: Checkpoint | None,
-) -> None:
+) -> Asking[None]:
     """From where `state` is to the end of training, or until should_stop says so."""
     total = _steps(len(examples), config)
     while state.epoch < config.epochs:
@@ -326,7 +359,7 @@ def _run_epochs(
                 break
             if should_stop():
                 raise TrainingStopped(f"stopped after {state.steps} of {total} steps")
-            _step(trainer, theta, state, batch, config, total)
+            _step(theta, state, batch, config, total, *(yield state.current, batch))
             if checkpoint is not None:
                 checkpoint.tick(state)
             progress(state.steps / total)
@@ -386,8 +419,16 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
     return config.learning_rate * (left if config.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def _step(trainer: Trainer, theta: Vector, state: _State, batch: Batch, config: TrainConfig, total: int) -> None:
-    loss, correct, gradient = trainer.gradient(state.current, batch)
+def _step(
+    theta: Vector,
+    state: _State,
+    batch: Batch,
+    config: TrainConfig,
+    total: int,
+    loss: float,
+    correct: int,
+    gradient: Vector,
+) -> None:
     _add_proximal(gradient, state.current, theta, config.proximal_mu)
     _clip(gradient, config.max_grad_norm, loss, state.steps)
     state.optimizer.learning_rate = learning_rate_at(state.steps, total, config)
