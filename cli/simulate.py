@@ -34,6 +34,9 @@ def simulate(
         list[str] | None,
         typer.Option("--set", help="Any setting of a run: NAME=VALUE, local.NAME=VALUE, strategy_options.NAME=VALUE."),
     ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Where devices train: in-process, batched, processes[:COUNT] or ray[:COUNT].")
+    ] = "in-process",
     database: Annotated[str | None, typer.Option(help="Keep the run here, for the dashboard.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write rounds and result to this file.")] = None,
 ) -> None:
@@ -56,7 +59,9 @@ def simulate(
     run = RunConfig.from_dict(apply_overrides(values, set_ or []))
     make_strategy(run.strategy, run.strategy_options)
     check_database(database)
-    config = SimulationConfig(data=data, model=model, devices=devices, partition=partition, train=train, run=run)
+    config = SimulationConfig(
+        data=data, model=model, devices=devices, partition=partition, train=train, run=run, backend=backend
+    )
     header = [True]
 
     def show(result: object) -> None:

@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.outgoing import Kept, UpdateForm
-from pocketfed.client_sdk.perform import Kind, Task, performing
+from pocketfed.client_sdk.perform import Kind, Reply, Task, performing
 from pocketfed.client_sdk.trainer import Asking, Examples, TrainConfig, Trainer, converse
 from pocketfed.model.parameters import Vector
 
@@ -54,8 +54,24 @@ def answering(
     message: Message, context: Context, trainer: Trainer, local: Local, seeded_noise: bool = False
 ) -> Asking[Message]:
     """What the app makes of a message, but for the gradients: those it asks for."""
-    task, examples = _read(message, context, local, seeded_noise)
-    reply = yield from performing(trainer, task, examples, kept=_kept(context))
+    name, examples = local(context)
+    task = read_task(message, name, seeded_noise)
+    reply = yield from performing(trainer, task, examples, kept=kept_of(context))
+    return reply_message(message, context, task, reply)
+
+
+def read_task(message: Message, name: str, seeded_noise: bool = False, theta: Vector | None = None) -> Task:
+    """What a message asks of the device of that name. theta: what its arrays hold, where that has been read already."""
+    config = dict(message.content["config"])
+    kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
+    start = message.content["arrays"][THETA].numpy() if theta is None else theta
+    form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, v in config.items() if k.startswith(FORM)})
+    number, how = int(config["server-round"]), TrainConfig.from_mapping(config)
+    return Task(kind, start, how, number, name, form, seeded_noise)
+
+
+def reply_message(message: Message, context: Context, task: Task, reply: Reply) -> Message:
+    """A reply as a message; what stays on the device goes into its context."""
     content = {"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}
     if task.kind == "evaluate":
         return Message(RecordDict(content), reply_to=message)
@@ -70,17 +86,8 @@ def answering(
     return Message(RecordDict(content | {"arrays": arrays, "update": told}), reply_to=message)
 
 
-def _read(message: Message, context: Context, local: Local, seeded_noise: bool) -> tuple[Task, Examples]:
-    config = dict(message.content["config"])
-    name, examples = local(context)
-    kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
-    theta = message.content["arrays"][THETA].numpy()
-    form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, v in config.items() if k.startswith(FORM)})
-    number, how = int(config["server-round"]), TrainConfig.from_mapping(config)
-    return Task(kind, theta, how, number, name, form, seeded_noise), examples
-
-
-def _kept(context: Context) -> Kept | None:
+def kept_of(context: Context) -> Kept | None:
+    """What stayed on the device from the rounds before."""
     if KEPT not in context.state:
         return None
     record = context.state[KEPT]

@@ -244,7 +244,7 @@ def check_labels(examples: Examples, task: str, outputs: int) -> None:
             )
         return
     whole = task == "classification" and isinstance(examples.labels, np.ndarray)
-    if whole and 0 <= int(np.min(examples.labels)) and int(np.max(examples.labels)) < outputs:
+    if whole and int(np.min(examples.labels)) >= 0 and int(np.max(examples.labels)) < outputs:
         return  # looked at all at once: a simulation asks for ten thousand devices
     for i, (row, label) in enumerate(zip(examples.rows, examples.labels, strict=True)):
         low, high = int(np.min(label)), int(np.max(label))

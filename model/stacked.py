@@ -6,17 +6,21 @@ devices with a few short texts each costs little more than one device's with as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocketfed.model.adapters import LoraLinear, layout_of
 from pocketfed.model.heads import TextClassifier
 from pocketfed.model.losses import task_loss
 from pocketfed.model.mobilebert import NoNorm
+from pocketfed.model.parameters import Vector
 
+Array = NDArray[Any]
 LAYERS = (nn.Linear, LoraLinear, NoNorm, nn.LayerNorm)  # that may hold trained parameters
 
 
@@ -35,31 +39,33 @@ class StackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         count = len(next(iter(self.trained.values())))
         rows = x.reshape(count, -1, x.shape[-1])  # (K, B * ..., in)
-        layer = self.layer
-        if isinstance(layer, LoraLinear):
-            out = F.linear(rows, layer.weight, layer.bias)
-            low = rows @ self.trained["lora_A"].transpose(1, 2)
-            out = torch.baddbmm(out, low, self.trained["lora_B"].transpose(1, 2), alpha=layer.scale)
-        elif isinstance(layer, nn.Linear):
-            out = self._linear(layer, rows)
+        if isinstance(self.layer, LoraLinear):
+            out = self._lora(self.layer, rows)
+        elif isinstance(self.layer, nn.Linear):
+            out = self._linear(self.layer, rows)
         else:
-            if isinstance(layer, nn.LayerNorm):
-                rows = F.layer_norm(rows, layer.normalized_shape, eps=layer.eps)
+            if isinstance(self.layer, nn.LayerNorm):
+                rows = F.layer_norm(rows, self.layer.normalized_shape, eps=self.layer.eps)
             out = rows * self._wide("weight") + self._wide("bias")
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def _lora(self, layer: LoraLinear, rows: Tensor) -> Tensor:
+        low = rows @ self.trained["lora_A"].transpose(1, 2)
+        frozen = F.linear(rows, layer.weight, layer.bias)
+        return torch.baddbmm(frozen, low, self.trained["lora_B"].transpose(1, 2), alpha=layer.scale)
 
     def _linear(self, layer: nn.Linear, rows: Tensor) -> Tensor:
         weight = self.trained.get("weight")
         if weight is None:
             return F.linear(rows, layer.weight) + self._wide("bias")
-        if layer.bias is None:
+        if getattr(layer, "bias", None) is None:
             return rows @ weight.transpose(1, 2)
         return torch.baddbmm(self._wide("bias"), rows, weight.transpose(1, 2))
 
     def _wide(self, name: str) -> Tensor:
         """(K, 1, n), or (n,) where it is frozen."""
         held = self.trained.get(name)
-        return getattr(self.layer, name) if held is None else held.unsqueeze(1)  # type: ignore[no-any-return]
+        return getattr(self.layer, name) if held is None else held.unsqueeze(1)
 
 
 class StackedStudent:
@@ -90,8 +96,15 @@ class StackedStudent:
         return all(type(model.get_submodule(path)) in LAYERS for path in owners)
 
     def gradient(
-        self, theta: Tensor, hidden: Tensor | None, ids: Tensor, mask: Tensor, labels: Tensor, weights: Tensor, smoothing: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        theta: Vector,
+        hidden: Array | None,
+        ids: Array,
+        mask: Array,
+        labels: Array,
+        weights: Array,
+        smoothing: float,
+    ) -> tuple[Array, Array, Vector]:
         """Of each theta on its own batch: mean loss (K,), right answers (K,) and the loss's gradient (K, P).
 
         Args:
@@ -99,19 +112,20 @@ class StackedStudent:
             ids, mask: (K, B, T). labels: (K, B, ...). weights: (K, B), 0 for what only fills a batch.
         """
         count, size = mask.shape[:2]
-        leaves = [
-            part.reshape(count, *p.shape).requires_grad_()
-            for part, p in zip(theta.split([p.size for p in self._layout], 1), self._layout, strict=True)
-        ]
+        parts = torch.from_numpy(theta).split([p.size for p in self._layout], 1)
+        leaves = [part.reshape(count, *p.shape).requires_grad_() for part, p in zip(parts, self._layout, strict=True)]
         for (layer, name), leaf in zip(self._places, leaves, strict=True):
             layer.trained[name] = leaf
-        flat = mask.flatten(0, 1)  # (K * B, T)
-        read = self._model.prefix(ids.flatten(0, 1), flat) if hidden is None else hidden.flatten(0, 1)
+        masks = torch.from_numpy(mask)
+        flat = masks.flatten(0, 1)  # (K * B, T)
+        texts = torch.from_numpy(ids).flatten(0, 1)
+        read = self._model.prefix(texts, flat) if hidden is None else torch.from_numpy(hidden).flatten(0, 1)
         logits = self._model.suffix(read, flat).unflatten(0, (count, size))
-        given = (logits, mask, labels, weights, torch.full((count,), smoothing))
-        losses, correct, _ = torch.vmap(lambda *one: task_loss(self._model.task, *one))(*given)
+        given = (logits, masks, torch.from_numpy(labels), torch.from_numpy(weights), torch.full((count,), smoothing))
+        losses, correct, _ = torch.vmap(partial(task_loss, self._model.task))(*given)
         gradients = torch.autograd.grad(losses.sum(), leaves)
-        return losses.detach(), correct, torch.cat([g.reshape(count, -1) for g in gradients], 1)
+        together = torch.cat([g.reshape(count, -1) for g in gradients], 1)
+        return losses.detach().numpy(), correct.numpy(), together.numpy()
 
 
 def _replace(model: TextClassifier, path: str) -> StackedLayer:

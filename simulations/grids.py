@@ -28,15 +28,11 @@ from pocketfed.coordinator.store import Assignment, Store, now
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import check_form
 from pocketfed.model.parameters import Vector
+from pocketfed.simulations.backends import parse_backend
 
-BACKENDS = "in-process"
 BUNCH = 256  # answers written in one transaction
 BUNCH_BYTES = 16 << 20  # that they may hold meanwhile
 BUNCH_S = 1.0  # or what has come in so long: the dashboard shows a round while it happens
-
-
-class BackendError(ValueError):
-    """A backend that does not exist or cannot be used here."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,24 @@ class Material:
 
 
 def make_grid(backend: str, store: Store, run_id: int, devices: Mapping[int, str], material: Material) -> InProcessGrid:
-    """The grid of one of BACKENDS; whoever asked for it closes it.
+    """The grid of one of `backends.BACKENDS`; whoever asked for it closes it.
 
     Raises:
         BackendError: no such backend, or something that it needs is not installed.
     """
-    if backend != "in-process":
-        raise BackendError(f"there is no backend {backend!r}; choose one of {BACKENDS}")
+    kind, count = parse_backend(backend)
+    if kind == "batched":
+        from pocketfed.simulations.batched import BatchedGrid
+
+        return BatchedGrid(store, run_id, devices, material)
+    if kind == "processes":
+        from pocketfed.simulations.processes import PoolGrid
+
+        return PoolGrid(store, run_id, devices, material, count)
+    if kind == "ray":
+        from pocketfed.simulations.flower_ray import RayGrid
+
+        return RayGrid(store, run_id, devices, material, count)
     app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
     return InProcessGrid(store, run_id, app, devices, material.trainer.artifact.manifest.bytes)
 
@@ -185,13 +192,14 @@ class InProcessGrid(RecordedGrid):
                 row.status, row.error, row.finished_at = "expired", ENOUGH, now()
 
     def _run_device(self, message: Message) -> Message:
+        return answer_of(self.app, message, self.context_of(message))
+
+    def context_of(self, message: Message) -> Context:
+        """Of the device that a message is for: what stays there from round to round."""
         node = message.metadata.dst_node_id
         if node not in self._contexts:
             self._contexts[node] = Context(self.run_id, node, {"device": self.devices[node]}, RecordDict(), {})
-        try:
-            return self.app(message, self._contexts[node])
-        except TrainingError as error:
-            return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+        return self._contexts[node]
 
     def _answer(self, row_id: str, message: Message, reply: Message, begun: datetime) -> Answer:
         node = message.metadata.dst_node_id
@@ -204,6 +212,18 @@ class InProcessGrid(RecordedGrid):
         update = reply.content.get("update", {"bytes": 0, "digest": ""})
         told |= {"bytes": update["bytes"], "digest": update["digest"]}
         return Answer(row_id, node, begun, now(), artifact, None, told)
+
+
+def answer_of(app: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
+    """What an app answers; a device that cannot do its part says so."""
+    try:
+        return app(message, context)
+    except TrainingError as error:
+        return failed(message, error)
+
+
+def failed(message: Message, error: TrainingError) -> Message:
+    return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
 def _laid_on(theta: Vector, asked: Message, trained: ArrayRecord, weight: float) -> ArrayRecord:

@@ -23,6 +23,7 @@ from pocketfed.coordinator.rounds import drive_run
 from pocketfed.coordinator.store import Store
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
+from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.partition import partition
 
 
@@ -39,7 +40,7 @@ class SimulationConfig:
         train: the trainable set; empty: `full` for a preset, `lora:8` for a model folder.
         partition: iid, dirichlet:ALPHA or by:COLUMN.
         run: rounds, cohort, strategy, local training and seed.
-        backend: where the devices' work is done, one of `grids.BACKENDS`.
+        backend: where devices train, one of `backends.BACKENDS`.
     """
 
     data: Path
@@ -164,8 +165,9 @@ def simulate(
         on_step: told, in words, what is being prepared.
 
     Raises:
-        SimulationError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
+        SimulationError, BackendError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
     """
+    parse_backend(config.backend)
     on_step("reading the data")
     dataset = read_dataset(config.data).with_test(seed=config.run.seed)
     if not dataset.test:
@@ -194,9 +196,11 @@ def _simulate(
 ) -> SimulationResult:
     from pocketfed.coordinator.artifacts import read_artifact
     from pocketfed.simulations.grids import Material, make_grid
+    from pocketfed.simulations.prefix import open_prefix_cache
 
     trainable_set = next(iter(artifact.manifest.sets))
-    trainer = PlanTrainer(artifact, trainable_set)
+    cache = open_prefix_cache(artifact, trainable_set, scratch)
+    trainer = PlanTrainer(artifact, trainable_set, cache=cache)
     on_step("tokenizing")
     max_length = config.run.local.max_length
     train_examples = encode_examples(trainer, dataset.train, max_length)
@@ -232,6 +236,8 @@ def _simulate(
         raise
     finally:
         grid.close()
+        if cache is not None:
+            cache.close()
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,
         "trainable_parameters": trainer.size,

@@ -20,12 +20,13 @@ MORE_FOR = {"client_sdk/torch_trainer.py": ("model",)}
 # Packages that only some modules may import, lazily or not; and of those, the ones that must not be at a top.
 ONLY_IN = {
     "flwr": ("client_sdk/flower_app.py", "coordinator/flwr_compat.py", "coordinator/strategy.py", "coordinator/grid.py",
-             "coordinator/rounds.py", "coordinator/screening.py", "coordinator/strategy_state.py", "simulations/grids.py"),
+             "coordinator/rounds.py", "coordinator/screening.py", "coordinator/strategy_state.py", "simulations/grids.py",
+             "simulations/batched.py", "simulations/processes.py", "simulations/flower_ray.py"),
     "streamlit": ("dashboard/",), "altair": ("dashboard/",), "pandas": ("dashboard/",),
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
-    "executorch": ("model/executorch_export.py",),
+    "executorch": ("model/executorch_export.py",), "ray": (),
     "cryptography": ("coordinator/signing.py", "coordinator/tls.py"), "nacl": ("client_sdk/trust.py", "client_sdk/sealing.py"),
     "onnxruntime": ("model/runtime.py",), "typer": ("cli/",), "rich": ("cli/output.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
