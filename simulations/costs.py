@@ -85,12 +85,14 @@ def cost_of(
     energy: EnergyModel,
     device_s: float | None = None,
     virtual_s: float | None = None,
+    wall_s: float | None = None,
 ) -> Costs:
     """Bytes as the rounds have them (their details may be forgotten), seconds as the devices told.
 
     Args:
         devices: of the fleet; those that took no part have spent nothing.
         device_s, virtual_s: what a fleet's model says in the place of what devices told, and its clock.
+        wall_s: of this machine, where the rounds' own seconds are a fleet's.
     """
     up, down = sum(r.bytes_up for r in rounds), sum(r.bytes_down for r in rounds)
     seconds = sum(s.seconds for s in spent.values()) if device_s is None else device_s
@@ -106,7 +108,7 @@ def cost_of(
         total_device_seconds=seconds,
         total_joules=joules,
         seconds_are="measured" if device_s is None else "fleet",
-        wall_s=sum(r.seconds for r in rounds),
+        wall_s=sum(r.seconds for r in rounds) if wall_s is None else wall_s,
         virtual_s=virtual_s,
         energy=energy,
     )

@@ -20,7 +20,7 @@ PACKAGES = ("pocketfed", "numpy", "onnxruntime", "flwr", "torch", "tokenizers", 
 LINE_NAMES = {"central": "all data in one place", "local": "each device alone, mean", "previous": "the model before"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title><style>
 :root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}

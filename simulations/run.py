@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -329,6 +330,7 @@ def _simulate(
             on_round(result)
 
         on_step("training")
+        began = time.perf_counter()
         if has_finished:
             theta = recall_end(store, run_id, virtual or grid)
         else:
@@ -367,6 +369,7 @@ def _simulate(
             config.energy,
             virtual.device_s if virtual else None,
             setting.clock.s if virtual else None,
+            time.perf_counter() - began if virtual else None,
         ),
         lines,
         kept,

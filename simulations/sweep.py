@@ -93,7 +93,7 @@ def run_sweep(
             )
             title = ", ".join(f"{k} {v}" for k, v in task.cell.labels.items()) or task.config.run.name
             run = describe(result, settings_of(task.config), title)
-            write_report(run, place, getattr(result, "partition_svg", ""))
+            write_report(run, place, result.partition_svg)
             row = {"key": task.key, "labels": dict(task.cell.labels), **row_of(result, run)}
             append_row(folder, row)
             for file in place.glob("run.db*"):
@@ -133,7 +133,7 @@ def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:
         "bytes_down": up_down[1],
         "device_seconds": found.costs.device_seconds if found and found.costs else None,
         "virtual_h": None if virtual is None else virtual / 3600,
-        "wall_s": round(sum(r.seconds for r in result.rounds), 3),
+        "wall_s": round(costs.get("wall_s") or 0.0, 3),
         "parameters": run["model"]["trainable_parameters"],
         "parameters_sha256": run["final"]["parameters_sha256"],
         "pocketfed": run["environment"]["packages"].get("pocketfed", ""),

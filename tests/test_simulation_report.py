@@ -246,16 +246,18 @@ def test_a_report_needs_nothing_but_itself_and_escapes_every_name(
     config: SimulationConfig, result: SimulationResult, tmp_path: Path
 ) -> None:
     run = describe(result, settings_of(config), RUN.name)
-    write_report(run, tmp_path)
+    write_report(run, tmp_path, result.partition_svg)
     page = read_page(tmp_path / "report.html")
     assert {"script", "link", "img", "iframe", "object", "base"}.isdisjoint(page.tags)
-    assert [a for a in page.attributes if a[0] in ("src", "href", "xlink:href", "data", "action")] == []
+    links = [value or "" for name, value in page.attributes if name in ("src", "href", "xlink:href", "data", "action")]
+    assert [link[:40] for link in links if not link.startswith("data:image/png;base64,")] == []
     assert not re.search(r"https?:|url\(|@import", (tmp_path / "report.html").read_text())
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
     assert '</text><script src="//x">|`[a](b)` ��' in page.text  # as text, what turns it around taken out
     assert "�" in page.text
     assert str(result.found.served.worst_decile if result.found and result.found.served else "")[:6] in page.text
     assert "prefers-color-scheme:dark" in (tmp_path / "report.html").read_text()
+    assert ET.parse(tmp_path / "partition.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
     for name in ("rounds", "bytes", "devices"):
         svg = ET.parse(tmp_path / f"{name}.svg").getroot()
         assert svg.tag == "{http://www.w3.org/2000/svg}svg"
