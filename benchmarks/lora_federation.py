@@ -4,8 +4,9 @@
     python benchmarks/lora_federation.py --table lora.jsonl
 
 The same examples are dealt out to fewer or more devices; all strategies of a seed train the same student on the same devices,
-`--epochs` local epochs a round. Runs that `--out` already has are not done again. "Lost": the share of the mean product's norm
-that rank r cannot hold, the mean over rounds. "Exact, unequal": every second device trains and sends rank 2.
+`--epochs` local epochs a round, all at one `--learning-rate` (another one gets a table of its own). Runs that `--out` already
+has are not done again. "Lost": the share of the mean product's norm that rank r cannot hold, the mean over rounds. "Exact,
+unequal": every second device trains and sends rank 2.
 """
 
 from __future__ import annotations
@@ -89,11 +90,12 @@ def run_seed(arguments: argparse.Namespace, devices: int, seed: int, variants: S
 def table(rows: Sequence[Row]) -> str:
     """Markdown, for each data set and partition: accuracy in percent as mean [smallest, largest] over seeds."""
     out: list[str] = []
-    for data, kind in dict.fromkeys((r["data"], r["partition"]) for r in rows):
-        mine = [r for r in rows if (r["data"], r["partition"]) == (data, kind)]
+    for key in dict.fromkeys((r["data"], r["partition"], r["train"], r["learning_rate"]) for r in rows):
+        mine = [r for r in rows if (r["data"], r["partition"], r["train"], r["learning_rate"]) == key]
         counts = sorted({r["devices"] for r in mine})
-        told = mine[0]
-        out += [f"\n{data}, {kind}, {told['train']}: {told['examples']} examples, {told['rounds']} rounds\n"]
+        data, kind, train, rate = key
+        sizes = f"{mine[0]['examples']} examples, {mine[0]['rounds']} rounds"
+        out += [f"\n{data}, {kind}, {train} at learning rate {rate:g}: {sizes}\n"]
         heads = [f"{n} devices | against naive" for n in counts]
         out += ["| | seeds | " + " | ".join(heads) + " | bytes up | lost |", "|---" * (4 + 2 * len(counts)) + "|"]
         for variant in (v for v in VARIANTS if any(r["variant"] == v for r in mine)):
@@ -135,11 +137,12 @@ def main() -> None:
         parser.error("give --data and --out, or --table")
     chosen = arguments.variants.split(";") if arguments.variants else list(VARIANTS)
     done = {
-        (r["data"], r["partition"], r["train"], r["devices"], r["seed"], r["variant"]) for r in read_rows(arguments.out)
+        (r["data"], r["partition"], r["train"], r["learning_rate"], r["devices"], r["seed"], r["variant"])
+        for r in read_rows(arguments.out)
     }
     for seed in map(int, arguments.seeds.split(",")):
         for devices in map(int, arguments.devices.split(",")):
-            key = (arguments.data.name, arguments.partition, arguments.train, devices, seed)
+            key = (arguments.data.name, arguments.partition, arguments.train, arguments.learning_rate, devices, seed)
             missing = [v for v in chosen if (*key, v) not in done]
             if missing:
                 run_seed(arguments, devices, seed, missing)

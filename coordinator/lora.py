@@ -83,6 +83,8 @@ class ExactLoRA(_Lora):
     FedEx-LoRA (Singhal et al. 2025) adds to the frozen weights; ours are int8 and stay, so it is lost, and its share of the
     sum's Frobenius norm is the metric `train_lora_residual`. The best rank-r answer there is (Eckart and Young 1936).
 
+    The SVD is LAPACK's: the same bits on one machine, and not promised on another.
+
     Memory: 8 bytes a value of every matrix that LoRA changes, and one update.
 
     Args:

@@ -267,6 +267,110 @@ def test_differences_are_taken_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> 
     assert forms.difference(ours, []) == ""
 
 
+# ---- algorithms ----------------------------------------------------------------------------------------------------
+
+
+def written(dataset: Dataset, folder: Path) -> Path:
+    for name, part in (("train", dataset.train), ("test", dataset.test)):
+        rows = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in part]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs a script of benchmarks/ in this process, and gives what it printed."""
+
+    def run(name: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        load(name, monkeypatch).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_examples_in_what_benchmarks_share_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("virtual", "personal"):
+        assert doctest.testmod(load(name, monkeypatch)).failed == 0
+
+
+def test_federations_of_lora_are_compared_on_the_same_devices_and_go_on_from_what_is_there(
+    tiny_dataset: Dataset, tmp_path: Path, told: Any
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = (
+        "--data",
+        written(tiny_dataset, tmp_path),
+        "--train",
+        "lora:4",
+        "--devices",
+        2,
+        "--rounds",
+        2,
+        "--epochs",
+        1,
+    )
+    words += ("--examples", 40, "--partition", "iid", "--seeds", 0, "--out", out)
+    table = told("lora_federation", *words)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    up = {r["variant"]: r["bytes_up"] for r in rows}
+    assert len(up) == len(rows) == 5
+    assert up["naive"] == up["exact"] > up["exact, unequal"] > up["FFA"]
+    assert all((r["lost"] is not None) == r["variant"].startswith("exact") for r in rows)
+    assert len({r["curve"][0] for r in rows}) == 1, "all start alike"
+    assert table.count("| RoLoRA | 1 |") == 1
+    told("lora_federation", *words)
+    assert len(out.read_text().splitlines()) == len(rows)
+    assert table.endswith(told("lora_federation", "--table", out))
+
+
+def test_personal_heads_are_compared_device_by_device(tiny_dataset: Dataset, tmp_path: Path, told: Any) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ("--data", written(tiny_dataset, tmp_path), "--test", 4, "--least", 8, "--examples", 10, "--rounds", 2)
+    words += ("--tune", 1, "--seeds", "0", "--out", out)
+    table = told("personal", *words)
+    (row,) = (json.loads(line) for line in out.read_text().splitlines())
+    assert row["devices"] == 6  # users, each with 16 examples
+    assert row["examples"] == [10] * 6
+    assert {way: len(a) for way, a in row["accuracies"].items()} == dict.fromkeys(
+        ("global", "personal head", "global, tuned", "alone"), 6
+    )
+    assert row["bytes_up"]["personal head"] < row["bytes_up"]["global"]
+    assert "| personal head |" in table
+    told("personal", *words)
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_rules_are_compared_as_the_share_of_hostile_devices_grows(
+    tiny_dataset: Dataset, tmp_path: Path, told: Any
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = (
+        "--data",
+        written(tiny_dataset, tmp_path),
+        "--devices",
+        10,
+        "--examples",
+        96,
+        "--warm-up",
+        1,
+        "--rounds",
+        1,
+    )
+    words += ("--partition", "iid", "--shares", "0,0.1,0.3", "--attacks", "flip ×10", "--aggregators", "FedAvg,Krum")
+    table = told("hostile", *words, "--seeds", "0", "--out", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    attacks = {"sign flip ×10", "boast, flip ×10", "colluders: flip ×10"}
+    assert {(r["attack"], r["share"], r["sent"]) for r in rows if r["share"]} == {
+        (attack, share, sent) for attack in attacks for share, sent in ((0.1, 1), (0.3, 3))
+    }
+    assert {r["attack"] for r in rows if not r["share"]} == {"none"}
+    assert {r["refused"] for r in rows} == {0}
+    assert "| ours: StreamingKrum |" in table
+    told("hostile", *words, "--seeds", "0", "--out", out)
+    assert len(out.read_text().splitlines()) == len(rows)
+
+
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 

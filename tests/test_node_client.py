@@ -175,7 +175,7 @@ def test_it_orders_many_examples_as_python_does(count: int, batch_size: int) -> 
 REFUSE = """
 import { checkForm } from './form.js';
 import { checkConfig } from './training.js';
-import { decodeVector, encodeVector } from './vector.js';
+import { decodeVector, encodeTensors, encodeVector } from './vector.js';
 const config = { epochs: 1, batch_size: 1, max_length: 32, max_steps: 0, patience: 0, learning_rate: 0.1, momentum: 0,
   weight_decay: 0, max_grad_norm: 1, proximal_mu: 0, warmup: 0, label_smoothing: 0, holdout: 0, optimizer: 'sgd',
   schedule: 'constant' };
@@ -190,10 +190,11 @@ refuse(() => checkConfig({ ...config, patience: 2 }));
 const form = { codec: 'int8', clip_norm: 1, noise: 0, private: [], metrics: [] };
 for (const codec of ['', 'float32', 'float16', 'int8', 'topk:0.5', 'topk:1e-3', 'ternary:0.1']) checkForm({ ...form, codec });
 for (const other of [{ codec: 'topk' }, { codec: 'topk:0.6' }, { codec: 'topk:0' }, { codec: 'int8:1' }, { codec: 'ternary:' },
-  { noise: 1 }, { private: ['head'] }, { clip_norm: NaN }])
+  { noise: 1 }, { private: ['head'] }, { clip_norm: NaN }, { frozen: ['lora_A'] }, { lora_rank: 4 }])
   refuse(() => checkForm({ ...form, ...other }));
 for (const [name, data, size] of [['theta', bytes, 3], ['delta', bytes, 2], ['theta', bytes.subarray(0, 7), 2],
-  ['theta', bytes.subarray(0, -1), 2], ['theta', Buffer.alloc(80, 255), 2]])
+  ['theta', bytes.subarray(0, -1), 2], ['theta', Buffer.alloc(80, 255), 2],
+  ['theta', encodeTensors({ control: Float32Array.of(0, 0), theta: Float32Array.of(1, 2) }), 2]])
   refuse(() => decodeVector(name, data, size));
 console.log(JSON.stringify(said));
 """
@@ -202,7 +203,7 @@ console.log(JSON.stringify(said));
 @pytest.mark.usefixtures("packages")
 def test_what_it_does_not_know_or_cannot_be_is_refused_in_a_sentence() -> None:
     good, none, optimizer, epochs, patience, *rest = script(REFUSE)
-    codecs, unknown, vectors = rest[:5], rest[5:8], rest[8:]
+    codecs, unknown, vectors = rest[:5], rest[5:10], rest[10:]
     assert (good, none) == (None, None)
     assert optimizer == 'optimizer is "lion"; this client knows sgd, adamw'
     assert epochs == "epochs is 0; this client takes 1 to 1000"
@@ -212,7 +213,8 @@ def test_what_it_does_not_know_or_cannot_be_is_refused_in_a_sentence() -> None:
     ]  # fmt: skip
     assert unknown[:2] == ["local noise and private parameters are not known here"] * 2
     assert unknown[2] == "clip_norm is NaN; this client takes 0 and more"
-    assert len(vectors) == 5
+    assert unknown[3:] == ["frozen parameters and LoRA ranks are not known here"] * 2
+    assert len(vectors) == 6  # the last: theta with a control variate
     assert all(said.endswith("not used") for said in vectors)
 
 
