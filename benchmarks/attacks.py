@@ -44,7 +44,7 @@ from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.screening import Tally, screen, with_common_metrics
-from pocketfed.coordinator.strategy import OURS, THETA, DeltaArray, make_strategy
+from pocketfed.coordinator.strategy import AVERAGING, OURS, THETA, DeltaArray, make_strategy
 from pocketfed.coordinator.validation import History, Limits, reference
 from pocketfed.model.parameters import Vector, encode_vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
@@ -234,13 +234,15 @@ ATTACKS: dict[str, tuple[bool, Attack]] = {  # name -> (a fifth of the fleet or 
 }
 
 
-def aggregators(count: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    bad = round(COLLUDERS * count)
+def aggregators(count: int, share: float = COLLUDERS) -> dict[str, tuple[str, dict[str, Any]]]:
+    """share: of the devices that the rules are told to reckon with."""
+    bad = round(share * count)
+    told = {"StreamingTrimmedMean": {"beta": share}, "StreamingKrum": {"malicious": share}}
     return {
-        **{f"ours: {name}": (name, {}) for name in OURS},
+        **{f"ours: {kind.__name__}": (kind.__name__, told.get(kind.__name__, {})) for kind in AVERAGING},
         "Flower: FedAvg": ("FedAvg", {}),
         "Flower: FedMedian": ("FedMedian", {}),
-        "Flower: FedTrimmedAvg": ("FedTrimmedAvg", {"beta": COLLUDERS}),
+        "Flower: FedTrimmedAvg": ("FedTrimmedAvg", {"beta": share}),
         "Flower: Krum": ("Krum", {"num_malicious_nodes": bad}),
         "Flower: MultiKrum": ("MultiKrum", {"num_malicious_nodes": bad, "num_nodes_to_select": count - bad}),
     }
@@ -302,21 +304,25 @@ def aggregate(strategy: Strategy, theta: Vector, given: list[Message]) -> Vector
 
 
 def run_cell(
-    fleet: Fleet, theta: Vector, first: int, rounds: int, attack: str, aggregator: str, limits: Limits
+    fleet: Fleet,
+    theta: Vector,
+    first: int,
+    rounds: int,
+    attack: Attack,
+    rule: tuple[str, dict[str, Any]],
+    limits: Limits,
+    bad: Sequence[str],
 ) -> dict[str, float]:
-    many, change = ATTACKS[attack]
-    names = sorted(fleet.local)
-    bad = names[: round(COLLUDERS * len(names)) if many else 1]
-    name, options = aggregators(len(names))[aggregator]
+    """rule: a strategy's name and options; bad: the devices that are hostile."""
+    names, (name, options) = sorted(fleet.local), rule
     strategy, ours, guard = make_strategy(name, options), name in OURS, Screened(limits)
-    bad = bad if attack != "none" else []
     for number in range(first, first + rounds):
         try:
             honest = {n: fleet.train(theta, number, n) for n in names}
         except TrainingError:  # the model is so broken that honest devices give up
             break
         scene = Scene(fleet, theta, number, honest, bad, limits.clip_factor * median_norm(honest, bad))
-        sent = {n: s for n, s in honest.items() if n not in bad} | change(scene)
+        sent = {n: s for n, s in honest.items() if n not in bad} | attack(scene)
         given = replies(theta, sent, ours)
         theta = aggregate(strategy, theta, guard(given, theta, sent, bad) if ours else given)
     accuracy, fooled = fleet.measure(theta)
@@ -342,7 +348,8 @@ def with_trigger(examples: Sequence[Example], target: str) -> list[Example]:
     return [dataclasses.replace(e, text=f"{e.text} {TRIGGER}", label=target) for e in examples if e.label != target]
 
 
-def make_fleet(arguments: argparse.Namespace, seed: int, folder: Path) -> Fleet:
+def make_fleet(arguments: argparse.Namespace, seed: int, folder: Path, hostile: float = COLLUDERS) -> Fleet:
+    """hostile: the largest share of the devices that may attack."""
     dataset: Dataset = read_dataset(arguments.data).with_test(seed=seed)
     chosen = np.random.default_rng(seed).permutation(len(dataset.train))[: arguments.examples]
     dataset = dataclasses.replace(dataset, train=tuple(dataset.train[i] for i in sorted(chosen)))
@@ -351,7 +358,7 @@ def make_fleet(arguments: argparse.Namespace, seed: int, folder: Path) -> Fleet:
     trainer = PlanTrainer(artifact, next(iter(artifact.manifest.sets)))
     encoded = encode_examples(trainer, dataset.train, 64)
     names, target = device_names(arguments.devices), dataset.labels[0]
-    may_attack = zip(names[: round(COLLUDERS * len(names))], parts, strict=False)
+    may_attack = zip(names[: round(hostile * len(names))], parts, strict=False)
     own = {name: [dataset.train[i] for i in part] for name, part in may_attack}
     return Fleet(
         trainer,
@@ -364,23 +371,37 @@ def make_fleet(arguments: argparse.Namespace, seed: int, folder: Path) -> Fleet:
     )
 
 
+def warmed_up(fleet: Fleet, rounds: int) -> Vector:
+    """theta after so many rounds in which nobody is hostile."""
+    theta, plain = fleet.trainer.initial_theta(), make_strategy("StreamingFedAvg", {})
+    for number in range(1, rounds + 1):
+        sent = {name: fleet.train(theta, number, name) for name in fleet.local}
+        theta = aggregate(plain, theta, replies(theta, sent, ours=True))
+    return theta
+
+
 def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     flwr_compat.enter_run(1)
     config = RunConfig()
     with tempfile.TemporaryDirectory() as scratch:
         fleet = make_fleet(arguments, seed, Path(scratch))
-        theta = fleet.trainer.initial_theta()
-        limits = Limits.of(len(theta), config)
-        plain = make_strategy("StreamingFedAvg", {})
-        for number in range(1, arguments.warm_up + 1):
-            sent = {name: fleet.train(theta, number, name) for name in fleet.local}
-            theta = aggregate(plain, theta, replies(theta, sent, ours=True))
+        limits = Limits.of(fleet.trainer.size, config)
+        theta = warmed_up(fleet, arguments.warm_up)
         began = fleet.measure(theta)
         cells = {}
         for aggregator in chosen(arguments.aggregators, aggregators(arguments.devices)):
             for attack in chosen(arguments.attacks, ATTACKS):
+                many, change = ATTACKS[attack]
+                bad = sorted(fleet.local)[: round(COLLUDERS * arguments.devices) if many else 1]
                 cells[f"{aggregator} | {attack}"] = run_cell(
-                    fleet, theta, arguments.warm_up + 1, arguments.rounds, attack, aggregator, limits
+                    fleet,
+                    theta,
+                    arguments.warm_up + 1,
+                    arguments.rounds,
+                    change,
+                    aggregators(arguments.devices)[aggregator],
+                    limits,
+                    bad if attack != "none" else [],
                 )
     return {"seed": seed, "start": began[0], "start_fooled": began[1], "cells": cells}
 

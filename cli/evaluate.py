@@ -117,7 +117,7 @@ def _trials(
 ) -> None:
     from pocketfed.model.finetuning import Recipe
     from pocketfed.model.task_kinds import read_task
-    from pocketfed.model.trials import Plan, best_metric, floor, markdown, run_trials, start_of, untrained
+    from pocketfed.model.trials import Plan, best_metric, floor_rows, markdown, run_trials, start_of, untrained
 
     if out is not None and not out.resolve().parent.is_dir():
         raise CommandError(f"the folder of {out} does not exist; create it, or name another file")
@@ -145,11 +145,13 @@ def _trials(
             bar.update(shown[what], completed=round(100 * fraction))
 
         rows = run_trials(dataset, starts, plan, out, tell)
+        tell("floors", 0.0)
+        rows += floor_rows(dataset, out)
     table = markdown(dataset, rows)
     if out is not None:
         out.with_suffix(".md").write_text(table, encoding="utf-8")
     if json:
-        print_json({"rows": rows, "floor": floor(dataset), "skipped": dict(dataset.skipped)})
+        print_json({"rows": rows, "skipped": dict(dataset.skipped)})
         return
     if dataset.skipped:
         print(format_skipped(dataset.skipped))

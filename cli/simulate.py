@@ -62,6 +62,10 @@ def simulate(
         list[str] | None,
         typer.Option("--set", help="Any setting: NAME=VALUE, local.NAME=VALUE, strategy_options.NAME=VALUE."),
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Where devices train: in-process (the default), batched, processes[:COUNT] or ray[:COUNT]."),
+    ] = None,
     baselines: Annotated[
         str | None, typer.Option(help="Compare with: central,local,previous, all or none; by default all in a report.")
     ] = None,
@@ -107,7 +111,8 @@ def simulate(
     given = {
         "devices": devices, "rounds": rounds, "model": model, "partition": partition, "train": train, "strategy": strategy,
         "cohort": cohort, "local.epochs": local_epochs, "local.learning_rate": learning_rate, "seed": seed,
-        "local.batch_size": batch_size, "hold_out": hold_out, "fleet": fleet, "data": None if data is None else str(data),
+        "local.batch_size": batch_size, "hold_out": hold_out, "fleet": fleet, "backend": backend,
+        "data": None if data is None else str(data),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     check_json(json)

@@ -37,7 +37,7 @@ class ArtifactTrainer(ABC):
         cache_precision: str = "float32",
     ) -> None:
         self.artifact = artifact
-        self.set = artifact.manifest.set_named(trainable_set)
+        self.set, self.set_name = artifact.manifest.set_named(trainable_set), trainable_set
         self.identity = f"{artifact.manifest.version}/{trainable_set}"
         self.size, self.task = self.set.size, artifact.manifest.task
         self.layout = self.set.layout

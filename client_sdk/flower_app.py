@@ -14,18 +14,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.outgoing import Kept, UpdateForm
-from pocketfed.client_sdk.perform import Kind, Task, perform
-from pocketfed.client_sdk.trainer import Examples, TrainConfig, Trainer
+from pocketfed.client_sdk.perform import Kind, Reply, Task, performing
+from pocketfed.client_sdk.trainer import Asking, Examples, TrainConfig, Trainer, converse
 from pocketfed.model.parameters import CONTROL, Vector
 
 THETA = "theta"
 FORM = "update."  # before the names of UpdateForm's fields in a message's config
 KEPT = "kept"  # in a context's state
+Local = Callable[[Context], tuple[str, Examples]]
 
 
-def make_client_app(
-    trainer: Callable[[], Trainer], local: Callable[[Context], tuple[str, Examples]], seeded_noise: bool = False
-) -> ClientApp:
+def make_client_app(trainer: Callable[[], Trainer], local: Local, seeded_noise: bool = False) -> ClientApp:
     """A ClientApp whose train and evaluate functions are `perform()`.
 
     Args:
@@ -41,48 +40,58 @@ def make_client_app(
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
-        task, examples = _read(message, context, local, seeded_noise)
-        reply = perform(trainer(), task, examples, kept=_kept(context))
-        context.state[KEPT] = _record(dataclasses.asdict(reply.kept))
-        trained = Array(task.theta + reply.delta)
-        # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
-        trained.__dict__["delta"] = reply.delta
-        arrays = ArrayRecord()
-        arrays[THETA] = trained  # not in the constructor: that would make another Array
-        content = {
-            "arrays": arrays,
-            "metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics}),
-            "update": ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()}),
-        }
-        return Message(RecordDict(content), reply_to=message)
+        model = trainer()
+        return converse(answering(message, context, model, local, seeded_noise), model)
 
     @app.evaluate()  # type: ignore[untyped-decorator]
     def evaluate(message: Message, context: Context) -> Message:
-        task, examples = _read(message, context, local, seeded_noise)
-        reply = perform(trainer(), task, examples, kept=_kept(context))
-        return Message(
-            RecordDict({"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}),
-            reply_to=message,
-        )
+        model = trainer()
+        return converse(answering(message, context, model, local, seeded_noise), model)
 
     return app
 
 
-def _read(
-    message: Message, context: Context, local: Callable[[Context], tuple[str, Examples]], seeded_noise: bool
-) -> tuple[Task, Examples]:
-    config = dict(message.content["config"])
+def answering(
+    message: Message, context: Context, trainer: Trainer, local: Local, seeded_noise: bool = False
+) -> Asking[Message]:
+    """What the app makes of a message, but for the gradients: those it asks for."""
     name, examples = local(context)
+    task = read_task(message, name, seeded_noise)
+    reply = yield from performing(trainer, task, examples, kept=kept_of(context))
+    return reply_message(message, context, task, reply)
+
+
+def read_task(message: Message, name: str, seeded_noise: bool = False, theta: Vector | None = None) -> Task:
+    """What a message asks of the device of that name. theta: what its arrays hold, where that has been read already."""
+    config = dict(message.content["config"])
     kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
-    theta = message.content["arrays"][THETA].numpy()
+    start = message.content["arrays"][THETA].numpy() if theta is None else theta
     form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, v in config.items() if k.startswith(FORM)})
     number, how = int(config["server-round"]), TrainConfig.from_mapping(config)
     arrays = message.content["arrays"]
     control = arrays[CONTROL].numpy() if CONTROL in arrays else None
-    return Task(kind, theta, how, number, name, form, seeded_noise, control), examples
+    return Task(kind, start, how, number, name, form, seeded_noise, control)
 
 
-def _kept(context: Context) -> Kept | None:
+def reply_message(message: Message, context: Context, task: Task, reply: Reply) -> Message:
+    """A reply as a message; what stays on the device goes into its context."""
+    content = {"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}
+    if task.kind == "evaluate":
+        return Message(RecordDict(content), reply_to=message)
+    kept: dict[str, Vector] = dataclasses.asdict(reply.kept)
+    if any(values.size for values in kept.values()):
+        context.state[KEPT] = _record(kept)
+    trained = Array(task.theta + reply.delta)
+    # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
+    trained.__dict__["delta"] = reply.delta
+    arrays = ArrayRecord()
+    arrays[THETA] = trained  # not in the constructor: that would make another Array
+    told = ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()})
+    return Message(RecordDict(content | {"arrays": arrays, "update": told}), reply_to=message)
+
+
+def kept_of(context: Context) -> Kept | None:
+    """What stayed on the device from the rounds before."""
     if KEPT not in context.state:
         return None
     record = context.state[KEPT]

@@ -15,13 +15,15 @@ from pocketfed.client_sdk.errors import ConfigurationError
 from pocketfed.client_sdk.order import derive_seed
 from pocketfed.client_sdk.outgoing import NOTHING, Kept, UpdateForm, make_outgoing
 from pocketfed.client_sdk.trainer import (
+    Asking,
     Examples,
     Steering,
     TrainConfig,
     Trainer,
+    converse,
     count,
     evaluate,
-    train,
+    training,
 )
 from pocketfed.model.parameters import ParametersError, Split, Vector, frozen_mask, split_private, split_withheld
 
@@ -79,6 +81,19 @@ def perform(
         TrainingError: no examples, stopped, or diverged; nothing is to be sent.
         ConfigurationError: a form that this trainable set, or this version, cannot have.
     """
+    return converse(performing(trainer, task, examples, should_stop, progress, checkpoint, kept), trainer)
+
+
+def performing(
+    trainer: Trainer,
+    task: Task,
+    examples: Examples,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[float], None] = lambda fraction: None,
+    checkpoint: Checkpoint | None = None,
+    kept: Kept | None = None,
+) -> Asking[Reply]:
+    """`perform`, but for the gradients of training: those it asks for."""
     kept = kept or Kept()
     own, sent = split_of(trainer, task.form), sent_of(trainer, task.form)
     theta = own.overlay(task.theta, kept.private) if kept.private.size else task.theta
@@ -87,7 +102,7 @@ def perform(
         return Reply(b"", NOTHING, len(examples), _declared(measured, task.form), kept)
     config = dataclasses.replace(task.config, seed=derive_seed(task.config.seed, task.round, task.device))
     steering = _steering(trainer, task, kept)
-    trained = train(trainer, theta, examples, config, should_stop, progress, checkpoint, steering)
+    trained = yield from training(trainer, theta, examples, config, should_stop, progress, checkpoint, steering)
     waiting = own.spread(kept.residual) if kept.residual.size else np.zeros(trainer.size, np.float32)
     before = sent.shared(waiting) if kept.residual.size else NOTHING
     out = make_outgoing(task.form, sent.shared(trained.delta), before, _noise(task))

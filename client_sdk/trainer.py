@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ DIVERGED = 10.0  # times the first step's loss, or times 1 where that is less
 SCHEDULES = ("constant", "linear", "cosine")
 Ids = NDArray[np.int64]
 Labels = NDArray[Any] | Sequence[Ids]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,10 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From names written with - or _; what this version does not know is ignored."""
+        """From names written with - (a Flower strategy's, which count) or _; what this version does not know is ignored."""
         types: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
-        known = {k.replace("-", "_"): v for k, v in values.items() if k.replace("-", "_") in types}
+        own_last = sorted(values.items(), key=lambda item: "-" in item[0])
+        known = {k.replace("-", "_"): v for k, v in own_last if k.replace("-", "_") in types}
         return cls(**{k: types[k](v) for k, v in known.items()})
 
 
@@ -177,6 +179,22 @@ class Trainer(Protocol):
         """(B, outputs), or (B, T, outputs) for tokens and spans."""
 
 
+# Training as a conversation: it asks for the gradient at a theta (P,) on a batch, is told loss, right answers and gradient,
+# and ends with T. Whoever leads many of them (simulations/batched.py) may compute the gradients together.
+Asking = Generator[tuple[Vector, Batch], tuple[float, int, Vector], T]
+
+
+def converse(asking: Asking[T], trainer: Trainer) -> T:
+    """Lead a training to its end with one trainer's gradients."""
+    try:
+        theta, batch = next(asking)
+        while True:
+            theta, batch = asking.send(trainer.gradient(theta, batch))
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
+
+
 @dataclass(frozen=True)
 class Steering:
     """What a run does to a device's steps beside its `TrainConfig`.
@@ -247,6 +265,9 @@ def check_labels(examples: Examples, task: str, outputs: int) -> None:
                 f"the label of example {int(np.argmin(np.isfinite(values)))} is not finite; leave it out"
             )
         return
+    whole = task == "classification" and isinstance(examples.labels, np.ndarray)
+    if whole and int(np.min(examples.labels)) >= 0 and int(np.max(examples.labels)) < outputs:
+        return  # looked at all at once: a simulation asks for ten thousand devices
     for i, (row, label) in enumerate(zip(examples.rows, examples.labels, strict=True)):
         low, high = int(np.min(label)), int(np.max(label))
         limit = len(row) if task == "spans" else outputs
@@ -290,6 +311,20 @@ def train(
         TrainingStopped: should_stop said so.
         TrainingDiverged: a loss, gradient or parameter is not finite, or the loss has grown DIVERGED times.
     """
+    return converse(training(trainer, theta, examples, config, should_stop, progress, checkpoint, steering), trainer)
+
+
+def training(
+    trainer: Trainer,
+    theta: Vector,
+    examples: Examples,
+    config: TrainConfig,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[float], None] = lambda fraction: None,
+    checkpoint: Checkpoint | None = None,
+    steering: Steering = UNSTEERED,
+) -> Asking[Trained]:
+    """`train`, but for the gradients: those it asks for."""
     if not len(examples):
         raise NoExamples("the device has no labelled examples; add some before it takes part")
     if not np.isfinite(theta).all():
@@ -302,7 +337,9 @@ def train(
     if checkpoint is not None:
         checkpoint.restore(state, fingerprint(trainer.identity + steering.digest, theta, examples, config))
     try:
-        _run_epochs(trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint, steering)
+        yield from _run_epochs(
+            trainer, theta, state, trained_on, held_out, config, should_stop, progress, checkpoint, steering
+        )
     except TrainingStopped:
         if checkpoint is not None:
             checkpoint.save(state)
@@ -337,7 +374,7 @@ def _run_epochs(
     progress: Callable[[float], None],
     checkpoint: Checkpoint | None,
     steering: Steering,
-) -> None:
+) -> Asking[None]:
     """From where `state` is to the end of training, or until should_stop says so."""
     total = _steps(len(examples), config)
     while state.epoch < config.epochs:
@@ -349,7 +386,7 @@ def _run_epochs(
                 break
             if should_stop():
                 raise TrainingStopped(f"stopped after {state.steps} of {total} steps")
-            _step(trainer, theta, state, batch, config, total, steering)
+            _step(theta, state, batch, config, total, *(yield state.current, batch), steering)
             if checkpoint is not None:
                 checkpoint.tick(state)
             progress(state.steps / total)
@@ -410,15 +447,16 @@ def learning_rate_at(step: int, total: int, config: TrainConfig) -> float:
 
 
 def _step(
-    trainer: Trainer,
     theta: Vector,
     state: _State,
     batch: Batch,
     config: TrainConfig,
     total: int,
+    loss: float,
+    correct: int,
+    gradient: Vector,
     steering: Steering = UNSTEERED,
 ) -> None:
-    loss, correct, gradient = trainer.gradient(state.current, batch)
     if steering.frozen is not None:
         gradient[steering.frozen] = 0.0  # before the norm is taken: what is frozen clips nothing
     _add_proximal(gradient, state.current, theta, config.proximal_mu)

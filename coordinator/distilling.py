@@ -78,8 +78,8 @@ def distill(
     for kept in (options.keep_teacher, options.keep_heads):
         if kept is not None:
             checkpoints.check_writable(kept)
-    material = prepare_distillation(corpus, preset, _work_folder(out), steps, seed, overrides, options)
     try:
+        material = prepare_distillation(corpus, preset, _work_folder(out), steps, seed, overrides, options)
         with training_log(options.tensorboard) as log:
             run = material.start(_work_folder(out), _both(progress, log))
             result = run.run()
@@ -186,7 +186,7 @@ def prepare_distillation(
     student_changes, teacher_changes, schedule_changes, vocabulary_path = _sorted_overrides(overrides or {})
     config = student_of(preset).with_changes(**student_changes)
     from pocketfed.model import corpus as text
-    from pocketfed.model import distillation, schedules, teacher, token_store, tokenization
+    from pocketfed.model import distillation, schedules, stages, teacher, token_store, tokenization
 
     schedule = schedules.schedule_for(preset)
     schedule = _changed_schedule(schedule, schedule_changes, steps, config.num_hidden_layers)
@@ -214,6 +214,7 @@ def prepare_distillation(
     config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
     shared = {name: getattr(config, name) for name in REACHES_TEACHER}
     taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
+    stages.check_pair(config, taught)  # before hours are spent on encoding the text
     length = schedule.max_length or config.max_position_embeddings
     if length > config.max_position_embeddings:
         raise ConfigError(

@@ -234,7 +234,9 @@ class FleetServicer(fleet_pb2_grpc.FleetServicer):
 
     def _describe(self, session: Any, found: tables.Assignment) -> pb.Assignment:
         run = session.get_one(tables.Run, found.run_id)
-        config = {k.replace("-", "_"): v for k, v in found.config.items()}
+        # A Flower strategy's own (proximal-mu) stand for the run's (proximal_mu), in whatever order a database keeps them.
+        own_last = sorted(found.config.items(), key=lambda item: "-" in item[0])
+        config = {k.replace("-", "_"): v for k, v in own_last}
         form = {k.removeprefix("update."): v for k, v in found.config.items() if k.startswith("update.")}
         deadline_s = (found.deadline - now()).total_seconds() if found.deadline else 86400.0
         return pb.Assignment(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 # Before flwr is imported: no telemetry, no look-up of newer versions.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -24,3 +25,10 @@ def name_message(message: Message, message_id: str) -> Message:
     """Give a message the id that replies refer to; Flower's grids do this inside."""
     message.metadata.__dict__["_message_id"] = message_id
     return message
+
+
+def ray_backend(config: dict[str, Any]) -> Any:
+    """The backend of Flower's own simulations; it needs Ray."""
+    from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
+
+    return RayBackend(config)

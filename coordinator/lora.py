@@ -21,7 +21,8 @@ from flwr.serverapp import Grid
 from pocketfed.coordinator.aggregation import Float64, RunningMean
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.strategy_base import StrategyError, StreamingFedAvg, WeightedMean, moved, updates
-from pocketfed.model.parameters import Parameter, Vector, lora_pairs
+from pocketfed.model.codecs import parse_codec
+from pocketfed.model.parameters import Parameter, Split, Vector, lora_pairs, split_private
 
 FROZEN, RANK = "update.frozen", "update.lora_rank"
 Pairs = tuple[tuple[Parameter, Parameter], ...]
@@ -106,6 +107,13 @@ class ExactLoRA(_Lora):
                 raise StrategyError(
                     f"ranks has {rank} for {pattern!r}; the trainable set has rank {full}, give no more"
                 )
+        private = split_private(layout, config.update.private) if config.update.private else Split(0)
+        factors = [p.offset for pair in self.pairs for p in pair]
+        if parse_codec(config.update.codec).feeds_back or any(s <= o < e for o in factors for s, e in private.ranges):
+            raise StrategyError(
+                f"ExactLoRA factors anew every round, so nothing of A and B can stay on a device: not update.codec {config.update.codec} "
+                f"with private {list(config.update.private)}; choose float32 or float16, and keep no LoRA private"
+            )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

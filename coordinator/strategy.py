@@ -22,7 +22,17 @@ from pocketfed.coordinator.robust import (
 from pocketfed.coordinator.scaffold import Scaffold
 from pocketfed.coordinator.strategy_base import THETA, DeltaArray, Ours, StrategyError, StreamingFedAvg
 
-__all__ = ["DEFAULT", "OURS", "THETA", "DeltaArray", "StrategyError", "asks_more", "make_strategy", "strategy_names"]
+__all__ = [
+    "AVERAGING",
+    "DEFAULT",
+    "OURS",
+    "THETA",
+    "DeltaArray",
+    "StrategyError",
+    "asks_more",
+    "make_strategy",
+    "strategy_names",
+]
 
 DEFAULT = "StreamingFedAvg"
 NEEDS_OTHER_REPLIES = ("FedXgbBagging", "FedXgbCyclic")  # trees, not parameter vectors

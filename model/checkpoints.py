@@ -129,10 +129,11 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         if folder.exists():
             os.replace(folder, work / "old")  # a folder that is not empty cannot be replaced in one move
         os.replace(fresh, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if (work / "old").exists() and not folder.exists():
             os.replace(work / "old", folder)
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror}; choose another folder") from None
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder} cannot be written: {why}; choose another folder, or free some space") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -257,7 +258,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder} has no {WEIGHTS}; fetch or save the model again")
     try:
         if path.is_file():
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         with np.load(arrays, allow_pickle=False) as held:
             return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
     except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError) as error:

@@ -229,6 +229,10 @@ class Distillation:
                     f"{label}: the loss is {loss} and the gradient's norm {norm} at step {self._step + 1} of "
                     f"{stage.steps}; use a lower rate, or a student with normalization_type layer_norm"
                 )
+            # Now the weights are known to be good: a checkpoint made after a step could hold what the next one dies of.
+            if self.folder is not None and time.monotonic() - saved >= self.save_every_s:
+                self.save(optimizer)
+                saved = time.monotonic()
             optimizer.step()
             self._step += 1
             self._tokens += tokens
@@ -238,9 +242,6 @@ class Distillation:
             self.progress(
                 Tick(label, self._step, stage.steps, loss, self._tokens, pace.tokens_per_s, left * pace.seconds_a_step)
             )
-            if self.folder is not None and time.monotonic() - saved >= self.save_every_s:
-                self.save(optimizer)
-                saved = time.monotonic()
         stage.trained.eval()
 
     def _descend(

@@ -1,10 +1,13 @@
-"""Grids that need no network: virtual devices in this process."""
+"""Grids that need no network: virtual devices in this process, and which grid a simulation's backend is."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +19,66 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from flwr.clientapp import ClientApp
 
 from pocketfed.client_sdk.errors import TrainingError
-from pocketfed.client_sdk.flower_app import KEPT
+from pocketfed.client_sdk.flower_app import KEPT, make_client_app
+from pocketfed.client_sdk.plan_trainer import PlanTrainer
+from pocketfed.client_sdk.trainer import Examples
 from pocketfed.coordinator.aggregation import Delta
+from pocketfed.coordinator.answers import Answer, write_answers
 from pocketfed.coordinator.grid import ENOUGH, FAILED, RecordedGrid
-from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
+from pocketfed.coordinator.store import Assignment, Store, now
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import check_form
 from pocketfed.model.parameters import Vector
+from pocketfed.simulations.backends import parse_backend
 
 KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
+BUNCH = 256  # answers written in one transaction
+BUNCH_BYTES = 16 << 20  # that they may hold meanwhile
+BUNCH_S = 1.0  # or what has come in so long: the dashboard shows a round while it happens
+
+
+@dataclass(frozen=True)
+class Material:
+    """What virtual devices are made of.
+
+    Args:
+        trainer: of the artifact and trainable set; its cache holds what the frozen part made of a text, for all devices.
+        examples: of all devices together. parts: device's name -> which of them are its own.
+        scratch: a folder for what a backend has to put down; it may be deleted after the run.
+    """
+
+    trainer: PlanTrainer
+    examples: Examples
+    parts: Mapping[str, Sequence[int]]
+    scratch: Path
+
+    def local(self, context: Context) -> tuple[str, Examples]:
+        """A device's name and examples, made when they are asked for: ten thousand devices hold nothing while they wait."""
+        name = str(context.node_config["device"])
+        return name, self.examples.take(self.parts[name])
+
+
+def make_grid(backend: str, store: Store, run_id: int, devices: Mapping[int, str], material: Material) -> InProcessGrid:
+    """The grid of one of `backends.BACKENDS`; whoever asked for it closes it.
+
+    Raises:
+        BackendError: no such backend, or something that it needs is not installed.
+    """
+    kind, count = parse_backend(backend)
+    if kind == "batched":
+        from pocketfed.simulations.batched import BatchedGrid
+
+        return BatchedGrid(store, run_id, devices, material)
+    if kind == "processes":
+        from pocketfed.simulations.processes import PoolGrid
+
+        return PoolGrid(store, run_id, devices, material, count)
+    if kind == "ray":
+        from pocketfed.simulations.flower_ray import RayGrid
+
+        return RayGrid(store, run_id, devices, material, count)
+    app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
+    return InProcessGrid(store, run_id, app, devices, material.trainer.artifact.manifest.bytes)
 
 
 def random_duration(device: str, round_number: int) -> float:
@@ -70,21 +124,45 @@ class InProcessGrid(RecordedGrid):
         if self.cohort.buffered and all(m.metadata.message_type == MessageType.TRAIN for m in sent.values()):
             yield from self._buffered_replies(sent)
             return
-        enough, answered = self.cohort.enough or len(sent), 0
-        for place, (row_id, message) in enumerate(sent.items()):
-            if answered == enough:
-                self._close(list(sent)[place:])
-                return
-            begun = now()
-            reply = self._run_device(message)
-            self._record(row_id, reply, begun)
-            answered += not reply.has_error()
-            yield reply
+        left, missing = list(sent.items()), self.cohort.enough or len(sent)
+        while left and missing:  # so many are surely needed: whoever is asked one by one gives no other result
+            asked, left = left[:missing], left[missing:]
+            for reply in self._recorded(asked):
+                missing -= not reply.has_error()
+                yield reply
+        self._close([row_id for row_id, _ in left])
 
     def work(self, messages: Sequence[Message]) -> Iterator[Message]:
         """What devices answer, in the order asked. A backend says here where the work is done."""
         for message in messages:
             yield self._run_device(message)
+
+    def close(self) -> None:
+        """Let go of what the devices ran in."""
+
+    def _recorded(self, asked: Sequence[tuple[str, Message]]) -> Iterator[Message]:
+        """The replies, each in the store before it is given; many in one transaction."""
+        most = max(1, min(BUNCH, BUNCH_BYTES // max(1, self._theta.nbytes)))
+        bunch: list[tuple[Answer, Message]] = []
+        begun, written = now(), time.monotonic()
+        answering = self.work([message for _, message in asked])
+        try:
+            for (row_id, message), reply in zip(asked, answering, strict=True):
+                bunch.append((self._answer(row_id, message, reply, begun), reply))
+                if len(bunch) >= most or time.monotonic() - written > BUNCH_S:
+                    full, bunch = bunch, []
+                    yield from self._write(full)
+                    written = time.monotonic()
+                begun = now()
+        finally:  # also what was answered before something broke
+            rest = self._write(bunch)
+        yield from rest
+
+    def _write(self, bunch: Sequence[tuple[Answer, Message]]) -> list[Message]:
+        if bunch:
+            with self.store.write() as session:
+                write_answers(session, [answer for answer, _ in bunch])
+        return [reply for _, reply in bunch]
 
     def _buffered_replies(self, sent: Mapping[str, Message]) -> Iterator[Message]:
         """The `enough` devices that are done first on a clock of our own, in order of their names (FedBuff)."""
@@ -93,12 +171,11 @@ class InProcessGrid(RecordedGrid):
                 name = self.devices[message.metadata.dst_node_id]
                 self._ends[row_id] = (self._clock + self.duration(name, self.cohort.round), message, self.cohort.round)
         first = sorted(self._ends, key=lambda row_id: (self._ends[row_id][0], row_id))[: self.cohort.enough]
-        for row_id in sorted(first, key=lambda row_id: self.devices[self._ends[row_id][1].metadata.dst_node_id]):
-            end, message, asked_in = self._ends.pop(row_id)
-            self._clock = max(self._clock, end)
-            begun = now()
-            reply = self._run_device(message)
-            self._record(row_id, reply, begun)
+        first.sort(key=lambda row_id: self.devices[self._ends[row_id][1].metadata.dst_node_id])
+        due = {row_id: self._ends.pop(row_id) for row_id in first}
+        self._clock = max([self._clock, *(end for end, _, _ in due.values())])
+        asked = [(row_id, message) for row_id, (_, message, _) in due.items()]
+        for (_, message, asked_in), reply in zip(due.values(), self._recorded(asked), strict=True):
             if not reply.has_error() and asked_in != self.cohort.round:
                 weight = self.cohort.staleness_weight(asked_in)
                 reply.content["arrays"] = _laid_on(self._theta, message, reply.content["arrays"], weight)
@@ -134,47 +211,48 @@ class InProcessGrid(RecordedGrid):
         return values
 
     def _close(self, row_ids: Sequence[str]) -> None:
+        if not row_ids:
+            return
         with self.store.write() as session:
             for row_id in row_ids:
                 row = session.get_one(Assignment, row_id)
                 row.status, row.error, row.finished_at = "expired", ENOUGH, now()
 
     def _run_device(self, message: Message) -> Message:
-        try:
-            return self.app(message, self._context(message.metadata.dst_node_id))
-        except TrainingError as error:
-            return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+        return answer_of(self.app, message, self.context_of(message))
+
+    def context_of(self, message: Message) -> Context:
+        """Of the device that a message is for: what stays there from round to round."""
+        return self._context(message.metadata.dst_node_id)
 
     def _context(self, node: int) -> Context:
         if node not in self._contexts:
             self._contexts[node] = Context(self.run_id, node, {"device": self.devices[node]}, RecordDict(), {})
         return self._contexts[node]
 
-    def _record(self, row_id: str, reply: Message, begun: datetime) -> None:
-        """What the gRPC servicers would have written: the same rows, the same number of bytes."""
-        with self.store.write() as session:
-            row = session.get_one(Assignment, row_id)
-            session.get_one(Device, row.device_id).last_seen_at = now()
-            first = row.device_id not in self._hold_artifact
-            self._hold_artifact.add(row.device_id)
-            row.accepted_at = begun
-            row.bytes_down = session.get_one(Blob, row.parameters).bytes + (self.artifact_bytes if first else 0)
-            row.finished_at, row.progress = now(), 1.0
-            if reply.has_error():
-                row.status, row.error = "failed", str(reply.error.reason)[:500]
-                return
-            row.status = "uploaded"
-            metrics = {k: v for k, v in reply.content["metrics"].items() if k != "num-examples"}
-            update = reply.content.get("update", {"bytes": 0, "digest": ""})
-            session.add(
-                Update(
-                    assignment_id=row_id,
-                    num_examples=reply.content["metrics"]["num-examples"],
-                    bytes=update["bytes"],
-                    digest=update["digest"],
-                    metrics=metrics,
-                )
-            )
+    def _answer(self, row_id: str, message: Message, reply: Message, begun: datetime) -> Answer:
+        node = message.metadata.dst_node_id
+        artifact = 0 if node in self._hold_artifact else self.artifact_bytes
+        self._hold_artifact.add(node)
+        if reply.has_error():
+            return Answer(row_id, node, begun, now(), artifact, str(reply.error.reason)[:500])
+        metrics = dict(reply.content["metrics"])
+        told = {"num_examples": metrics.pop("num-examples"), "metrics": metrics}
+        update = reply.content.get("update", {"bytes": 0, "digest": ""})
+        told |= {"bytes": update["bytes"], "digest": update["digest"]}
+        return Answer(row_id, node, begun, now(), artifact, None, told)
+
+
+def answer_of(app: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
+    """What an app answers; a device that cannot do its part says so."""
+    try:
+        return app(message, context)
+    except TrainingError as error:
+        return failed(message, error)
+
+
+def failed(message: Message, error: TrainingError) -> Message:
+    return Message(Error(FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
 def _filled(state: RecordDict) -> dict[str, tuple[str, Any]]:

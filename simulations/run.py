@@ -18,14 +18,16 @@ import numpy as np
 from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
+from pocketfed.coordinator.answers import enrol_virtual
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.progress import RoundResult, create_run, results_of
 from pocketfed.coordinator.rounds import drive_run, recall_end
 from pocketfed.coordinator.spending import spent_in
-from pocketfed.coordinator.store import Store, by_clock, device_named
+from pocketfed.coordinator.store import Store, by_clock
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
+from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.costs import EnergyModel, cost_of
 from pocketfed.simulations.findings import Findings, Material, find
 from pocketfed.simulations.fleet import Fleet
@@ -49,6 +51,7 @@ class SimulationConfig:
         hold_out: share of its examples that each device never trains on, to be measured on.
         energy: what a second of training and a megabyte cost.
         run: rounds, cohort, strategy, local training and seed.
+        backend: where devices train, one of `backends.BACKENDS`.
 
     Raises:
         SimulationError: hold_out is no share.
@@ -63,6 +66,7 @@ class SimulationConfig:
     fleet: str = ""
     hold_out: float = 0.0
     energy: EnergyModel = field(default_factory=EnergyModel)
+    backend: str = "in-process"
 
     def __post_init__(self) -> None:
         if not 0 <= self.hold_out <= 0.9:
@@ -70,7 +74,7 @@ class SimulationConfig:
 
     def made_of(self) -> dict[str, Any]:
         """Everything but the run's own settings, as it is stored with the run."""
-        return {k: v for k, v in plain(dataclasses.asdict(self)).items() if k not in ("run", "energy")}
+        return {k: v for k, v in plain(dataclasses.asdict(self)).items() if k not in ("run", "energy", "backend")}
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,9 @@ def simulate(
         kept: a folder of what runs can share (see `findings.find`).
 
     Raises:
-        SimulationError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
+        SimulationError, BackendError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
     """
+    parse_backend(config.backend)
     on_step("reading the data")
     dataset = read_dataset(config.data).with_test(seed=config.run.seed)
     if not dataset.test:
@@ -220,7 +225,11 @@ def simulate(
         )
         fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
         clock = VirtualClock()
-        with _open_store(database, Path(scratch)) as store, by_clock(clock) if fleet else contextlib.nullcontext():
+        with (
+            _open_store(database, Path(scratch)) as store,
+            by_clock(clock) if fleet else contextlib.nullcontext(),
+            contextlib.ExitStack() as opened,
+        ):
             setting = _Setting(
                 config,
                 store,
@@ -233,13 +242,17 @@ def simulate(
                 Path(scratch),
                 fleet,
                 clock,
+                opened,
             )
             return _simulate(setting, on_round, on_step, should_stop, lines, kept)
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What a run is made of. parts, aside: device -> places in dataset.train that it trains on, and that it holds out."""
+    """What a run is made of. parts, aside: device -> places in dataset.train that it trains on, and that it holds out.
+
+    opened: what is closed once the run has ended.
+    """
 
     config: SimulationConfig
     store: Store
@@ -252,6 +265,7 @@ class _Setting:
     scratch: Path
     fleet: Fleet | None
     clock: VirtualClock
+    opened: contextlib.ExitStack
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -267,19 +281,20 @@ def _simulate(
     lines: Collection[str],
     kept: Path | None,
 ) -> SimulationResult:
-    from pocketfed.client_sdk.flower_app import make_client_app
     from pocketfed.coordinator.artifacts import read_artifact
-    from pocketfed.simulations.grids import InProcessGrid
+    from pocketfed.simulations import grids
+    from pocketfed.simulations.prefix import open_prefix_cache
 
     config, store, dataset, artifact = setting.config, setting.store, setting.dataset, setting.artifact
     trainable_set = next(iter(artifact.manifest.sets))
-    trainer = PlanTrainer(artifact, trainable_set)
+    cache = open_prefix_cache(artifact, trainable_set, setting.scratch)
+    if cache is not None:
+        setting.opened.callback(cache.close)
+    trainer = PlanTrainer(artifact, trainable_set, cache=cache)
     on_step("tokenizing")
     max_length = config.run.local.max_length
     train_examples = encode_examples(trainer, dataset.train, max_length)
     test_examples = encode_examples(trainer, dataset.test, max_length)
-    local = {name: train_examples.take(part) for name, part in setting.parts.items()}
-
     built = read_artifact(artifact.folder)
     made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
     if setting.fleet is not None:  # its file may say something else by the time the run goes on
@@ -288,8 +303,6 @@ def _simulate(
     def begin() -> int:
         with store.write() as session:
             publish_artifact(session, built, config.run.channel, trainable_set)
-            for name, mine in local.items():
-                device_named(session, name, channel=config.run.channel).examples = len(mine)
         return create_run(store, config.run, made_of)
 
     described = {"config": config.run.to_dict(), "simulation": made_of}
@@ -298,18 +311,16 @@ def _simulate(
         if rounds:
             on_step(f"going on with run {run_id} after round {rounds[-1].number} of {config.run.rounds}")
         with store.write() as session:
-            nodes = {device_named(session, name, channel=config.run.channel).id: name for name in local}
-        app = make_client_app(
-            lambda: trainer,
-            lambda context: (str(context.node_config["device"]), local[str(context.node_config["device"])]),
-            seeded_noise=True,
-        )
-        grid = InProcessGrid(store, run_id, app, nodes, artifact.manifest.bytes)
+            nodes = enrol_virtual(session, config.run.channel, {n: len(part) for n, part in setting.parts.items()})
+        material = grids.Material(trainer, train_examples, setting.parts, setting.scratch)
+        grid = grids.make_grid(config.backend, store, run_id, nodes, material)
+        setting.opened.callback(grid.close)
         grid.remembers = setting.is_kept
         virtual = None
         if setting.fleet is not None:
-            tokens = {name: sum(map(len, mine.rows)) for name, mine in local.items()}
-            demand = Demand(tokens, {name: len(mine) for name, mine in local.items()})
+            lengths = [len(row) for row in train_examples.rows]
+            tokens = {name: sum(lengths[i] for i in part) for name, part in setting.parts.items()}
+            demand = Demand(tokens, {name: len(part) for name, part in setting.parts.items()})
             spool, clock = setting.scratch / "spool", setting.clock
             virtual = VirtualGrid(grid, spool, setting.fleet, trainer.size, demand, clock, config.run)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +110,22 @@ def test_a_model_folder_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is not a folder"):
         save(small(), tmp_path / "file")
+
+
+def test_a_disk_that_is_full_leaves_the_model_before(tmp_path: Path) -> None:
+    save(small(), tmp_path / "model", card="# the first\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # no file may grow beyond that
+    try:
+        with pytest.raises(CheckpointError, match=r"model cannot be written: .*free some space"):
+            save(small(("x", "y")), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "README.md").read_text() == "# the first\n"
+    assert load(tmp_path / "model").labels is None
 
 
 def test_weights_that_are_not_finite_are_neither_held_nor_saved(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from pocketfed.coordinator import distilling, pipeline
 from pocketfed.model import objectives
@@ -446,10 +447,22 @@ def test_parts_of_a_batch_add_up_to_its_gradient(material: tuple[TokenCorpus, Vo
     torch.testing.assert_close(gradient(3), gradient(1), rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_stops_with_stage_and_step(material: tuple[TokenCorpus, Vocabulary]) -> None:
-    hopeless = dataclasses.replace(QUICK, teacher_rate=1e30, warm_up=0.0)
-    with pytest.raises(DistillationError, match=r"teacher: the loss is .* at step \d+ of 400; use a lower rate"):
-        distilled(material, hopeless)
+def test_a_loss_that_is_not_finite_stops_with_stage_and_step_and_leaves_the_last_good_checkpoint(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+) -> None:
+    # In the student's last stage: what was reached before must not be lost.
+    hopeless = dataclasses.replace(QUICK.scaled(16, layers=2), distillation_rate=1e30, warm_up=0.0)
+    said = rf"distillation: the loss is .* at step 2 of {hopeless.distillation_steps}; use a lower rate"
+    for _ in range(2):  # the second run goes on from the checkpoint, to the same end
+        with pytest.raises(DistillationError, match=said):
+            distilled(material, hopeless, folder=tmp_path, save_every_s=0.0)
+        assert place_in(tmp_path / CHECKPOINT) == (2, 0)  # before the step that spoilt the weights
+        with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        assert max(float(v.abs().max()) for n, v in held.items() if n.startswith("student.")) < 100
+        assert {n for n in held if n.startswith("losses.")} == {
+            f"losses.{n}" for n in ("teacher", "transfer/1", "transfer/2")
+        }
 
 
 class KilledError(Exception):
@@ -459,7 +472,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({}, [("teacher", 3), ("transfer/1", 2), ("transfer/2", 5), ("distillation", 1)]),
+        ({}, [("teacher", 3), ("transfer/1", 2), ("transfer/2", 3), ("distillation", 1)]),
         (
             {"accumulate": 4, "precision": "bfloat16", "optimizer": "lamb", "teacher_batch_size": 64},
             [("teacher", 2), ("transfer/2", 4), ("distillation", 3)],
@@ -474,7 +487,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
     # With dropout, so that its draws have to be the same too.
     teacher = fitted(SMALL_TEACHER, material[1]).with_changes(hidden_dropout_prob=0.1)
     student = fitted(SMALL, material[1]).with_changes(hidden_dropout_prob=0.1)
-    schedule = dataclasses.replace(QUICK, **changes).scaled(24, layers=2)
+    schedule = dataclasses.replace(QUICK, **changes).scaled(16, layers=2)
 
     def run(folder: Path | None, stop: tuple[str, int] | None) -> Result:
         def watch(tick: Tick) -> None:
@@ -686,23 +699,38 @@ def command(text: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_distillation_that_is_killed_goes_on_to_the_same_student(text: Path, tmp_path: Path) -> None:
+def test_a_distillation_that_is_killed_in_every_stage_goes_on_to_the_same_student(text: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    steps = ("--steps", "300", "--save-every", "0")
+    more = (
+        "--set",
+        "schedule.accumulate=2",
+        "--set",
+        "schedule.precision=bfloat16",
+        "--set",
+        "teacher.hidden_dropout_prob=0.1",
+    )
+    steps = ("--steps", "150", "--save-every", "0", *more)
     subprocess.run([sys.executable, *command(text, tmp_path / "whole", *steps)], env=environment, check=True)
     cut = [sys.executable, *command(text, tmp_path / "cut", *steps)]
     checkpoint = tmp_path / "cut.work" / CHECKPOINT
-    with subprocess.Popen(cut, env=environment) as process:
-        while not checkpoint.exists():
-            assert process.poll() is None
-            os.sched_yield()
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "cut").exists()
+    for stage in range(3):
+        with subprocess.Popen(cut, env=environment) as process:
+            while not checkpoint.exists() or place_in(checkpoint) < (stage, 2):
+                assert process.poll() is None
+                os.sched_yield()
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert not (tmp_path / "cut").exists()
     subprocess.run(cut, env=environment, check=True)
     assert not checkpoint.exists()
     name = "model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def place_in(checkpoint: Path) -> tuple[int, int]:
+    with safe_open(checkpoint, framework="pt") as file:
+        where = json.loads(file.metadata()["where"])
+    return where["stage"], where["step"]
 
 
 @pytest.mark.slow

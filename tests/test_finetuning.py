@@ -15,8 +15,19 @@ from pocketfed.model.config import STUDENTS
 from pocketfed.model.finetuning import FineTuningError, Recipe, batches, fine_tune, make_model, predict
 from pocketfed.model.supervision import IGNORED, Classification, Encoded, Regression, Tagging, kind_of
 from pocketfed.model.tasks import DataError, Dataset, Example
+from pocketfed.model.tfidf import features, fit
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Tokenizer, Vocabulary
-from pocketfed.model.trials import Plan, Start, best_metric, floor, markdown, read_rows, run_trials, untrained
+from pocketfed.model.trials import (
+    Plan,
+    Start,
+    best_metric,
+    floor,
+    floor_rows,
+    markdown,
+    read_rows,
+    run_trials,
+    untrained,
+)
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "##s", "paris", "oslo", "in", "went", "to", "big", "city")
 VOCABULARY = Vocabulary((*SPECIAL_TOKENS, *WORDS))
@@ -290,3 +301,35 @@ def test_mistakes_in_trials_are_a_sentence(dataset: Dataset, start: Start, tmp_p
     constant = tuple(Example("x", score=2.0) for _ in range(3))
     with pytest.raises(DataError, match="every training score of c is 2; there is nothing to learn"):
         kind_of(Dataset("c", constant, (), (), (), {}, kind="regression"))
+
+
+# --- the floor ------------------------------------------------------------------------------------------------------
+
+
+def test_terms_are_weighed_by_how_rare_they_are() -> None:
+    x = features([Example("red red one"), Example("nothing known")], {"red": 2.0, "one": 1.0}, {"red": 0, "one": 1})
+    weights = np.array([(1 + np.log(2)) * 2.0, 1.0])
+    assert x.to_dense()[0].numpy() == pytest.approx(weights / np.linalg.norm(weights))
+    assert x.to_dense()[1].tolist() == [0.0, 0.0]
+
+
+def test_the_linear_model_is_scikit_learns() -> None:
+    linear = pytest.importorskip("sklearn.linear_model")
+    drawn = np.random.Generator(np.random.PCG64(0))
+    dense = drawn.random((60, 5)).astype(np.float32)
+    targets = (dense[:, 0] * 3 + drawn.random(60)).astype(np.int64) % 3
+    weights, biases = fit(torch.from_numpy(dense).to_sparse_coo(), targets, 3)
+    oracle = linear.LogisticRegression(C=10.0, tol=1e-8, max_iter=1000).fit(dense, targets)
+    expected = oracle.predict_proba(dense)
+    ours = torch.softmax(torch.from_numpy(dense) @ weights + biases, 1).numpy()
+    assert np.abs(ours - expected).max() < 0.01
+
+
+def test_the_floors_are_a_blind_guess_and_a_bag_of_words(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    blind, words = floor_rows(dataset, out)
+    assert (blind["start"], words["start"]) == ("always the commonest label", "TF-IDF, logistic regression")
+    assert blind["test"]["accuracy"] < 0.6 < words["test"]["accuracy"] == 1.0, "each text has its label as a word"
+    assert read_rows(out) == [words]
+    out.write_text(out.read_text().replace("1.0", "0.25"))
+    assert floor_rows(dataset, out)[1]["test"]["accuracy"] == 0.25, "it is not computed again"

@@ -210,6 +210,18 @@ def test_devices_over_grpc_end_with_the_bits_of_the_simulation_whatever_a_strate
     assert asked == expected[settings["strategy"]]
 
 
+def test_the_proximal_term_of_fedprox_reaches_real_devices(fleet: Fleet, nano_artifact: Artifact) -> None:
+    for index in range(2):
+        fleet.device(index).start()
+    start = PlanTrainer(nano_artifact, "head").initial_theta()
+    pulled = {"strategy": "FedProx", "strategy_options": {"proximal_mu": 1000.0}, "rounds": 1, "release": False}
+    held = fleet.drive(UpdateForm(), **pulled)
+    free = fleet.drive(UpdateForm(), **pulled | {"strategy": "FedAvg", "strategy_options": {}})
+    simulated, _ = fleet.simulate(nano_artifact, UpdateForm(), **pulled)
+    assert held.tobytes() == simulated.tobytes()
+    assert 0 < np.linalg.norm(held - start) < np.linalg.norm(free - start)
+
+
 def test_a_base_that_is_held_is_never_sent_again(fleet: Fleet) -> None:
     for index in range(2):
         fleet.device(index).start()

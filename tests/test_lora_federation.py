@@ -21,6 +21,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.config import RunConfig
+from pocketfed.coordinator.config import UpdateForm as ConfigForm
 from pocketfed.coordinator.grid import Cohort
 from pocketfed.coordinator.lora import ExactLoRA, factored
 from pocketfed.coordinator.strategy import THETA, DeltaArray, StrategyError, make_strategy
@@ -159,6 +160,10 @@ def test_a_rank_without_lora_is_refused() -> None:
         frozen_mask(lay_out([("classifier.bias", (3,))]), [], 4)
 
 
+def test_a_private_head_goes_with_exact_lora() -> None:
+    make_ours("ExactLoRA", {}).prepare(RunConfig(update=ConfigForm(private=("classifier",))), LAYOUT)
+
+
 def asked_of(name: str, rounds: int, **options: Any) -> list[list[dict[str, Any]]]:
     """The configs of the messages to phone-1, phone-2 and pi, in these rounds."""
     strategy = make_ours(name, options)
@@ -199,6 +204,13 @@ def test_a_device_trains_the_rank_of_the_longest_pattern_that_its_name_fits() ->
         ("FFALoRA", {}, {"layout": ()}, "FFALoRA needs a trainable set with LoRA, e.g. lora:8"),
         ("RoLoRA", {}, {"mode": "fedbuff"}, "RoLoRA with mode 'fedbuff' would mix updates"),
         ("ExactLoRA", {}, {"mode": "fedbuff"}, "ExactLoRA with mode 'fedbuff' would mix updates"),
+        (
+            "ExactLoRA",
+            {},
+            {"update": ConfigForm("int8")},
+            "nothing of A and B can stay on a device: not update.codec int8",
+        ),
+        ("ExactLoRA", {}, {"update": ConfigForm(private=("query.lora_B",))}, r"with private \['query.lora_B'\]"),
         ("ExactLoRA", {"ranks": {"a": 2}}, {}, "ranks has 2 for 'a'; the trainable set has rank 1"),
         ("ExactLoRA", {"ranks": {"a": 0}}, {}, "ranks is {'a': 0}, not a table of whole numbers from 1"),
         ("ExactLoRA", {"ranks": 4}, {}, "ranks is 4, not a table"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 
 from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
+from pocketfed.client_sdk.trainer import TrainConfig
 from pocketfed.coordinator import flwr_compat
 
 # isort: split
@@ -138,6 +140,50 @@ def test_every_strategy_that_is_offered_aggregates_finite_updates(name: str) -> 
     # FedAdam and its kin step by about their server learning rate, 0.1, whatever the size of the mean difference.
     assert np.abs(result - np.mean(thetas, 0)).max() < 0.5
     assert {"loss", "accuracy"} <= set(metrics)
+
+
+def test_flowers_server_optimizers_take_the_mean_update_as_a_gradient() -> None:
+    """From 1, devices at 3 and 6 weighing 1 and 3: the mean update is 5.25 - 1 = 4.25 (Reddi et al. 2021, algorithm 2)."""
+    start, trained = np.array([1], np.float32), [np.array([3], np.float32), np.array([6], np.float32)]
+    update = 4.25
+    first, second = (1 - 0.9) * update, (1 - 0.99) * update**2  # the moments after one round
+    unbiased = np.sqrt(1 - 0.99**2) / (1 - 0.9**2)  # Flower counts rounds from 1, and adds one
+    expected = {
+        "FedAvg": 1 + update,
+        "FedAdam": 1 + 0.5 * unbiased * first / (np.sqrt(second) + 0.001),
+        "FedYogi": 1 + 0.5 * first / (np.sqrt(second) + 0.001),
+        "FedAdagrad": 1 + 0.5 * update / (update + 0.001),
+    }
+    for name, value in expected.items():
+        strategy = make_strategy(name, {"eta": 0.5} if name != "FedAvg" else {})
+
+        class Two(InProcessGrid):
+            def __init__(self) -> None:
+                self.devices = {1: "d1", 2: "d2"}
+                self.cohort = Cohort(1, 1, self.devices)
+
+        list(strategy.configure_train(1, ArrayRecord({"theta": Array(start)}), ConfigRecord({}), Two()))
+        arrays, _ = strategy.aggregate_train(1, replies_of(trained, [1, 3]))
+        assert arrays["theta"].numpy().tolist() == pytest.approx([value], rel=1e-5), name
+
+
+def test_what_flowers_strategy_asks_of_a_device_counts_in_whatever_order_it_comes() -> None:
+    for values in ({"proximal-mu": 0.5, "proximal_mu": 0.0}, {"proximal_mu": 0.0, "proximal-mu": 0.5}):
+        assert TrainConfig.from_mapping(values).proximal_mu == 0.5
+
+
+def test_the_page_on_strategies_has_every_name_and_every_option_of_ours() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "strategies.md").read_text()
+    for name in strategy_names():
+        assert f"`{name}`" in page, name
+    for kind in OURS.values():
+        for option in inspect.signature(kind).parameters:
+            assert f"`{option}`" in page, option
+
+
+def test_every_strategy_of_ours_cites_its_paper() -> None:
+    for name, kind in OURS.items():
+        assert re.search(r"\b(19|20)\d\d\b", kind.__doc__ or ""), name
 
 
 def test_the_names_are_ours_first_then_flowers_and_none_for_trees() -> None:

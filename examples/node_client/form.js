@@ -19,6 +19,7 @@ export function checkForm(form) {
     );
   if (!(form.clip_norm >= 0)) throw new Error(`clip_norm is ${form.clip_norm}; this client takes 0 and more`);
   if (form.noise || form.private.length) throw new Error('local noise and private parameters are not known here');
+  if (form.frozen?.length || form.lora_rank) throw new Error('frozen parameters and LoRA ranks are not known here');
 }
 
 function codecOf(form) {
