@@ -97,7 +97,7 @@ def simulate(
 ) -> None:
     """Run federated fine-tuning with virtual devices, and measure every round on the test split."""
     from pocketfed.simulations.baselines import LINES, parse_lines
-    from pocketfed.simulations.experiment import Experiment, axis_of, load, put
+    from pocketfed.simulations.experiment import Experiment, axis_of, load, narrowed, put
     from pocketfed.simulations.sweep import read_rows
 
     if compare or more:
@@ -117,9 +117,9 @@ def simulate(
     given = {name: value for name, value in given.items() if value is not None}
     check_json(json)
     experiment = load(config) if config else Experiment()
-    axes = dict(experiment.axes) | dict(map(axis_of, sweep or []))
-    if seeds is not None:
-        axes |= [axis_of(f"seed={seeds}")]
+    axes = experiment.axes
+    for text in [*(sweep or []), *([f"seed={seeds}"] if seeds is not None else [])]:
+        axes = narrowed(axes, axis_of(text))
     experiment = Experiment(
         _with_overrides(put(experiment.values, given), set_ or []),
         {} if resume else {name: axis for name, axis in axes.items() if name not in given},

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pocketfed.client_sdk.errors import TrainingError
 from pocketfed.client_sdk.order import derive_seed, permutation
 from pocketfed.client_sdk.trainer import Batch, Examples, TrainConfig, Trainer, evaluate, train
 from pocketfed.coordinator.config import RunConfig
@@ -36,6 +37,7 @@ class Line:
     """accuracy, loss: on the test; of `local` the mean over the devices that were trained. own: on the devices' examples.
 
     on_test: of `local`, the spread on the test. curve: accuracy on the test after so many epochs. cpu_s: what it took.
+    why: there is none, or none of some devices.
     """
 
     accuracy: float | None
@@ -46,6 +48,7 @@ class Line:
     devices: int = 0
     curve: Mapping[int, float] = field(default_factory=dict)
     cpu_s: float = 0.0
+    why: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         told = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -147,9 +150,14 @@ def local(
     on_test: dict[str, float] = {}
     own: dict[str, float] = {}
     losses: list[float] = []
+    why = ""
     for done, name in enumerate(chosen, 1):
         mine = dataclasses.replace(config, seed=derive_seed(config.seed, 0, name))
-        trained = theta + train(trainer, theta, parts[name], mine).delta
+        try:
+            trained = theta + train(trainer, theta, parts[name], mine).delta
+        except TrainingError as error:  # a round would have gone on without it, too
+            why = f"{name}: {error}"
+            continue
         measured = evaluate(trainer, trained, test)
         losses.append(measured["loss"])
         if "accuracy" in measured:
@@ -160,12 +168,13 @@ def local(
     spread = spread_of(on_test, "the test")
     return Line(
         accuracy=spread.mean if spread else None,
-        loss=statistics.fmean(losses),
+        loss=statistics.fmean(losses) if losses else None,
         own=spread_of(own, stick.source if stick else ""),
         on_test=spread,
         epochs=config.epochs,
-        devices=len(chosen),
+        devices=len(losses),
         cpu_s=round(time.process_time() - began, 3),
+        why=why,
     )
 
 

@@ -124,6 +124,13 @@ def _axis(name: str, choices: Any) -> list[Choice]:
     return made
 
 
+def narrowed(axes: Mapping[str, Sequence[Choice]], wanted: tuple[str, list[Choice]]) -> dict[str, Sequence[Choice]]:
+    """An axis in the place of a file's; where all that is wanted has the label of a choice there, those choices."""
+    name, choices = wanted
+    known = {choice.label: choice for choice in axes.get(name, ())}
+    return {**axes, name: [known[c.label] for c in choices] if all(c.label in known for c in choices) else choices}
+
+
 def put(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with dotted names laid over nested values; returns new ones.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pocketfed.client_sdk.errors import TrainingError
 from pocketfed.client_sdk.outgoing import UpdateForm
 from pocketfed.client_sdk.perform import split_of
 from pocketfed.client_sdk.trainer import Examples, Trainer
@@ -104,8 +105,11 @@ def _central(material: Material, run: RunConfig, start: Vector, stick: Yardstick
     everywhere = examples.take(sorted(place for part in material.parts.values() for place in part))
     config = baselines.training(run, len(material.parts), together=True)
     key = baselines.key_of(trainer.identity, start, (everywhere, test), config)
-    line, theta = baselines.kept_central(
-        kept, key, trainer.size, lambda: baselines.central(trainer, start, everywhere, test, config)
-    )
+    try:
+        line, theta = baselines.kept_central(
+            kept, key, trainer.size, lambda: baselines.central(trainer, start, everywhere, test, config)
+        )
+    except TrainingError as error:  # a rate that many small parts bear may be too much for all data at once
+        return Line(None, None, why=str(error))
     own = stick.measure(trainer, lambda device: None, theta) if stick else None
     return dataclasses.replace(line, own=own)

@@ -243,9 +243,11 @@ def _facts(run: Mapping[str, Any]) -> Table:
     if run.get("devices"):
         facts["devices are measured on"] = run["devices"]["source"]
     for name, line in (run.get("lines") or {}).items():
-        if line["epochs"]:
-            trained = f", {line['devices']} devices" if line["devices"] else ""
-            facts[f"line: {LINE_NAMES.get(name, name)}"] = f"{line['epochs']} epochs{trained}"
+        told = [f"{line['epochs']} epochs"] if line["epochs"] else []
+        told += [f"{line['devices']} devices"] if line["devices"] else []
+        told += [line["why"]] if line.get("why") else []
+        if told:
+            facts[f"line: {LINE_NAMES.get(name, name)}"] = ", ".join(told)
     return _pairs(facts)
 
 

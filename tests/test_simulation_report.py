@@ -173,6 +173,13 @@ def test_each_device_alone_learns_its_own_label_and_no_other(trainer: PlanTraine
     assert (line.accuracy, line.devices, line.epochs) == (0.25, 4, 30)
 
 
+def test_a_device_that_cannot_train_alone_is_left_out_and_said(trainer: PlanTrainer, tiny_dataset: Dataset) -> None:
+    examples = encode_examples(trainer, tiny_dataset.train, 16)
+    parts = {"a": examples.take([0, 1]), "b": examples.take([])}
+    line = baselines.local(trainer, trainer.initial_theta(), parts, examples, TrainConfig(), None)
+    assert (line.devices, line.why) == (1, "b: the device has no labelled examples; add some before it takes part")
+
+
 # ---- costs ---------------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from pocketfed.simulations.experiment import (
     cells,
     config_of,
     load,
+    narrowed,
     settings_of,
 )
 from pocketfed.simulations.sweep import (
@@ -66,6 +67,13 @@ def test_a_sweep_is_the_product_of_its_axes_seeds_slowest(tmp_path: Path) -> Non
     assert (last.train, last.run.local.learning_rate, last.partition, last.run.seed) == ("full", 1e-3, "by:user", 1)
     assert first.data == tmp_path / "d"
     assert config_of(settings_of(first)) == first  # what is stored makes the same run again
+
+
+def test_a_file_s_axis_is_narrowed_by_its_labels() -> None:
+    axes = load("first-table").axes
+    (kept,) = narrowed(axes, axis_of("set=full"))["set"]
+    assert kept.settings["train"] == "full"
+    assert [c.settings for c in narrowed(axes, axis_of("partition=by:user"))["partition"]] == [{"partition": "by:user"}]
 
 
 def test_commas_within_a_value_part_nothing() -> None:
