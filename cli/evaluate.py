@@ -47,13 +47,15 @@ def evaluate(
 ) -> None:
     """Measures on a data set's test split. A student without a classifier is fine-tuned on the training split first.
 
-    Without any of --seeds, --task, --metric, --from-scratch, --search, --precision and --out the model is trained as a
-    device would, by its plan; with one of them, in PyTorch, each seed anew.
+    Without any of --seeds, --task, --metric, --from-scratch, --search, --precision and --out a classifier is trained as
+    a device would, by its plan; with one of them, and for other kinds of tasks, in PyTorch, each seed anew.
     """
     from pocketfed.model.config import STUDENTS
+    from pocketfed.model.task_kinds import read_task
 
     several = bool(seeds or task or metric or from_scratch or search or precision or out or at_most)
-    if several or (model in STUDENTS and not Path(model).exists()):
+    several = several or (model in STUDENTS and not Path(model).exists())
+    if several or read_task(data).kind != "classification":
         if train != "full":
             raise CommandError(
                 f"--train {train} is for one run by the device's plan; leave it out, or --seeds and the like"
@@ -119,6 +121,8 @@ def _trials(
     from pocketfed.model.task_kinds import read_task
     from pocketfed.model.trials import Plan, best_metric, floor_rows, markdown, run_trials, start_of, untrained
 
+    if out is not None and out.suffix == ".md":
+        raise CommandError(f"{out} is where the table would go; name the file of rows {out.with_suffix('.jsonl')}")
     if out is not None and not out.resolve().parent.is_dir():
         raise CommandError(f"the folder of {out} does not exist; create it, or name another file")
     dataset = best_metric(read_task(data, task).with_test(), metric)

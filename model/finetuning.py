@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pocketfed.model.config import MobileBertConfig
 from pocketfed.model.encoded import Encoded, Kind
-from pocketfed.model.heads import QuestionAnswerer, TextClassifier
+from pocketfed.model.heads import TextClassifier
 from pocketfed.model.schedules import PRECISIONS
 
 GRADIENT_NORM = 1.0
@@ -69,16 +69,12 @@ class Tuned:
 
 def make_model(
     config: MobileBertConfig, state: Mapping[str, Tensor], separator: int, kind: Kind, seed: int
-) -> TextClassifier | QuestionAnswerer:
+) -> TextClassifier:
     """A student with a new head for the kind. state: the encoder's tensors; empty for one that starts untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (
-            QuestionAnswerer(config, separator)
-            if kind.kind == "spans"
-            else TextClassifier(config, kind.outputs, separator, kind.kind)
-        )
-    encoder = {name: value for name, value in state.items() if not name.startswith(("classifier.", "qa_outputs."))}
+        model = TextClassifier(config, kind.outputs, separator, kind.kind)
+    encoder = {name: value for name, value in state.items() if not name.startswith("classifier.")}
     if encoder:
         model.mobilebert.load_state_dict(encoder)
     return model

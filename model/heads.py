@@ -130,21 +130,3 @@ class TextClassifier(nn.Module):
 
     def _normalised(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.config.hidden_size,))
-
-
-class QuestionAnswerer(nn.Module):
-    """The student with a head that marks where an answer begins and ends. Names as in Hugging Face's question answering."""
-
-    def __init__(self, config: MobileBertConfig, separator: int) -> None:
-        super().__init__()
-        self.separator = separator
-        self.mobilebert = MobileBert(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        nn.init.trunc_normal_(self.qa_outputs.weight, std=config.initializer_range)
-        nn.init.zeros_(self.qa_outputs.bias)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """(B, T) int64 twice -> (B, T, 2): start and end logits. Token types are read off the separators if not given."""
-        types = segment_ids(input_ids, attention_mask, self.separator) if token_type_ids is None else token_type_ids
-        last = self.mobilebert(input_ids, attention_mask, types).last
-        return self.qa_outputs(last)  # type: ignore[no-any-return]
