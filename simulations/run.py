@@ -214,6 +214,7 @@ def simulate(
     if not dataset.test:
         raise SimulationError(f"{config.data} leaves no example to test on; give more data or a test split")
     dealt = partition(dataset.train, config.partition, config.devices, config.run.seed)
+    fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
     parts, aside = hold_out(
         dict(zip(device_names(config.devices), dealt, strict=True)), config.hold_out, config.run.seed
     )
@@ -223,7 +224,6 @@ def simulate(
         artifact = prepare_artifact(
             config.model, dataset, config.train, Path(scratch) / "artifact", config.run.seed, max_length
         )
-        fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
         clock = VirtualClock()
         with (
             _open_store(database, Path(scratch)) as store,

@@ -374,8 +374,9 @@ def test_rules_are_compared_as_the_share_of_hostile_devices_grows(
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_examples_in_the_load_benchmark_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctest.testmod(load("load", monkeypatch)).failed == 0
+@pytest.mark.parametrize("name", ["load", "asynchrony"])
+def test_the_examples_in_a_benchmark_are_true(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert doctest.testmod(load(name, monkeypatch)).failed == 0
 
 
 def test_the_load_benchmark_measures_check_ins_of_a_coordinator_that_serves() -> None:
