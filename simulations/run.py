@@ -213,7 +213,11 @@ def _simulate(
         publish_artifact(session, built, config.run.channel, trainable_set)
         nodes = enrol_virtual(session, config.run.channel, {name: len(held[name]) for name in names})
     run_id = create_run(store, config.run)
-    grid = make_grid(config.backend, store, run_id, nodes, Material(trainer, train_examples, held, scratch))
+    try:
+        grid = make_grid(config.backend, store, run_id, nodes, Material(trainer, train_examples, held, scratch))
+    except Exception as error:
+        give_up(store, run_id, str(error))
+        raise
     rounds: list[RoundResult] = []
 
     def remember(result: RoundResult) -> None:
