@@ -16,6 +16,7 @@ from flwr.app import Context, Message
 
 from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.coordinator.store import Store
+from pocketfed.simulations.backends import BackendError
 from pocketfed.simulations.grids import InProcessGrid, Material, answer_of
 from pocketfed.simulations.sharing import open_shared, share
 
@@ -63,12 +64,24 @@ class RayGrid(InProcessGrid):
 
 
 def start_backend(count: int) -> Any:
-    """Flower's backend with `count` actors on this machine, or those of a running cluster."""
+    """Flower's backend with `count` actors on this machine, or those of a running cluster.
+
+    Raises:
+        BackendError: Ray did not start; it gives itself 30 s.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray will have it; else it warns
     here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": count}
     options = {"log_to_driver": False, "configure_logging": False, **here}
-    return flwr_compat.ray_backend({"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": options})
+    config = {"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": options}
+    try:
+        return flwr_compat.ray_backend(config)
+    except Exception as error:  # Ray raises bare ones
+        import ray
+
+        ray.shutdown()  # what has started of it
+        first = str(error).split(". ")[0]
+        raise BackendError(f"Ray did not start: {first}; try again on a quieter machine, or set RAY_ADDRESS") from None
 
 
 def open_app(folder: str) -> Callable[[Message, Context], Message]:

@@ -390,3 +390,40 @@ def test_the_load_benchmark_measures_check_ins_of_a_coordinator_that_serves() ->
     assert row["per_s"] > 1
     assert 0 < row["p50"] <= row["p95"] <= row["p99"]
     assert row["rss_mb"] > 20
+
+
+def test_a_simulation_is_measured_with_all_processes_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that holds 100 MB of its own and has used a tenth of a second of processor time."""
+    simulation = load("simulation", monkeypatch)
+    tree = simulation.Tree()
+    before = tree.peak_mb
+    busy = "import time\nheld = bytearray(b'x') * 10**8\nwhile time.process_time() < 0.1: pass\nprint(len(held), flush=True)\ninput()"
+    with subprocess.Popen(printing(busy), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "100000000\n"
+        tree.look()
+        child.communicate("\n")
+    assert tree.peak_mb > before + 99
+    assert tree.stop() > 0.09
+
+
+def test_the_simulation_benchmark_hands_its_settings_to_every_variant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    simulation = load("simulation", monkeypatch)
+    ran: list[list[str]] = []
+
+    def interleaved(commands: dict[str, list[str]], repeats: int, threads: int, on_row: Any) -> dict[str, Any]:
+        ran.extend(commands.values())
+        row = {"seconds_round": 2.0, "accuracy": 0.5}
+        return {name: [row if name == "in-process" else row | {"seconds_round": 5.0}] for name in commands}
+
+    monkeypatch.setattr(simulation, "interleaved", interleaved)
+    sizes = ["--devices", "10,20", "--data", str(tmp_path), "--flower-rate", "0.001"]
+    simulation.main(["--variants", "in-process,flower", *sizes, "--out", str(tmp_path / "rows.jsonl")])
+    assert [(c[c.index("--variant") + 1], c[c.index("--devices") + 1]) for c in ran] == [
+        ("in-process", "10"), ("flower", "10"), ("in-process", "20"), ("flower", "20"),
+    ]  # fmt: skip
+    assert all(c[c.index("--flower-rate") + 1] == "0.001" for c in ran)
+    assert "flower: (2.5, 2.5, 2.5) times in-process's seconds a round" in capsys.readouterr().out
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
