@@ -95,10 +95,11 @@ def nodes(artifacts: Sequence[ArtifactLine], releases: Sequence[ReleaseLine]) ->
 def lineage(found: Sequence[Node]) -> Any:
     """Boxes from left to right with lines between them."""
     rows: dict[int, int] = {}
-    places = dict[str, tuple[int, int]]()
+    places = dict[str, tuple[int, float]]()
     for node in found:
         rows[node.column] = rows.get(node.column, 0) + 1
-        places[node.key] = (node.column, rows[node.column])
+        # half a row lower, so that no line runs through a model that it has nothing to do with
+        places[node.key] = (node.column, rows[node.column] + 0.5 * (node.kind in ("run", "release")))
     boxes = pd.DataFrame(
         [{"x": places[n.key][0], "y": places[n.key][1], "label": n.label, "kind": n.kind} for n in found]
     )

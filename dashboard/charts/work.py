@@ -69,7 +69,7 @@ def _limit(at: float, means: str) -> tuple[Any, Any]:
     rule = base.mark_rule(color=ORANGE, strokeWidth=2, strokeDash=[6, 3]).encode(
         tooltip=[alt.Tooltip("means:N", title="Line"), alt.Tooltip("at:Q", title="At", format=",.3f")]
     )
-    text = base.mark_text(align="right", dx=-5, color=ORANGE, fontSize=12).encode(y=alt.value(8), text="means:N")
+    text = base.mark_text(align="right", dx=-5, color=ORANGE, fontSize=12).encode(y=alt.value(-6), text="means:N")
     return rule, text
 
 

@@ -201,7 +201,7 @@ def _acts(releases: list[queries.models.ReleaseLine]) -> None:
     with st.form("act", clear_on_submit=True):
         with st.container(horizontal=True, vertical_alignment="bottom"):
             what = st.selectbox("What", acts.ACTS, width=160)
-            number = st.selectbox("Release", [r.id for r in releases], width=120, key="release to act on")
+            number = st.selectbox("Which release", [r.id for r in releases], width=130, key="release to act on")
             percent = st.number_input("Percent of the devices", 0.01, 100.0, 100.0, width=200, help="to promote to")
             typed = st.text_input("Its number again, to confirm", max_chars=12, width=220)
         sent = st.form_submit_button("Do it", type="primary")
