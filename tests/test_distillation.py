@@ -46,7 +46,7 @@ from pocketfed.model.schedules import (
     schedule_for,
 )
 from pocketfed.model.stages import MaskedWords, Transfer, check_pair, make_optimizer, student_stages
-from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher
+from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher, load_pretrained
 from pocketfed.model.token_store import TokenCorpus, store_corpus
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
 
@@ -657,8 +657,15 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
 
 
 def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> None:
-    kept = distilling.DistillOptions(keep_teacher=tmp_path / "teacher", licence="CC0-1.0")
+    kept = distilling.DistillOptions(
+        keep_teacher=tmp_path / "teacher", keep_heads=tmp_path / "heads", licence="CC0-1.0"
+    )
     first = distilling.distill([text], "nano", tmp_path / "one", steps=16, options=kept)
+    student, vocabulary = load_pretrained(tmp_path / "heads")
+    published = load(tmp_path / "one")
+    assert vocabulary.tokens == published.vocabulary
+    assert all(torch.equal(value, published.state[name]) for name, value in student.mobilebert.state_dict().items())
+    assert not any(name.startswith("cls.") for name in published.state)
     again = distilling.DistillOptions(teacher=tmp_path / "teacher")
     second = distilling.distill([text], "nano", tmp_path / "two", steps=16, seed=1, options=again)
     assert second["scores"]["teacher"]["tokens"] > 0
