@@ -258,7 +258,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder} has no {WEIGHTS}; fetch or save the model again")
     try:
         if path.is_file():
-            return load_file(path)
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
         with np.load(arrays, allow_pickle=False) as held:
             return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
     except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError) as error:

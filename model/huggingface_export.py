@@ -124,4 +124,4 @@ def _tokenizer_json(vocabulary: Vocabulary) -> str:
     )
     pipeline.decoder = decoders.WordPiece()
     pipeline.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    return pipeline.to_str(pretty=True)  # type: ignore[no-any-return]
+    return str(pipeline.to_str(pretty=True))
