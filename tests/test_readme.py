@@ -141,6 +141,19 @@ def test_the_simulation_runs_as_written(tmp_path):
     assert result["final"]["test_examples"] == 50
 
 
+def test_the_evaluation_runs_as_written(tmp_path):
+    from pocketfed.simulations.data import assistant_dataset, write_dataset
+
+    write_dataset(assistant_dataset(seed=1, users=4, utterances_per_user=20, test_utterances=20), tmp_path / "DATA")
+    ((arguments,),) = [commands(b) for b in blocks("sh") if "pocketfed evaluate" in b]
+    assert arguments[2:4] == ["STUDENT", "--data"]
+    arguments[2] = "nano"  # a preset will do
+    done = run(with_option(with_option(arguments, "--from-scratch", "nano"), "--seeds", "0,1"), tmp_path)
+    assert "accuracy" in done.stdout
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) >= 2
+    assert "TF-IDF" in (tmp_path / "rows.md").read_text()
+
+
 def free_port() -> int:
     import socket
 
