@@ -684,7 +684,7 @@ def test_fault_22_long_strings_and_heaps_of_metrics_are_refused(store: Store, tm
 
 
 def test_fault_22_the_metrics_of_a_round_have_at_most_64_names_whatever_devices_make_up() -> None:
-    from pocketfed.coordinator.strategy import WeightedMean
+    from pocketfed.coordinator.strategy_base import WeightedMean
 
     mean = WeightedMean()
     for device in range(50):

@@ -434,7 +434,7 @@ def test_devices_of_an_older_sdk_are_not_asked_for_a_form_they_do_not_know(
 
 
 def test_a_run_with_private_parameters_that_the_set_lacks_is_not_created(fleet: Fleet) -> None:
-    with pytest.raises(RunError, match=r"update\.private: no parameter of the trainable set is named 'pooler'"):
+    with pytest.raises(RunError, match=r"update: no parameter of the trainable set is named 'pooler'"):
         fleet.drive(UpdateForm(private=("pooler",)))
 
 
