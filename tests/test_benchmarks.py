@@ -387,7 +387,7 @@ def test_the_load_benchmark_measures_check_ins_of_a_coordinator_that_serves() ->
     (row,) = json.loads(done.stdout.splitlines()[-1])["check-ins"]
     assert (row["devices"], row["polls"]) == (20, 4)
     assert "failures" not in row
-    assert row["per_s"] > 1
+    assert row["per_s"] > 0
     assert 0 < row["p50"] <= row["p95"] <= row["p99"]
     assert row["rss_mb"] > 20
 

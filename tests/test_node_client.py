@@ -386,13 +386,13 @@ class Fleet:
 
     def go_on(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         size = int(self.built.manifest["trainable_sets"][self.config.trainable_set or "full"]["size"])
-        grid = FleetGrid(self.server.assignments, self.run_id, lambda: self.server.online("stable"), size, 5.0)
+        grid = FleetGrid(self.server.assignments, self.run_id, lambda: self.server.online("stable"), size, self.server.config.lease_s)
         drive_run(self.store, self.run_id, grid, self.config, should_stop=should_stop)
 
     def restart(self) -> None:
-        """The coordinator ends and comes again, at the same address."""
+        """The coordinator ends and comes again, at the same address; more patient, so that a busy machine costs no lease."""
         self.server.stop()
-        config = dataclasses.replace(self.server.config, listen=f"127.0.0.1:{self.port}")
+        config = dataclasses.replace(self.server.config, listen=f"127.0.0.1:{self.port}", lease_s=60.0)
         self.server = CoordinatorServer(self.store, config, self.folder / "spool")
         self.server.start()
 
