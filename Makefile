@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
-.PHONY: demo test lint stubs screenshot screenshots clean
+.PHONY: demo test lint stubs screenshots clean
 
 demo: $(VENV)/simulation.stamp
 	$(BIN)/python -m pocketfed.cli demo
@@ -34,10 +34,6 @@ stubs: $(VENV)/dev.stamp
 	$(BIN)/python -m grpc_tools.protoc -Ipocketfed/protos=protos \
 		--python_out=build/stubs --pyi_out=build/stubs --grpc_python_out=build/stubs protos/*.proto
 	cp build/stubs/pocketfed/protos/*_pb2* protos/
-
-screenshot: $(VENV)/dev.stamp
-	@[ -f demo/fleet.db ] || { echo "there is no demo/fleet.db to show; run make demo first"; exit 1; }
-	$(BIN)/python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
 
 # Every page of the dashboard, light and dark, on a made-up fleet.
 screenshots: $(VENV)/dev.stamp

@@ -1,6 +1,6 @@
 """Pictures of the dashboard on a real database: starts it, drives a headless Chromium, saves what it shows.
 
-python docs/screenshot.py --database demo/fleet.db --out docs/dashboard.png
+python docs/screenshot.py --database demo/fleet.db --out now.png
 python docs/screenshot.py --database demo/fleet.db --page models --dark --width 390 --out models.png
 python docs/screenshot.py --all --out docs/dashboard                       # every page, light and dark, of a made-up fleet
 """
