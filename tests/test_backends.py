@@ -111,6 +111,15 @@ def test_a_pool_of_any_size_ends_with_the_same_bits_residuals_of_error_feedback_
     ]
 
 
+def test_a_pool_ends_with_the_same_bits_where_updates_are_of_older_rounds(simulated: Simulated) -> None:
+    buffers: dict[str, Any] = {"mode": "fedbuff", "buffer": 2, "cohort": 5, "rounds": 4}
+    alone, there = (simulated.run(backend, "head", **buffers) for backend in ("in-process", "processes:2"))
+    counted = [int(row_id.split("-")[1]) for row_id, status, *_ in alone.rows if status == "aggregated"]
+    assert len(counted) == 8 and max(counted.count(number) for number in counted) > 2  # some came late
+    assert there.theta.tobytes() == alone.theta.tobytes()
+    assert there.rows == alone.rows
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_flowers_ray_backend_ends_with_the_same_bits(simulated: Simulated, sequential: Ended) -> None:
