@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -190,6 +191,15 @@ def test_a_step_holds_at_most_so_many_tokens_padding_counted_and_nobody_is_left_
     assert grouped(shapes, 10**6) == [[4, 0, 1, 2, 3], [5]]  # another smoothing is another step
     assert grouped(shapes, 8, per_token=False) == [[4, 1], [0, 2], [3], [5]]
     assert grouped([], 100) == []
+
+
+def test_devices_in_one_step_share_its_seconds(simulated: Simulated) -> None:
+    material = simulated.material("head")
+    ended = simulated.run("batched", "head", material, rounds=1, local=dataclasses.replace(LOCAL, epochs=20))
+    with contextlib.closing(Store(str(material.scratch / "run.db"))) as store, store.read() as session:
+        seconds = [metrics["seconds"] for metrics in session.scalars(sa.select(Update.metrics))]
+    assert len(seconds) == len(SIZES) and min(seconds) > 0
+    assert sum(seconds) < ended.rounds[1].seconds  # each by its own clock would have taken all of the round
 
 
 def test_a_device_that_fails_in_a_step_fails_alone(simulated: Simulated) -> None:
