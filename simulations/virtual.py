@@ -199,10 +199,8 @@ class VirtualGrid(FleetGrid):
         with self.store.write() as session:
             taken: dict[int, Assignment] = {}
             for some in portions(sorted(nodes), 500):
-                taken |= self.assignments.take(session, some, self.lease_s)
+                taken |= self.assignments.take(session, some, self.lease_s, self.run_id)
             for node, row in taken.items():
-                if row.id not in self._asked:  # of another run in the same database
-                    continue
                 journey = self._set_out(session, node, row)
                 self._journeys[row.id] = journey
                 session.get_one(Device, node).last_seen_at = now()

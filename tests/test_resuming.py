@@ -81,13 +81,13 @@ from pocketfed.client_sdk import flower_app
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.simulations.run import SimulationConfig, simulate
 
-perform, calls = flower_app.perform, []
+performing, calls = flower_app.performing, []
 def dies(*given, **named):
     calls.append(0)
     if len(calls) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return perform(*given, **named)
-flower_app.perform = dies
+    return performing(*given, **named)
+flower_app.performing = dies
 import json
 run = RunConfig.from_dict(json.loads(sys.argv[4]))
 simulate(SimulationConfig(Path(sys.argv[1]), "nano", devices=4, train="norms", run=run), sys.argv[2])

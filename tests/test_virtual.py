@@ -293,6 +293,22 @@ def test_a_stopped_simulation_of_a_fleet_goes_on_to_the_same_numbers(
     assert (later.virtual_s, later.device_s) == (whole.virtual_s, whole.device_s)
 
 
+def test_what_another_run_has_left_open_in_the_database_is_taken_by_nobody(world: World, tmp_path: Path) -> None:
+    alone = world.drive(tmp_path / "spool", rounds=2)
+    whole = [dataclasses.asdict(result) for result in world.results]
+    with world.store.write() as session, by_clock(VirtualClock()):
+        left = session.scalars(sa.select(Assignment).where(Assignment.round == 1)).all()
+        for row in left:  # as of a run that was stopped
+            values = {"run_id": row.run_id, "round": 9, "config": row.config, "parameters": row.parameters}
+            session.add(Assignment(id=f"0-{row.id}", device_id=row.device_id, kind="train", attempt=1, **values))
+    again = world.drive(tmp_path / "spool", rounds=2)
+    assert again.tobytes() == alone.tobytes()
+    assert [dataclasses.asdict(result) for result in world.results] == whole
+    with world.store.read() as session:
+        stale = sa.select(Assignment.status).where(Assignment.id.startswith("0-"))
+        assert list(session.scalars(stale)) == ["offered"] * len(SECONDS)
+
+
 def test_a_fleet_that_is_always_there_ends_with_the_bits_of_no_fleet(world: World, tmp_path: Path) -> None:
     with_fleet = world.drive(tmp_path / "spool", rounds=2, evaluate_on_devices=True)
     measured = [r.accuracy for r in world.results]
