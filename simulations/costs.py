@@ -83,7 +83,7 @@ def cost_of(
     spent: Mapping[str, Spent],
     devices: int,
     energy: EnergyModel,
-    device_s: float | None = None,
+    training_s: float | None = None,
     virtual_s: float | None = None,
     wall_s: float | None = None,
 ) -> Costs:
@@ -91,11 +91,11 @@ def cost_of(
 
     Args:
         devices: of the fleet; those that took no part have spent nothing.
-        device_s, virtual_s: what a fleet's model says in the place of what devices told, and its clock.
+        training_s, virtual_s: what a fleet's model says in the place of what devices told, and its clock.
         wall_s: of this machine, where the rounds' own seconds are a fleet's.
     """
     up, down = sum(r.bytes_up for r in rounds), sum(r.bytes_down for r in rounds)
-    seconds = sum(s.seconds for s in spent.values()) if device_s is None else device_s
+    seconds = sum(s.seconds for s in spent.values()) if training_s is None else training_s
     joules = energy.joules(seconds, up, down)
     return Costs(
         devices=devices,
@@ -107,7 +107,7 @@ def cost_of(
         joules=joules / devices,
         total_device_seconds=seconds,
         total_joules=joules,
-        seconds_are="measured" if device_s is None else "fleet",
+        seconds_are="measured" if training_s is None else "fleet",
         wall_s=sum(r.seconds for r in rounds) if wall_s is None else wall_s,
         virtual_s=virtual_s,
         energy=energy,

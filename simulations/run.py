@@ -34,7 +34,7 @@ from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
 from pocketfed.simulations.partition_picture import draw_partition
-from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, plain, run_to_drive
+from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, digest_of_fleet, plain, run_to_drive
 from pocketfed.simulations.served import hold_out
 from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
 
@@ -298,7 +298,7 @@ def _simulate(
     built = read_artifact(artifact.folder)
     made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
     if setting.fleet is not None:  # its file may say something else by the time the run goes on
-        made_of["fleet_sha256"] = sha256(repr(setting.fleet).encode()).hexdigest()
+        made_of["fleet_sha256"] = digest_of_fleet(setting.fleet)
 
     def begin() -> int:
         with store.write() as session:
@@ -367,7 +367,7 @@ def _simulate(
             spent_in(store, run_id),
             config.devices,
             config.energy,
-            virtual.device_s if virtual else None,
+            virtual.training_s if virtual else None,
             setting.clock.s if virtual else None,
             time.perf_counter() - began if virtual else None,
         ),

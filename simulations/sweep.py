@@ -16,8 +16,9 @@ from pocketfed.coordinator.leadership import try_lock
 from pocketfed.simulations.charts import Series, chart
 from pocketfed.simulations.costs import bytes_a_device_round
 from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
+from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.report import describe, quoted, write_page, write_report
-from pocketfed.simulations.resuming import digest_of
+from pocketfed.simulations.resuming import digest_of, digest_of_fleet
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
 
 RESULTS = "results.jsonl"
@@ -46,7 +47,7 @@ def tasks_of(cells: Sequence[Cell], data_root: Path | None = None) -> list[Task]
     """Checked before the first begins.
 
     Raises:
-        ExperimentError, RunConfigError, DataError: a cell that cannot be run.
+        ExperimentError, RunConfigError, DataError, FleetError: a cell that cannot be run.
     """
     from pocketfed.model.tasks import read_dataset
 
@@ -56,8 +57,10 @@ def tasks_of(cells: Sequence[Cell], data_root: Path | None = None) -> list[Task]
         config = config_of(cell.values, data_root)
         if config.data not in digests:
             digests[config.data] = digest_of(read_dataset(config.data))
-        # What the data are counts, not where they lie.
+        # What the data and the fleet are counts, not where they lie.
         made_of = settings_of(config) | {"data": digests[config.data], "name": ""}
+        if config.fleet:
+            made_of["fleet"] = digest_of_fleet(load_fleet(config.fleet, config.devices, config.run.seed))
         tasks.append(Task(cell, config, hashlib.sha256(canonical(made_of).encode()).hexdigest()[:16]))
     return tasks
 

@@ -195,7 +195,7 @@ def test_costs_of_two_rounds_added_up_by_hand() -> None:
     assert (found.device_seconds, found.total_device_seconds, found.seconds_are) == (10.0, 40.0, "measured")
     assert (found.total_joules, found.joules) == (2 * 40 + 4 + 6, 22.5)
     assert (found.wall_s, found.virtual_s) == (6.0, None)
-    fleet = cost_of(rounds, spent, 4, EnergyModel(), device_s=100.0, virtual_s=7200.0)
+    fleet = cost_of(rounds, spent, 4, EnergyModel(), training_s=100.0, virtual_s=7200.0)
     assert (fleet.device_seconds, fleet.seconds_are, fleet.virtual_s) == (25.0, "fleet", 7200.0)
     assert bytes_a_device_round(rounds) == (1_000_000, 2_000_000)  # of the second: the first also fetches the artifact
     with pytest.raises(CostError, match=r"energy.watts is -1; it must be a finite number"):

@@ -83,7 +83,7 @@ class World:
                 self.store, self.run_id, grid, config, on_round=lambda r: self.results.append(grid.told(r))
             )
             grid.finish()
-        self.device_s = grid.device_s
+        self.device_s, self.training_s = grid.device_s, grid.training_s
         return theta
 
     def rows(self, table: type[Any] = Assignment, *order: Any) -> list[Any]:
@@ -127,6 +127,13 @@ def test_a_round_that_waits_for_all_takes_as_long_as_the_slowest(world: World, t
     first = world.rows(Round)[1]
     assert (first.started_at, first.finished_at) == (START, START + timedelta(seconds=95))
     assert first.seconds == near(95)
+
+
+def test_what_goes_up_takes_time_and_is_no_training(world: World, tmp_path: Path) -> None:
+    narrow = dataclasses.replace(device(), up_bps=8 * 4 * world.trainer.size / 5)  # 5 s, and more for the header
+    world.drive(tmp_path / "spool", dict.fromkeys(SECONDS, narrow))
+    assert world.training_s == near(10 + 20 + 95)
+    assert world.device_s > 10 + 20 + 95 + 3 * 5
 
 
 def test_over_selection_closes_at_the_second_answer_and_does_not_compute_the_third(
