@@ -18,7 +18,7 @@ import numpy as np
 from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
-from pocketfed.coordinator.answers import enrol_virtual
+from pocketfed.coordinator.answers import enrol_virtual, real_device
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.progress import RoundResult, create_run, results_of
@@ -286,6 +286,13 @@ def _simulate(
     from pocketfed.simulations.prefix import open_prefix_cache
 
     config, store, dataset, artifact = setting.config, setting.store, setting.dataset, setting.artifact
+    with store.read() as session:
+        enrolled = real_device(session)
+    if enrolled is not None:
+        raise SimulationError(
+            f"in {store.name} real devices have enrolled, {enrolled!r} for one, and what is simulated would be released to them; "
+            "give another --database"
+        )
     trainable_set = next(iter(artifact.manifest.sets))
     cache = open_prefix_cache(artifact, trainable_set, setting.scratch)
     if cache is not None:
