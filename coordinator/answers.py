@@ -84,6 +84,11 @@ def _history(answer: Answer, row: Any) -> dict[str, Any]:
     }
 
 
+def real_device(session: Session) -> str | None:
+    """The name of a device that can log in, if there is one."""
+    return session.scalar(sa.select(Device.name).where(Device.token_hash != "").order_by(Device.id).limit(1))
+
+
 def enrol_virtual(session: Session, channel: str, examples: Mapping[str, int]) -> dict[int, str]:
     """Devices that nobody can log in as, with so many examples each: id -> name, in the order given."""
     held = {"channel": channel, "examples": 0, "token_hash": ""}

@@ -112,12 +112,16 @@ class Assignments:
                 session.get_one(Device, device_id).present_until = now() + timedelta(seconds=AWAY_S)
             return found
 
-    def take(self, session: Session, device_ids: Sequence[int], lease_s: float) -> dict[int, Assignment]:
-        """The open assignments of these devices, one each, marked as accepted."""
+    def take(
+        self, session: Session, device_ids: Sequence[int], lease_s: float, run_id: int | None = None
+    ) -> dict[int, Assignment]:
+        """The open assignments of these devices, one each, marked as accepted. run_id: of that run alone."""
         moment, found = now(), dict[int, Assignment]()
         if not device_ids:
             return found
         open_ = sa.select(Assignment).where(Assignment.device_id.in_(device_ids), Assignment.status.in_(OPEN))
+        if run_id is not None:
+            open_ = open_.where(Assignment.run_id == run_id)
         rows = session.scalars(open_.order_by(Assignment.id).with_for_update()).all()
         for row in sorted(rows, key=lambda a: a.offered_at):
             # Overdue ones are passed over: a coordinator that was killed may have left some that nobody closes.

@@ -83,7 +83,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         self.should_stop: Callable[[], bool] = lambda: False  # asked while replies are awaited
         self._sent: dict[str, Message] = {}
         self._theta: Vector = np.zeros(0, np.float32)  # what the newest messages hold
-        self._arrays: ArrayRecord | None = None  # where it was read from
+        self._read: tuple[ArrayRecord, Vector] | None = None  # a message's arrays, and the theta in them
         flwr_compat.enter_run(run_id)
 
     @abstractmethod
@@ -218,7 +218,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         names = dict(self.cohort.devices or self.available())
         busy = self.working() if self.cohort.buffered else {}
         ordered = sorted(messages, key=lambda m: names[m.metadata.dst_node_id])
-        self._arrays = None  # a strategy may have put other parameters into the same record
+        self._read = None  # a strategy may have put other parameters into the same record
         with self.store.write() as session:
             known = self._known(session)
             digests: dict[int, str] = {}
@@ -236,9 +236,9 @@ class RecordedGrid(Grid):  # type: ignore[misc]
     def _start(self, message: Message) -> Vector:
         """What a message asks to start from. Strategies share one record among all messages: its bytes are read once."""
         arrays = message.content["arrays"]
-        if arrays is not self._arrays:
-            self._arrays, self._theta = arrays, arrays[THETA].numpy()
-        return self._theta
+        if self._read is None or arrays is not self._read[0]:
+            self._read = (arrays, arrays[THETA].numpy())
+        return self._read[1]
 
     def _known(self, session: Session) -> set[str]:
         mine = sa.select(Assignment.id).where(Assignment.run_id == self.run_id, Assignment.round == self.cohort.round)

@@ -6,27 +6,33 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from pocketfed.coordinator.store import Assignment, Device, Store, Update
+from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update
 
 
 @dataclass(frozen=True)
 class Spent:
-    """One device's share of a run. seconds: of training, as it told; of its assignments where it did not tell."""
+    """One device's share of a run. seconds: of training, as it told; of its assignments where it did not tell.
+
+    parameters_down: the part of bytes_down that is no artifact. rounds: in which it began to train.
+    """
 
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
     assignments: int = 0
+    parameters_down: int = 0
+    rounds: int = 0
 
 
 def spent_in(store: Store, run_id: int) -> dict[str, Spent]:
     """Device name -> what it has spent in all assignments that the database still has, in order of the names."""
     columns = (
         Device.name, Assignment.bytes_down, Assignment.accepted_at, Assignment.finished_at, Assignment.kind, Update.bytes,
-        Update.metrics,
+        Update.metrics, Blob.bytes.label("parameters"),
     )  # fmt: skip
     asked = sa.select(*columns).join(Device, Device.id == Assignment.device_id)
-    asked = asked.outerjoin(Update, Update.assignment_id == Assignment.id).where(Assignment.run_id == run_id)
+    asked = asked.outerjoin(Update, Update.assignment_id == Assignment.id)
+    asked = asked.outerjoin(Blob, Blob.digest == Assignment.parameters).where(Assignment.run_id == run_id)
     found: dict[str, Spent] = {}
     with store.read() as session:
         for row in session.execute(asked.execution_options(yield_per=1000)):
@@ -40,5 +46,7 @@ def spent_in(store: Store, run_id: int) -> dict[str, Spent]:
                 before.bytes_down + row.bytes_down,
                 before.seconds + max(0.0, float(seconds)),
                 before.assignments + 1,
+                before.parameters_down + min(row.bytes_down, row.parameters or 0),
+                before.rounds + (row.kind == "train" and row.accepted_at is not None),
             )
     return dict(sorted(found.items()))

@@ -76,8 +76,11 @@ def budget(run: RunConfig, devices: int) -> int:
 
     >>> budget(RunConfig(rounds=20, cohort=5), devices=10)
     10
+    >>> budget(RunConfig(rounds=20, cohort=8, mode="fedbuff", buffer=2), devices=10)
+    4
     """
-    share = min(1.0, run.cohort / devices) if run.cohort else 1.0
+    counted = run.buffer if run.mode == "fedbuff" else run.cohort or devices  # in a round
+    share = min(1.0, counted / devices)
     return min(MOST_EPOCHS, max(1, round(run.rounds * run.local.epochs * share)))
 
 

@@ -7,6 +7,7 @@ wherever they need a gradient; then a group of them is served by one pass throug
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,21 +38,26 @@ Gradient = tuple[float, int, Vector]
 
 @dataclass
 class _Device:
-    """One loop under way: what it asks for, until it has answered."""
+    """One loop under way: what it asks for, until it has answered. seconds: of its own steps, and its share of the common ones."""
 
     message: Message
     asking: Asking[Message]
     asked: tuple[Vector, Batch] | None = None
     answer: Message | None = None
+    seconds: float = 0.0
 
     def go_on(self, told: Gradient | None) -> None:
         """To the next gradient that is asked for (told: the one before), or to the end."""
+        began = time.perf_counter()
         try:
             self.asked = next(self.asking) if told is None else self.asking.send(told)
         except StopIteration as ended:
             self.asked, self.answer = None, ended.value
         except TrainingError as error:
             self.asked, self.answer = None, failed(self.message, error)
+        self.seconds += time.perf_counter() - began
+        if self.answer is not None and not self.answer.has_error() and "seconds" in self.answer.content["metrics"]:
+            self.answer.content["metrics"]["seconds"] = self.seconds  # the loop's own clock ran for all others, too
 
 
 class BatchedGrid(InProcessGrid):
@@ -86,7 +92,11 @@ class BatchedGrid(InProcessGrid):
         while waiting := [device for device in devices if device.asked is not None]:
             asked = [device.asked for device in waiting if device.asked is not None]
             for group in grouped([batch for _, batch in asked], self.tokens, trainer.set.keeps_tokens):
-                for i, told in zip(group, gradients(student, trainer, [asked[i] for i in group]), strict=True):
+                began = time.perf_counter()
+                found = list(gradients(student, trainer, [asked[i] for i in group]))
+                share = (time.perf_counter() - began) / len(group)
+                for i, told in zip(group, found, strict=True):
+                    waiting[i].seconds += share
                     waiting[i].go_on(told)
         return [device.answer for device in devices if device.answer is not None]
 

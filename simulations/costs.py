@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +56,7 @@ class EnergyModel:
 class Costs:
     """Of a whole run. Figures of a device are means over all devices, also those that were never asked.
 
+    round_bytes_up, round_bytes_down: of a device in a round that it took part in, the artifact's download left out.
     seconds_are: "measured" here, or the "fleet" model's. wall_s: of this machine. virtual_s: of the fleet's clock.
     """
 
@@ -65,6 +65,8 @@ class Costs:
     bytes_down: float
     most_bytes_up: float
     most_bytes_down: float
+    round_bytes_up: float
+    round_bytes_down: float
     device_seconds: float
     joules: float
     total_device_seconds: float
@@ -83,7 +85,7 @@ def cost_of(
     spent: Mapping[str, Spent],
     devices: int,
     energy: EnergyModel,
-    device_s: float | None = None,
+    training_s: float | None = None,
     virtual_s: float | None = None,
     wall_s: float | None = None,
 ) -> Costs:
@@ -91,33 +93,27 @@ def cost_of(
 
     Args:
         devices: of the fleet; those that took no part have spent nothing.
-        device_s, virtual_s: what a fleet's model says in the place of what devices told, and its clock.
+        training_s, virtual_s: what a fleet's model says in the place of what devices told, and its clock.
         wall_s: of this machine, where the rounds' own seconds are a fleet's.
     """
     up, down = sum(r.bytes_up for r in rounds), sum(r.bytes_down for r in rounds)
-    seconds = sum(s.seconds for s in spent.values()) if device_s is None else device_s
+    seconds = sum(s.seconds for s in spent.values()) if training_s is None else training_s
     joules = energy.joules(seconds, up, down)
+    taken = max(1, sum(s.rounds for s in spent.values()))
     return Costs(
         devices=devices,
         bytes_up=up / devices,
         bytes_down=down / devices,
         most_bytes_up=max([s.bytes_up for s in spent.values()], default=0),
         most_bytes_down=max([s.bytes_down for s in spent.values()], default=0),
+        round_bytes_up=sum(s.bytes_up for s in spent.values()) / taken,
+        round_bytes_down=sum(s.parameters_down for s in spent.values()) / taken,
         device_seconds=seconds / devices,
         joules=joules / devices,
         total_device_seconds=seconds,
         total_joules=joules,
-        seconds_are="measured" if device_s is None else "fleet",
+        seconds_are="measured" if training_s is None else "fleet",
         wall_s=sum(r.seconds for r in rounds) if wall_s is None else wall_s,
         virtual_s=virtual_s,
         energy=energy,
     )
-
-
-def bytes_a_device_round(rounds: Sequence[RoundResult]) -> tuple[float, float]:
-    """Mean bytes up and down of a device in a round that it took part in, the artifact's download left out."""
-    later = [r for r in rounds if r.number > 1 and r.devices] or [r for r in rounds if r.devices]
-    if not later:
-        return 0.0, 0.0
-    both = [(r.bytes_up / (r.devices + r.failed), r.bytes_down / (r.devices + r.failed)) for r in later]
-    return statistics.fmean(up for up, _ in both), statistics.fmean(down for _, down in both)

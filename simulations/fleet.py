@@ -180,6 +180,11 @@ class Journey:
             left -= self.seconds[name]
         return name
 
+    def trained(self, at: float) -> float:
+        """Seconds for which it has trained by then."""
+        passed = min(at, self.end) - self.begin - self.seconds["download"]
+        return min(self.seconds["training"], max(0.0, passed))
+
     def downloaded(self, at: float) -> int:
         """Bytes that have come by then."""
         took, passed = self.seconds["download"], max(0.0, min(at, self.end) - self.begin)

@@ -12,6 +12,7 @@ from pocketfed.coordinator.leadership import claim
 from pocketfed.coordinator.progress import Simulated, simulated_runs
 from pocketfed.coordinator.store import Store
 from pocketfed.model.tasks import Dataset
+from pocketfed.simulations.fleet import Fleet
 
 UNFINISHED = ("waiting", "running")
 Resume = Literal["unfinished", "any", "must"]
@@ -29,6 +30,11 @@ def digest_of(dataset: Dataset) -> str:
         for example in split:
             digest.update(repr(example).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
+
+
+def digest_of_fleet(fleet: Fleet) -> str:
+    """SHA-256 of its devices and rules, whatever file they are from."""
+    return hashlib.sha256(repr(fleet).encode()).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, evaluate
-from pocketfed.coordinator.answers import enrol_virtual
+from pocketfed.coordinator.answers import enrol_virtual, real_device
 from pocketfed.coordinator.artifacts import build_artifact, publish_artifact
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.progress import RoundResult, create_run, results_of
@@ -34,7 +34,7 @@ from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
 from pocketfed.simulations.partition_picture import draw_partition
-from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, plain, run_to_drive
+from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, digest_of_fleet, plain, run_to_drive
 from pocketfed.simulations.served import hold_out
 from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
 
@@ -286,6 +286,13 @@ def _simulate(
     from pocketfed.simulations.prefix import open_prefix_cache
 
     config, store, dataset, artifact = setting.config, setting.store, setting.dataset, setting.artifact
+    with store.read() as session:
+        enrolled = real_device(session)
+    if enrolled is not None:
+        raise SimulationError(
+            f"in {store.name} real devices have enrolled, {enrolled!r} for one, and what is simulated would be released to them; "
+            "give another --database"
+        )
     trainable_set = next(iter(artifact.manifest.sets))
     cache = open_prefix_cache(artifact, trainable_set, setting.scratch)
     if cache is not None:
@@ -298,7 +305,7 @@ def _simulate(
     built = read_artifact(artifact.folder)
     made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
     if setting.fleet is not None:  # its file may say something else by the time the run goes on
-        made_of["fleet_sha256"] = sha256(repr(setting.fleet).encode()).hexdigest()
+        made_of["fleet_sha256"] = digest_of_fleet(setting.fleet)
 
     def begin() -> int:
         with store.write() as session:
@@ -367,7 +374,7 @@ def _simulate(
             spent_in(store, run_id),
             config.devices,
             config.energy,
-            virtual.device_s if virtual else None,
+            virtual.training_s if virtual else None,
             setting.clock.s if virtual else None,
             time.perf_counter() - began if virtual else None,
         ),

@@ -14,10 +14,10 @@ from typing import Any
 
 from pocketfed.coordinator.leadership import try_lock
 from pocketfed.simulations.charts import Series, chart
-from pocketfed.simulations.costs import bytes_a_device_round
 from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
+from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.report import describe, quoted, write_page, write_report
-from pocketfed.simulations.resuming import digest_of
+from pocketfed.simulations.resuming import digest_of, digest_of_fleet
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
 
 RESULTS = "results.jsonl"
@@ -46,7 +46,7 @@ def tasks_of(cells: Sequence[Cell], data_root: Path | None = None) -> list[Task]
     """Checked before the first begins.
 
     Raises:
-        ExperimentError, RunConfigError, DataError: a cell that cannot be run.
+        ExperimentError, RunConfigError, DataError, FleetError: a cell that cannot be run.
     """
     from pocketfed.model.tasks import read_dataset
 
@@ -56,8 +56,10 @@ def tasks_of(cells: Sequence[Cell], data_root: Path | None = None) -> list[Task]
         config = config_of(cell.values, data_root)
         if config.data not in digests:
             digests[config.data] = digest_of(read_dataset(config.data))
-        # What the data are counts, not where they lie.
+        # What the data and the fleet are counts, not where they lie.
         made_of = settings_of(config) | {"data": digests[config.data], "name": ""}
+        if config.fleet:
+            made_of["fleet"] = digest_of_fleet(load_fleet(config.fleet, config.devices, config.run.seed))
         tasks.append(Task(cell, config, hashlib.sha256(canonical(made_of).encode()).hexdigest()[:16]))
     return tasks
 
@@ -117,7 +119,6 @@ def claimed(folder: Path, key: str) -> Iterator[bool]:
 
 def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:
     """A run in one line; bytes are those of a device in a round, the artifact's download left out."""
-    found, up_down = result.found, bytes_a_device_round(result.rounds)
     served, lines, costs = run.get("devices") or {}, run.get("lines") or {}, run.get("costs") or {}
     virtual = costs.get("virtual_s")
     return {
@@ -129,9 +130,9 @@ def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:
         "devices_mean": served.get("mean"),
         "devices_p10": served.get("p10"),
         "worst_decile": served.get("worst_decile"),
-        "bytes_up": up_down[0],
-        "bytes_down": up_down[1],
-        "device_seconds": found.costs.device_seconds if found and found.costs else None,
+        "bytes_up": costs.get("round_bytes_up", 0.0),
+        "bytes_down": costs.get("round_bytes_down", 0.0),
+        "device_seconds": costs.get("device_seconds"),
         "virtual_h": None if virtual is None else virtual / 3600,
         "wall_s": round(costs.get("wall_s") or 0.0, 3),
         "parameters": run["model"]["trainable_parameters"],

@@ -199,10 +199,8 @@ class VirtualGrid(FleetGrid):
         with self.store.write() as session:
             taken: dict[int, Assignment] = {}
             for some in portions(sorted(nodes), 500):
-                taken |= self.assignments.take(session, some, self.lease_s)
+                taken |= self.assignments.take(session, some, self.lease_s, self.run_id)
             for node, row in taken.items():
-                if row.id not in self._asked:  # of another run in the same database
-                    continue
                 journey = self._set_out(session, node, row)
                 self._journeys[row.id] = journey
                 session.get_one(Device, node).last_seen_at = now()
@@ -364,10 +362,16 @@ class VirtualGrid(FleetGrid):
     def device_s(self) -> float:
         return float(sum(book["device_s"] for book in self._books.values()))
 
+    @property
+    def training_s(self) -> float:
+        """The part of `device_s` in which nothing went up or down."""
+        return float(sum(book["training_s"] for book in self._books.values()))
+
     def told(self, result: RoundResult) -> RoundResult:
         """With what a round took on the clock, cost the devices, and lost of their work."""
         self._book(result.number, result.number)
-        return dataclasses.replace(result, **self._books[result.number])
+        book = {name: value for name, value in self._books[result.number].items() if name != "training_s"}
+        return dataclasses.replace(result, **book)
 
     def finish(self) -> None:
         """The run has ended: what was still under way cost something, too."""
@@ -376,18 +380,19 @@ class VirtualGrid(FleetGrid):
     def _book(self, name: int, counted_in: int | None) -> None:
         if name in self._books:
             return
-        device_s, dropped = 0.0, Counter[str]()
+        device_s, training_s, dropped = 0.0, 0.0, Counter[str]()
         for row in ended(self.store, self.run_id, counted_in):
             self._asked.pop(row.id, None)
             journey = self._journeys.pop(row.id, None)
             closed = self.clock.s if row.finished_at is None else self.clock.seconds(row.finished_at)
             if journey is not None:
                 device_s += max(0.0, min(journey.end, closed) - journey.begin)
+                training_s += journey.trained(closed)
             if row.status in ("failed", "expired"):
                 dropped[_why(row, journey, closed)] += 1
         passed = self.clock.s - sum(book["virtual_s"] for book in self._books.values())
-        kept = {"virtual_s": round(passed, 6), "device_s": round(device_s, 6), "dropped": dict(sorted(dropped.items()))}
-        self._books[name] = kept
+        seconds = {"virtual_s": round(passed, 6), "device_s": round(device_s, 6), "training_s": round(training_s, 6)}
+        self._books[name] = {**seconds, "dropped": dict(sorted(dropped.items()))}
 
     # ---- going on where another process was left ---------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -111,6 +112,16 @@ def test_a_pool_of_any_size_ends_with_the_same_bits_residuals_of_error_feedback_
     ]
 
 
+def test_a_pool_ends_with_the_same_bits_where_updates_are_of_older_rounds(simulated: Simulated) -> None:
+    buffers: dict[str, Any] = {"mode": "fedbuff", "buffer": 2, "cohort": 5, "rounds": 4}
+    alone, there = (simulated.run(backend, "head", **buffers) for backend in ("in-process", "processes:2"))
+    counted = [int(row_id.split("-")[1]) for row_id, status, *_ in alone.rows if status == "aggregated"]
+    assert len(counted) == 8
+    assert max(counted.count(number) for number in counted) > 2  # some came late
+    assert there.theta.tobytes() == alone.theta.tobytes()
+    assert there.rows == alone.rows
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_flowers_ray_backend_ends_with_the_same_bits(simulated: Simulated, sequential: Ended) -> None:
@@ -181,6 +192,16 @@ def test_a_step_holds_at_most_so_many_tokens_padding_counted_and_nobody_is_left_
     assert grouped(shapes, 10**6) == [[4, 0, 1, 2, 3], [5]]  # another smoothing is another step
     assert grouped(shapes, 8, per_token=False) == [[4, 1], [0, 2], [3], [5]]
     assert grouped([], 100) == []
+
+
+def test_devices_in_one_step_share_its_seconds(simulated: Simulated) -> None:
+    material = simulated.material("head")
+    ended = simulated.run("batched", "head", material, rounds=1, local=dataclasses.replace(LOCAL, epochs=20))
+    with contextlib.closing(Store(str(material.scratch / "run.db"))) as store, store.read() as session:
+        seconds = [metrics["seconds"] for metrics in session.scalars(sa.select(Update.metrics))]
+    assert len(seconds) == len(SIZES)
+    assert min(seconds) > 0
+    assert sum(seconds) < ended.rounds[1].seconds  # each by its own clock would have taken all of the round
 
 
 def test_a_device_that_fails_in_a_step_fails_alone(simulated: Simulated) -> None:

@@ -62,6 +62,7 @@ def test_an_assignment_takes_its_download_its_training_and_its_upload() -> None:
         "download", "training", "training", "upload", "upload",
     ]  # fmt: skip
     assert [whole.downloaded(at) for at in (100.0, 105.0, 110.0, 160.0)] == [0, 5000, 10_000, 10_000]
+    assert [whole.trained(at) for at in (105.0, 120.0, 140.0, 500.0)] == [0.0, 10.0, 30.0, 30.0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
 from pocketfed.coordinator.leadership import claim
 from pocketfed.coordinator.progress import RoundResult, simulated_runs, unfinished_runs
-from pocketfed.coordinator.store import Store
+from pocketfed.coordinator.store import Device, Store, latest_release
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations.resuming import SimulationError, digest_of, left_in
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
@@ -81,13 +82,13 @@ from pocketfed.client_sdk import flower_app
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.simulations.run import SimulationConfig, simulate
 
-perform, calls = flower_app.perform, []
+performing, calls = flower_app.performing, []
 def dies(*given, **named):
     calls.append(0)
     if len(calls) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return perform(*given, **named)
-flower_app.perform = dies
+    return performing(*given, **named)
+flower_app.performing = dies
 import json
 run = RunConfig.from_dict(json.loads(sys.argv[4]))
 simulate(SimulationConfig(Path(sys.argv[1]), "nano", devices=4, train="norms", run=run), sys.argv[2])
@@ -125,6 +126,17 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(data: Path, tmp_path: Path) 
             simulate(config, database, resume="must")
     store.close()
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" in p.name) == []
+
+
+def test_nothing_is_simulated_where_real_devices_would_get_it(data: Path, tmp_path: Path) -> None:
+    database = str(tmp_path / "fleet.db")
+    with contextlib.closing(Store(database)) as store:
+        with store.write() as session:
+            session.add(Device(name="phone-1", channel="stable", token_hash="5" * 64))
+        with pytest.raises(SimulationError, match="real devices have enrolled, 'phone-1'"):
+            simulate(config_for(data), database)
+        with store.read() as session:
+            assert latest_release(session, "stable") is None
 
 
 def test_the_digest_is_of_what_was_read(tiny_dataset: Dataset) -> None:

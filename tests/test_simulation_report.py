@@ -23,7 +23,7 @@ from pocketfed.coordinator.spending import Spent
 from pocketfed.model.tasks import Dataset, Example
 from pocketfed.simulations import baselines, charts, costs, report, served, sweep
 from pocketfed.simulations.baselines import LINES, BaselineError, budget, parse_lines, training
-from pocketfed.simulations.costs import CostError, EnergyModel, bytes_a_device_round, cost_of
+from pocketfed.simulations.costs import CostError, EnergyModel, cost_of
 from pocketfed.simulations.experiment import settings_of
 from pocketfed.simulations.report import ReportError, describe, read_run, write_comparison, write_report
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, encode_examples, simulate
@@ -189,15 +189,18 @@ def row(number: int, devices: int, up: int, down: int) -> RoundResult:
 
 def test_costs_of_two_rounds_added_up_by_hand() -> None:
     rounds = [row(0, 0, 0, 0), row(1, 2, 2_000_000, 8_000_000), row(2, 2, 2_000_000, 4_000_000)]
-    spent = {"a": Spent(3_000_000, 7_000_000, 30.0, 2), "b": Spent(1_000_000, 5_000_000, 10.0, 2)}
+    spent = {
+        "a": Spent(3_000_000, 7_000_000, 30.0, 2, 4_000_000, 2),
+        "b": Spent(1_000_000, 5_000_000, 10.0, 2, 4_000_000, 2),
+    }
     found = cost_of(rounds, spent, 4, EnergyModel(watts=2, joules_per_mb_up=1, joules_per_mb_down=0.5))
     assert (found.bytes_up, found.bytes_down, found.most_bytes_up) == (1_000_000, 3_000_000, 3_000_000)
     assert (found.device_seconds, found.total_device_seconds, found.seconds_are) == (10.0, 40.0, "measured")
     assert (found.total_joules, found.joules) == (2 * 40 + 4 + 6, 22.5)
     assert (found.wall_s, found.virtual_s) == (6.0, None)
-    fleet = cost_of(rounds, spent, 4, EnergyModel(), device_s=100.0, virtual_s=7200.0)
+    fleet = cost_of(rounds, spent, 4, EnergyModel(), training_s=100.0, virtual_s=7200.0)
     assert (fleet.device_seconds, fleet.seconds_are, fleet.virtual_s) == (25.0, "fleet", 7200.0)
-    assert bytes_a_device_round(rounds) == (1_000_000, 2_000_000)  # of the second: the first also fetches the artifact
+    assert (found.round_bytes_up, found.round_bytes_down) == (1_000_000, 2_000_000)  # 4 MB down were the artifact
     with pytest.raises(CostError, match=r"energy.watts is -1; it must be a finite number"):
         EnergyModel(watts=-1)
 
@@ -216,6 +219,7 @@ def test_every_run_reports_devices_lines_and_costs(result: SimulationResult) -> 
     assert found.costs.bytes_up == sum(r.bytes_up for r in result.rounds) / 6
     assert found.costs.total_device_seconds > 0
     assert found.costs.bytes_down > found.costs.bytes_up  # the artifact
+    assert found.costs.round_bytes_down == found.costs.round_bytes_up  # theta, and a difference of it
 
 
 def test_personal_heads_are_measured_as_each_device_has_them(config: SimulationConfig) -> None:

@@ -24,6 +24,7 @@ from pocketfed.simulations.experiment import (
     narrowed,
     settings_of,
 )
+from pocketfed.simulations.fleet import FleetError
 from pocketfed.simulations.sweep import (
     append_row,
     claimed,
@@ -166,6 +167,17 @@ def test_two_that_share_a_queue_do_no_run_twice_and_a_stopped_one_goes_on(data: 
     assert list(tmp_path.glob("*.lock")) == []
     assert json.loads((database.parent / "run.json").read_text())["config"]["rounds"] == 2
     run_sweep(tmp_path, tasks, on_begin=lambda t: pytest.fail("it is done"))
+
+
+def test_a_run_is_named_by_what_its_fleet_is(data: Path, tmp_path: Path) -> None:
+    def key(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return tasks_of([Cell({}, {**SMALL, "data": str(data), "fleet": str(tmp_path / name)})])[0].key
+
+    slow, fast = "[[tiers]]\nms_per_token = 9.0\n", "[[tiers]]\nms_per_token = 1.0\n"
+    assert key("a.toml", slow) != key("a.toml", fast) == key("a.toml", fast)
+    with pytest.raises(FleetError, match="no setting speed"):  # before the first run begins
+        key("a.toml", "speed = 1\n")
 
 
 def test_a_row_that_was_torn_by_a_kill_costs_that_row_alone(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class World:
                 self.store, self.run_id, grid, config, on_round=lambda r: self.results.append(grid.told(r))
             )
             grid.finish()
-        self.device_s = grid.device_s
+        self.device_s, self.training_s = grid.device_s, grid.training_s
         return theta
 
     def rows(self, table: type[Any] = Assignment, *order: Any) -> list[Any]:
@@ -127,6 +127,13 @@ def test_a_round_that_waits_for_all_takes_as_long_as_the_slowest(world: World, t
     first = world.rows(Round)[1]
     assert (first.started_at, first.finished_at) == (START, START + timedelta(seconds=95))
     assert first.seconds == near(95)
+
+
+def test_what_goes_up_takes_time_and_is_no_training(world: World, tmp_path: Path) -> None:
+    narrow = dataclasses.replace(device(), up_bps=8 * 4 * world.trainer.size / 5)  # 5 s, and more for the header
+    world.drive(tmp_path / "spool", dict.fromkeys(SECONDS, narrow))
+    assert world.training_s == near(10 + 20 + 95)
+    assert world.device_s > 10 + 20 + 95 + 3 * 5
 
 
 def test_over_selection_closes_at_the_second_answer_and_does_not_compute_the_third(
@@ -291,6 +298,22 @@ def test_a_stopped_simulation_of_a_fleet_goes_on_to_the_same_numbers(
     assert later.theta.tobytes() == whole.theta.tobytes()
     assert [dataclasses.asdict(r) for r in later.rounds] == [dataclasses.asdict(r) for r in whole.rounds]
     assert (later.virtual_s, later.device_s) == (whole.virtual_s, whole.device_s)
+
+
+def test_what_another_run_has_left_open_in_the_database_is_taken_by_nobody(world: World, tmp_path: Path) -> None:
+    alone = world.drive(tmp_path / "spool", rounds=2)
+    whole = [dataclasses.asdict(result) for result in world.results]
+    with world.store.write() as session, by_clock(VirtualClock()):
+        left = session.scalars(sa.select(Assignment).where(Assignment.round == 1)).all()
+        for row in left:  # as of a run that was stopped
+            values = {"run_id": row.run_id, "round": 9, "config": row.config, "parameters": row.parameters}
+            session.add(Assignment(id=f"0-{row.id}", device_id=row.device_id, kind="train", attempt=1, **values))
+    again = world.drive(tmp_path / "spool", rounds=2)
+    assert again.tobytes() == alone.tobytes()
+    assert [dataclasses.asdict(result) for result in world.results] == whole
+    with world.store.read() as session:
+        stale = sa.select(Assignment.status).where(Assignment.id.startswith("0-"))
+        assert list(session.scalars(stale)) == ["offered"] * len(SECONDS)
 
 
 def test_a_fleet_that_is_always_there_ends_with_the_bits_of_no_fleet(world: World, tmp_path: Path) -> None:
