@@ -72,7 +72,7 @@ def _has_pretraining_heads(folder: Path) -> bool:
         return False  # which reading it will say
     try:
         with safe_open(path, framework="pt") as file:
-            return any(name.startswith("cls.predictions.") for name in file.keys())  # noqa: SIM118 - not a mapping
+            return any(name.startswith(("cls.predictions.", "cls/predictions/")) for name in file.keys())  # noqa: SIM118 - not a mapping
     except Exception as error:  # safetensors has no common class for what a damaged header raises
         raise CheckpointError(f"{path} is damaged ({error}); fetch or save the model again") from None
 

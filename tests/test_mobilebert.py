@@ -27,6 +27,7 @@ from pocketfed.model.mobilebert import (
     count_parameters,
 )
 from pocketfed.model.published import BASELINES, PUBLISHED, Published
+from pocketfed.model.teacher import PreTrainingModel
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "stablehlo_oracle.py"
 TINY_SIZES: dict[str, Any] = {
@@ -241,6 +242,16 @@ def test_flops_are_what_torch_counts_while_the_model_runs(row: Published) -> Non
         with FlopCounterMode(display=False) as counter:
             model(ids, torch.ones_like(ids))
     assert counter.get_total_flops() == row.flops
+
+
+def test_a_student_without_its_pre_training_heads_has_two_thirds_of_the_parameters() -> None:
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in PreTrainingModel(STUDENTS["mobilebert"]).parameters())
+    head = (
+        512 * 512 + 512 + 2 * 512 + 384 * 30522 + 30522 + 2 * 512 + 2
+    )  # transform, its norm, extra weights, biases, pairs
+    assert whole == 24_581_888 + head == 36_597_564
+    assert count_parameters(STUDENTS["mobilebert"]) == 24_581_888
 
 
 def test_layernorm_variant_has_as_many_parameters_as_nonorm() -> None:
