@@ -21,7 +21,7 @@ from pocketfed.model.checkpoints import load, tokens_of
 from pocketfed.model.config import STUDENTS, MobileBertConfig, preset
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_model, predict
-from pocketfed.model.metrics import classification_scores, scope_scores, summarised
+from pocketfed.model.metrics import classification_scores, goodness, scope_scores, summarised
 from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
 from pocketfed.model.tfidf import tfidf_guesses
@@ -154,7 +154,7 @@ def run_trials(
                 desk.trial(candidate, plan.seeds[0], f"search {i + 1} of {len(candidates)}", searching=True)
                 for i, candidate in enumerate(candidates)
             ]
-            best = max(tried, key=lambda row: row["dev"][dataset.metric])  # max keeps the first of equals
+            best = max(tried, key=lambda row: goodness(row["dev"], dataset.metric))  # max keeps the first of equals
             recipe = candidates[tried.index(best)]
             rows += tried
         rows += [desk.trial(recipe, seed, f"seed {seed}") for seed in plan.seeds]
