@@ -65,17 +65,8 @@ def evaluate(
         numbers = _seeds(seeds) if seeds else (seed,)
         _trials(model, data, task, metric, from_scratch, chosen, numbers, _space(search or []), at_most, out, json)
         return
-    _as_a_device(
-        Path(model),
-        data,
-        train,
-        epochs,
-        1e-3 if learning_rate is None else learning_rate,
-        batch_size,
-        max_length or 64,
-        seed,
-        json,
-    )
+    rate = 1e-3 if learning_rate is None else learning_rate
+    _as_a_device(Path(model), data, train, epochs, rate, batch_size, max_length or 64, seed, json)
 
 
 def _as_a_device(
