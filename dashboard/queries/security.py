@@ -129,17 +129,21 @@ def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST
     return [Point(*row) for row in session.execute(query)]
 
 
-def failed_log_ins(session: Session, at: datetime, days: int = 7, limit: int = 20) -> list[tuple[str, int, datetime]]:
-    """(name that was tried, how often, last when), the most often tried first."""
+def failed_log_ins(
+    session: Session, at: datetime, days: int = 7, limit: int = 20
+) -> tuple[list[tuple[str, int, datetime]], int]:
+    """(name that was tried, how often, last when), the most often tried first, and how often any name was."""
+    failed = (Audit.act == "log-in", Audit.outcome == "refused", Audit.at >= at - timedelta(days=days))
+    total = session.scalar(sa.select(sa.func.count(Audit.id)).where(*failed)) or 0
     count, last = sa.func.count().label("n"), sa.func.max(Audit.at)
     query = (
         sa.select(Audit.who, count, last)
-        .where(Audit.act == "log-in", Audit.outcome == "refused", Audit.at >= at - timedelta(days=days))
+        .where(*failed)
         .group_by(Audit.who)
         .order_by(count.desc(), Audit.who)
         .limit(limit)
     )
-    return [(row[0], row[1], row[2]) for row in session.execute(query)]
+    return [(row[0], row[1], row[2]) for row in session.execute(query)], total
 
 
 def credentials(session: Session) -> tuple[int, int]:
