@@ -201,6 +201,6 @@ def _space(given: list[str]) -> dict[str, tuple[float, ...]]:
             space[name] = tuple(float(value) for value in values.split(","))
         except ValueError:
             raise CommandError(f"--search {word!r} holds what is no number; give it as {name}=A,B") from None
-        if name in WHOLE and any(value != int(value) for value in space[name]):
+        if name in WHOLE and not all(value.is_integer() for value in space[name]):
             raise CommandError(f"--search {word!r} needs whole numbers; give it as {name}=2,3")
     return space

@@ -96,6 +96,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise FineTuningError(f"the seeds are {', '.join(map(str, self.seeds)) or 'none'}; give each once")
+        if not all(0 <= seed < 1 << 63 for seed in self.seeds):
+            raise FineTuningError(
+                f"the seed {max(self.seeds, key=abs)} is not a number from 0 to 2**63 - 1; give another"
+            )
 
     def candidates(self) -> list[Recipe]:
         """The recipes to choose from, in order.
@@ -271,7 +275,8 @@ def read_rows(path: Path) -> list[Row]:
         rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
     except ValueError:
         rows = [None]
-    if not all(isinstance(row, dict) and "key" in row for row in rows) or (content and not rows):
+    cut = not whole and content.startswith(b'{"key": "')  # the very first line
+    if not all(isinstance(row, dict) and "key" in row for row in rows) or (content and not rows and not cut):
         raise DataError(f"{path} does not hold rows of evaluate; name a new file")
     if len(whole) < len(content):
         os.truncate(path, len(whole))

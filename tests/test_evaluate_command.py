@@ -146,6 +146,8 @@ def test_a_search_is_chosen_from_and_a_preset_learns_its_vocabulary_from_the_dat
         (("--seeds", "1,1"), "the seeds are 1, 1; give each once"),
         (("--search", "depth=3"), "--search 'depth=3' is not SETTING=A,B or paper; the settings are learning_rate, batch_size"),
         (("--search", "epochs=few"), "--search 'epochs=few' holds what is no number; give it as epochs=A,B"),
+        (("--search", "epochs=inf"), "--search 'epochs=inf' needs whole numbers; give it as epochs=2,3"),
+        (("--seeds", "0,9223372036854775808"), "the seed 9223372036854775808 is not a number from 0 to 2**63 - 1"),
         (("--search", "epochs=1.5"), "--search 'epochs=1.5' needs whole numbers; give it as epochs=2,3"),
         (("--task", "poetry"), "there is no task 'poetry'; choose one of classification"),
         (("--task", "spans"), "holds no questions on passages"),

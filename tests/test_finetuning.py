@@ -255,6 +255,13 @@ def test_trials_are_rows_in_a_file_and_none_is_done_twice(dataset: Dataset, star
     assert f"| tiny | 3 | {sum(values) / 3:.4f} ({min(values):.4f} to {max(values):.4f}) |" in table
 
 
+def test_a_file_whose_first_row_was_cut_short_begins_anew(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text('{"key": "cut short by a ki')
+    assert read_rows(out) == []
+    assert out.read_bytes() == b""
+
+
 def test_other_data_another_student_or_another_setting_is_another_trial(
     dataset: Dataset, start: Start, tmp_path: Path
 ) -> None:
