@@ -423,6 +423,19 @@ def test_quarantined_updates_are_counted_by_their_code_and_device(store: Store) 
     assert (offender.device_id, offender.count, offender.last_round) == (1, 3, 3)
 
 
+def test_what_a_device_claims_of_its_update_is_not_drawn_as_screenings_own(store: Store) -> None:
+    add_run(store)
+    for device, metrics in enumerate(({"cosine": 1.0}, {}), 1):
+        add_device(store, device)
+        add_assignment(store, device, "aggregated", update={"norm": 2.0, "num_examples": 7, "metrics": metrics})
+    with store.read() as session:
+        drawn = charts.scatter(queries.security.points(session, 1, 1))
+    assert drawn.data.to_dict("records") == [
+        {"round": 1, "norm": 2.0, "examples": 7, "fate": "counted or waiting"} for _ in range(2)
+    ]
+    assert drawn.to_dict()["encoding"]["x"]["field"] == "examples"
+
+
 def test_the_audit_is_paged_newest_first_and_searched_literally(store: Store) -> None:
     with store.write() as session:
         for number in range(5):

@@ -47,7 +47,6 @@ class Point:
     norm: float
     examples: int
     status: str
-    cosine: float | None  # to the mean; only where something has written it down
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,8 @@ def offenders(session: Session, run_id: int, limit: int = 20) -> list[OffenderLi
 
 def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST) -> list[Point]:
     """The newest rounds' updates: norm, weight, and whether they counted."""
-    cosine = Update.metrics["cosine"].as_float()
     query = (
-        sa.select(Assignment.round, Update.norm, Update.num_examples, Assignment.status, cosine)
+        sa.select(Assignment.round, Update.norm, Update.num_examples, Assignment.status)
         .select_from(Assignment)
         .join(Update, Update.assignment_id == Assignment.id)
         .where(Assignment.run_id == run_id, Assignment.round > newest_round - 20, Assignment.kind == "train")

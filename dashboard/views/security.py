@@ -45,11 +45,10 @@ def _updates(opened: Store, run_id: int) -> None:
         st.subheader("Length beside weight")
         if points:
             st.altair_chart(charts.scatter(points), width="stretch")
-            if all(p.cosine is None for p in points):
-                st.caption(
-                    "The newest 20 rounds. An update's cosine to the mean is not recorded: updates are deleted once their "
-                    "round has committed. Weight stands in its place, which screening bounds beside the norm."
-                )
+            st.caption(
+                "The newest 20 rounds. An update's cosine to the mean is not recorded: updates are deleted once their "
+                "round has committed. Weight stands in its place, which screening bounds beside the norm."
+            )
         else:
             st.info("No norm is known yet.")
     if refused:
