@@ -124,7 +124,8 @@ def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST
         .order_by(Assignment.round.desc(), Assignment.id)
         .limit(limit)
     )
-    return [Point(*row) for row in session.execute(query)]
+    rows = session.execute(query)
+    return [Point(number, norm, examples, fate) for number, norm, examples, fate in rows if norm is not None]
 
 
 def failed_log_ins(
