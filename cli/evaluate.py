@@ -54,7 +54,7 @@ def evaluate(
     from pocketfed.model.task_kinds import read_task
 
     several = bool(seeds or task or metric or from_scratch or search or precision or out or at_most)
-    several = several or (model in STUDENTS and not Path(model).exists())
+    several = several or model in STUDENTS  # its name comes before a folder's, as in every command
     if several or read_task(data).kind != "classification":
         if train != "full":
             raise CommandError(
@@ -65,7 +65,8 @@ def evaluate(
         numbers = _seeds(seeds) if seeds else (seed,)
         _trials(model, data, task, metric, from_scratch, chosen, numbers, _space(search or []), at_most, out, json)
         return
-    _as_a_device(Path(model), data, train, epochs, learning_rate or 1e-3, batch_size, max_length or 64, seed, json)
+    rate = 1e-3 if learning_rate is None else learning_rate
+    _as_a_device(Path(model), data, train, epochs, rate, batch_size, max_length or 64, seed, json)
 
 
 def _as_a_device(
@@ -129,8 +130,13 @@ def _trials(
     starts = [start_of(model, dataset)]
     if from_scratch:
         starts.append(untrained(from_scratch, starts[0]))
+        if starts[0].digest() == starts[1].digest():
+            raise CommandError(
+                f"--from-scratch {from_scratch} is what is evaluated already; give another preset or a model"
+            )
     wide = starts[0].config.hidden_size >= 512
-    settings["learning_rate"] = settings["learning_rate"] or (4e-5 if wide else 1e-3)
+    if settings["learning_rate"] is None:
+        settings["learning_rate"] = 4e-5 if wide else 1e-3
     longest = min(start.config.max_position_embeddings for start in starts)
     settings["max_length"] = settings["max_length"] or min(longest, 384 if dataset.kind == "spans" else 64)
     if settings["max_length"] > longest:
@@ -195,6 +201,6 @@ def _space(given: list[str]) -> dict[str, tuple[float, ...]]:
             space[name] = tuple(float(value) for value in values.split(","))
         except ValueError:
             raise CommandError(f"--search {word!r} holds what is no number; give it as {name}=A,B") from None
-        if name in WHOLE and any(value != int(value) for value in space[name]):
+        if name in WHOLE and not all(value.is_integer() for value in space[name]):
             raise CommandError(f"--search {word!r} needs whole numbers; give it as {name}=2,3")
     return space

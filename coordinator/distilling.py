@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -74,10 +75,13 @@ def distill(
     from pocketfed.model.training_log import training_log
 
     options = options or DistillOptions()
-    checkpoints.check_writable(out)  # better now than after the training
-    for kept in (options.keep_teacher, options.keep_heads):
-        if kept is not None:
-            checkpoints.check_writable(kept)
+    written = [Path(p) for p in (out, options.keep_teacher, options.keep_heads) if p is not None]
+    places = Counter(Path(p).resolve() for p in (*written, options.teacher) if p is not None)
+    twice = next((p for p in written if places[p.resolve()] > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named for two models, and one would replace the other; name another folder")
+    for folder in written:
+        checkpoints.check_writable(folder)  # better now than after the training
     try:
         material = prepare_distillation(corpus, preset, _work_folder(out), steps, seed, overrides, options)
         with training_log(options.tensorboard) as log:

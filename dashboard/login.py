@@ -34,19 +34,28 @@ class Tries:
         self._clock, self._lock = clock, threading.Lock()
         self._failed: deque[tuple[float, str]] = deque(maxlen=TRIES_OF_ALL)
 
-    def wait_s(self, name: str) -> float:
-        """Seconds until that name may be tried again; 0: now."""
+    def begin(self, name: str) -> float:
+        """Seconds until that name may be tried; 0: now, and the try counts as failed until `succeeded` is told of it.
+
+        So tries at the same time, from many windows, are no more than those one after the other.
+        """
         with self._lock:
-            since = self._clock() - WITHIN_S
+            at = self._clock()
+            since = at - WITHIN_S
             recent = [(at, who) for at, who in self._failed if at > since]
             as_this = [at for at, who in recent if who == name[:100]]
             first = as_this[-TRIES:] if len(as_this) >= TRIES else [at for at, _ in recent][-TRIES_OF_ALL:]
-            full = len(as_this) >= TRIES or len(recent) >= TRIES_OF_ALL
-            return max(0.0, first[0] - since) if full else 0.0
+            if len(as_this) >= TRIES or len(recent) >= TRIES_OF_ALL:
+                return max(0.0, first[0] - since)
+            self._failed.append((at, name[:100]))
+            return 0.0
 
-    def failed(self, name: str) -> None:
+    def succeeded(self, name: str) -> None:
+        """Forget that name's newest try."""
         with self._lock:
-            self._failed.append((self._clock(), name[:100]))
+            mine = [i for i, (_, who) in enumerate(self._failed) if who == name[:100]]
+            if mine:
+                del self._failed[mine[-1]]
 
 
 @st.cache_resource(show_spinner=False)
@@ -87,7 +96,7 @@ def entitled(opened: Store) -> bool:
     """
     st.session_state["actor"] = None
     with opened.read() as session:
-        every = session.execute(sa.select(Operator.name, Operator.role, Operator.disabled_at)).all()
+        every = session.execute(sa.select(Operator.name, Operator.role, Operator.disabled_at, Operator.password)).all()
     operators = {row.name: row.role for row in every if row.disabled_at is None}
     if not every and not oidc_configured():
         if os.environ.get(OPEN_VARIABLE) == "1":
@@ -97,7 +106,9 @@ def entitled(opened: Store) -> bool:
             "the dashboard listens beyond this machine and the database has no operator; make one with "
             "`pocketfed operator set NAME --role viewer --password-file FILE --database DATABASE`",
         )
-    name = _by_organisation(operators) if oidc_configured() and _known_outside() else _by_password()
+    name = _by_password({row.name: row.password for row in every})
+    if name is None and oidc_configured() and _known_outside():
+        name = _by_organisation(operators)
     if name is None or name not in operators:
         return False
     found = Actor(name, operators[name])
@@ -105,9 +116,10 @@ def entitled(opened: Store) -> bool:
     return True
 
 
-def _by_password() -> str | None:
-    name, until = st.session_state.get("signed in", (None, 0.0))
-    return name if time.monotonic() < until else None
+def _by_password(passwords: Mapping[str, str]) -> str | None:
+    """Who has logged in here, for as long as that lasts and the password that was given is still theirs."""
+    name, hashed, until = st.session_state.get("signed in", ("", "", 0.0))
+    return name if time.monotonic() < until and passwords.get(name) == hashed else None
 
 
 def _forget() -> None:
@@ -142,19 +154,21 @@ def _form() -> None:
         if why:
             st.error(why)
         else:
-            st.session_state["signed in"] = (name, time.monotonic() + SESSION_S)
+            with opening.store().read() as session:
+                hashed = session.get_one(Operator, name).password
+            st.session_state["signed in"] = (name, hashed, time.monotonic() + SESSION_S)
             st.rerun()
 
 
 def _try(name: str, password: str) -> str:
     """Empty if that is right, else why not."""
     tries = _tries(os.environ.get(DATABASE_VARIABLE, ""))
-    wait = tries.wait_s(name)
+    wait = tries.begin(name)
     if wait:
         return f"There were too many failed log-ins; try again in {int(wait // 60) + 1} minutes."
     if check(name, password) is None:
-        tries.failed(name)
         return "That name and password do not go together."
+    tries.succeeded(name)
     return ""
 
 

@@ -169,7 +169,7 @@ class Distillation:
         self.losses: dict[str, list[float]] = {}
         self.scores: dict[str, MaskedScore] = {}
         self._stage, self._step, self._tokens = 0, 0, 0
-        self._identity = _identity(student_config, teacher_config, schedule, seed, corpus, vocabulary, given)
+        self._identity = _identity(student_config, teacher_config, schedule, seed, corpus, vocabulary, teacher)
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
@@ -333,7 +333,7 @@ class Distillation:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             if where["identity"] != self._identity:
                 raise DistillationError(
-                    f"{path} is of a run with another corpus, seed, schedule or geometry; delete its folder, or use another"
+                    f"{path} is of a run with another corpus, seed, schedule, geometry or teacher; delete its folder, or use another"
                 )
             for prefix, model in (("student.", self.student), ("teacher.", self.teacher)):
                 model.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
@@ -405,14 +405,16 @@ def _identity(
     seed: int,
     corpus: TokenCorpus,
     vocabulary: Vocabulary,
-    given: bool,
+    given: Mapping[str, Tensor] | None,
 ) -> str:
     """Of two runs that have it in common, one can go on with the other's checkpoint."""
-    content = [student.to_dict(), teacher.to_dict(), asdict(schedule), seed, vocabulary.digest(), given]
+    content = [student.to_dict(), teacher.to_dict(), asdict(schedule), seed, vocabulary.digest(), given is not None]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(corpus.chunks).tobytes())
     for shard in corpus.shards:
         digest.update(np.ascontiguousarray(shard.sentences).tobytes())
+    for name in sorted(given or {}):  # another teacher of the same size is another run
+        digest.update(name.encode() + (given or {})[name].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

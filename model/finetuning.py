@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pocketfed.model.config import MobileBertConfig
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.heads import TextClassifier
+from pocketfed.model.metrics import goodness
 from pocketfed.model.schedules import PRECISIONS
 
 GRADIENT_NORM = 1.0
@@ -125,7 +126,7 @@ def fine_tune(
                 outputs = predict(model, dev, recipe.precision)
                 fitted = kind.fitted(outputs, dev)
                 scores.append(fitted.score(outputs, dev))
-                value = scores[-1][metric]
+                value = goodness(scores[-1], metric)
                 if best is None or value > best[0]:
                     best = (value, epoch + 1, fitted, {n: v.clone() for n, v in model.state_dict().items()})
     if best is None:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 _T = TypeVar("_T")
 _OUTSIDE = ("O", "")
+LESS_IS_BETTER = ("mse",)
 
 
 def accuracy(predicted: Sequence[_T], expected: Sequence[_T]) -> float:
@@ -198,6 +199,15 @@ def scope_scores(predicted: Sequence[str], expected: Sequence[str], outside: str
         "in_scope_accuracy": sum(inside) / len(inside) if inside else 0.0,
         "oos_recall": sum(beyond) / len(beyond) if beyond else 0.0,
     }
+
+
+def goodness(scores: Mapping[str, float], metric: str) -> float:
+    """What the best has most of: the measure itself, of an error its negative.
+
+    >>> goodness({"mse": 2.0}, "mse"), goodness({"f1": 0.5}, "f1")
+    (-2.0, 0.5)
+    """
+    return -scores[metric] if metric in LESS_IS_BETTER else scores[metric]
 
 
 def summarised(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, float, float, float]]:

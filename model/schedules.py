@@ -89,6 +89,7 @@ class Schedule:
         Raises:
             DistillationError: fewer than a step for the teacher, for each layer and for the distillation.
         """
+        layers = layers if self.transfer_steps else 0  # where none is to be transferred, none is
         if steps < layers + 2:
             raise DistillationError(f"{steps} steps are too few; {layers} layers need at least {layers + 2}")
         whole = self.teacher_steps + self.student_steps

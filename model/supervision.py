@@ -178,5 +178,5 @@ def kind_of(dataset: Dataset) -> Kind:
     if dataset.kind == "tokens":
         return Tagging(dataset.labels)
     if dataset.kind == "spans":
-        return Spans(any(not e.answers for e in dataset.train + dataset.test))
+        return Spans(any(not e.answers for e in dataset.train + dataset.dev + dataset.test))
     return Classification(dataset.labels, dataset.outside)

@@ -84,7 +84,8 @@ class Dataset:
         """A data set that surely has a test; `test_source` says where it is from.
 
         Its own test, else dev (which is then no longer dev), else a seeded part of train: of each label `fraction`,
-        rounded, but never the label's last example; of questions, those on that part of the passages.
+        rounded, but never the label's last example; of questions, those on that part of the passages; of choices, those of that
+        part of the questions.
 
         Raises:
             DataError: a fraction not between 0 and 1, or too few examples to hold one out.
@@ -98,11 +99,13 @@ class Dataset:
         random = np.random.Generator(np.random.PCG64(seed))
         held: set[int] = set()
         groups = [[[i] for i, e in enumerate(self.train) if e.label == label] for label in (None, *self.labels)]
-        if self.kind == "spans":  # whole passages: a question is easier where another on its passage was learnt
-            passages: dict[str | None, list[int]] = {}
-            for i, e in enumerate(self.train):
-                passages.setdefault(e.text_pair, []).append(i)
-            groups = [list(passages.values())]
+        # Whole passages: a question is easier where another on its passage was learnt. And all choices of a question.
+        together = [e.text_pair if self.kind == "spans" else e.fields.get("choice of") for e in self.train]
+        if any(what is not None for what in together):
+            wholes: dict[str | None, list[int]] = {}
+            for i, what in enumerate(together):
+                wholes.setdefault(what, []).append(i)
+            groups = [list(wholes.values())]
         for mine in groups:
             wanted = min(len(mine) - 1, round(len(mine) * fraction))
             held |= {i for place in random.permutation(len(mine))[: max(wanted, 0)] for i in mine[place]}

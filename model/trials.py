@@ -21,7 +21,7 @@ from pocketfed.model.checkpoints import load, tokens_of
 from pocketfed.model.config import STUDENTS, MobileBertConfig, preset
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_model, predict
-from pocketfed.model.metrics import classification_scores, scope_scores, summarised
+from pocketfed.model.metrics import classification_scores, goodness, scope_scores, summarised
 from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
 from pocketfed.model.tfidf import tfidf_guesses
@@ -96,6 +96,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise FineTuningError(f"the seeds are {', '.join(map(str, self.seeds)) or 'none'}; give each once")
+        if not all(0 <= seed < 1 << 63 for seed in self.seeds):
+            raise FineTuningError(
+                f"the seed {max(self.seeds, key=abs)} is not a number from 0 to 2**63 - 1; give another"
+            )
 
     def candidates(self) -> list[Recipe]:
         """The recipes to choose from, in order.
@@ -154,7 +158,7 @@ def run_trials(
                 desk.trial(candidate, plan.seeds[0], f"search {i + 1} of {len(candidates)}", searching=True)
                 for i, candidate in enumerate(candidates)
             ]
-            best = max(tried, key=lambda row: row["dev"][dataset.metric])  # max keeps the first of equals
+            best = max(tried, key=lambda row: goodness(row["dev"], dataset.metric))  # max keeps the first of equals
             recipe = candidates[tried.index(best)]
             rows += tried
         rows += [desk.trial(recipe, seed, f"seed {seed}") for seed in plan.seeds]
@@ -271,7 +275,8 @@ def read_rows(path: Path) -> list[Row]:
         rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
     except ValueError:
         rows = [None]
-    if not all(isinstance(row, dict) and "key" in row for row in rows) or (content and not rows):
+    cut = not whole and content.startswith(b'{"key": "')  # the very first line
+    if not all(isinstance(row, dict) and "key" in row for row in rows) or (content and not rows and not cut):
         raise DataError(f"{path} does not hold rows of evaluate; name a new file")
     if len(whole) < len(content):
         os.truncate(path, len(whole))

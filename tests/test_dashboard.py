@@ -210,6 +210,9 @@ def test_one_device_is_found_by_its_number(filled: Path) -> None:
     assert "phone-00007" in html_of(app)
     assert set(app.dataframe[1].value["Run"]) <= {1, 2}
     assert "There is no device 999" in drawn("fleet", lambda app: app.query_params.update(device="999")).info[0].value
+    for nonsense in ("0", "-1", "٣"):
+        app = drawn("fleet", lambda app, text=nonsense: app.query_params.update(device=text))  # type: ignore[misc]
+        assert app.number_input(key="device").value is None
 
 
 @pytest.mark.parametrize("view", VIEWS)

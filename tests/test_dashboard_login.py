@@ -99,6 +99,15 @@ def test_who_is_disabled_is_out_at_the_next_look(store: Store) -> None:
     assert app.title[0].value == "Log in"
 
 
+def test_another_password_ends_what_was_logged_in_with_the_old_one(store: Store) -> None:
+    app, other = try_log_in(page("now"), "vera"), try_log_in(page("now"), "olga")
+    with store.write() as session:
+        set_operator(session, "vera", "viewer", "another horse battery")
+    assert app.run().title[0].value == "Log in"
+    assert other.run().title[0].value == "Now"
+    assert try_log_in(app, "vera", "another horse battery").title[0].value == "Now"
+
+
 def test_logging_out_brings_back_the_form(store: Store) -> None:
     app = try_log_in(page("fleet"), "vera")
     app.sidebar.button("log out").click().run()
@@ -119,15 +128,20 @@ def test_after_five_failures_a_name_has_to_wait_and_the_audit_does_not_grow(stor
 def test_failures_are_forgotten_after_a_while_and_limited_over_all_names() -> None:
     at = [0.0]
     tries = login.Tries(lambda: at[0])
-    for _ in range(login.TRIES):
-        tries.failed("eve")
-    assert tries.wait_s("eve") == login.WITHIN_S
-    assert tries.wait_s("vera") == 0
+    assert {tries.begin("eve") for _ in range(login.TRIES)} == {0.0}
+    assert tries.begin("eve") == login.WITHIN_S
+    assert tries.begin("vera") == 0
     at[0] = login.WITHIN_S + 1
-    assert tries.wait_s("eve") == 0
-    for number in range(login.TRIES_OF_ALL):
-        tries.failed(f"name {number}")
-    assert tries.wait_s("vera") == login.WITHIN_S
+    assert tries.begin("eve") == 0
+    assert {tries.begin(f"name {number}") for number in range(login.TRIES_OF_ALL - 1)} == {0.0}
+    assert tries.begin("vera") == login.WITHIN_S
+
+
+def test_a_try_counts_from_its_beginning_and_no_more_once_it_has_succeeded() -> None:
+    tries = login.Tries(lambda: 0.0)
+    assert [tries.begin("vera") for _ in range(login.TRIES + 1)] == [0.0] * login.TRIES + [login.WITHIN_S]
+    tries.succeeded("vera")
+    assert [tries.begin("vera") for _ in range(2)] == [0.0, login.WITHIN_S]
 
 
 def test_a_database_without_operators_is_open_on_this_machine_only(

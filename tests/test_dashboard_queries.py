@@ -392,6 +392,20 @@ def test_cohorts_are_shown_as_quantiles_and_only_where_five_devices_measured(sto
     assert (found.p10, found.p50, found.p90, found.worst) == (0.1, 0.3, 0.5, 0.1)
 
 
+def test_a_round_of_which_only_some_values_are_read_is_not_shown(store: Store) -> None:
+    add_run(store)
+    for number in (1, 2):
+        add_round(store, number)
+    for device in range(1, 11):
+        add_device(store, device)
+        for number in (1, 2):
+            update = {"metrics": {"accuracy": device / 10}}
+            add_assignment(store, device, "aggregated", number=number, kind="evaluate", update=update)
+    with store.read() as session:
+        assert [(s.round, s.devices) for s in queries.learning.spreads(session, 1)] == [(1, 10), (2, 10)]
+        assert [(s.round, s.devices) for s in queries.learning.spreads(session, 1, most=17)] == [(2, 10)]
+
+
 def test_quarantined_updates_are_counted_by_their_code_and_device(store: Store) -> None:
     add_run(store)
     for device in (1, 2):
@@ -409,6 +423,19 @@ def test_quarantined_updates_are_counted_by_their_code_and_device(store: Store) 
     assert (offender.device_id, offender.count, offender.last_round) == (1, 3, 3)
 
 
+def test_what_a_device_claims_of_its_update_is_not_drawn_as_screenings_own(store: Store) -> None:
+    add_run(store)
+    for device, metrics in enumerate(({"cosine": 1.0}, {}), 1):
+        add_device(store, device)
+        add_assignment(store, device, "aggregated", update={"norm": 2.0, "num_examples": 7, "metrics": metrics})
+    with store.read() as session:
+        drawn = charts.scatter(queries.security.points(session, 1, 1))
+    assert drawn.data.to_dict("records") == [
+        {"round": 1, "norm": 2.0, "examples": 7, "fate": "counted or waiting"} for _ in range(2)
+    ]
+    assert drawn.to_dict()["encoding"]["x"]["field"] == "examples"
+
+
 def test_the_audit_is_paged_newest_first_and_searched_literally(store: Store) -> None:
     with store.write() as session:
         for number in range(5):
@@ -420,8 +447,9 @@ def test_the_audit_is_paged_newest_first_and_searched_literally(store: Store) ->
         assert queries.security.audit(session, "a_b")[1] == 5
         assert queries.security.audit(session, acts=("pause",), outcomes=("done",))[1] == 1
         assert queries.security.audit_acts(session) == ["log-in", "pause"]
-        tried = queries.security.failed_log_ins(session, AT + timedelta(days=1))
-    assert [(name, times) for name, times, _ in tried] == [(f"p{n}", 1) for n in range(5)]
+        tried, failed = queries.security.failed_log_ins(session, AT + timedelta(days=1), limit=2)
+    assert [(name, times) for name, times, _ in tried] == [("p0", 1), ("p1", 1)]
+    assert failed == 5, "also of the names that are not shown"
 
 
 def test_work_given_back_is_counted_by_the_condition_that_was_named(store: Store) -> None:

@@ -520,12 +520,30 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(
     more: dict[str, Any] = {"folder": tmp_path, "save_every_s": 0.0}
     with pytest.raises(KilledError):
         distilled(material, schedule, 1, progress=stop, **more)
-    with pytest.raises(DistillationError, match="is of a run with another corpus, seed, schedule or geometry"):
+    with pytest.raises(DistillationError, match="is of a run with another corpus, seed, schedule, geometry or teacher"):
         distilled(material, schedule, 2, **more)
     path = tmp_path / CHECKPOINT
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(DistillationError, match=r"is damaged .*; delete it"):
         distilled(material, schedule, 1, **more)
+
+
+def test_a_checkpoint_that_another_given_teacher_left_is_refused(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+) -> None:
+    def stop(tick: Tick) -> None:
+        if tick.step == 2:
+            raise KilledError
+
+    schedule = QUICK.scaled(10, layers=2)
+    one = PreTrainingModel(fitted(SMALL_TEACHER, material[1])).state_dict()
+    other = {name: value + 0.01 for name, value in one.items()}
+    with pytest.raises(KilledError):
+        distilled(material, schedule, 1, folder=tmp_path, save_every_s=0.0, teacher=one, progress=stop)
+    with pytest.raises(DistillationError, match="is of a run with another corpus, seed, schedule, geometry or teacher"):
+        distilled(material, schedule, 1, folder=tmp_path, teacher=other)
+    _, result = distilled(material, schedule, 1, folder=tmp_path, teacher=one)
+    assert torch.equal(result.teacher["cls.predictions.bias"], one["cls.predictions.bias"])
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(
@@ -578,6 +596,8 @@ def test_a_schedule_scales_in_proportion_and_refuses_too_few_steps() -> None:
     assert (scaled.teacher_steps, scaled.transfer_steps, scaled.distillation_steps) == (40, 30, 30)
     least = schedule.scaled(26, layers=24)
     assert (least.teacher_steps, least.transfer_steps, least.distillation_steps) == (1, 24, 1)
+    bare = dataclasses.replace(schedule, transfer_steps=0).scaled(70, layers=24)
+    assert (bare.teacher_steps, bare.transfer_steps, bare.distillation_steps) == (40, 0, 30)
     with pytest.raises(DistillationError, match="25 steps are too few; 24 layers need at least 26"):
         schedule.scaled(25, layers=24)
     with pytest.raises(DistillationError, match="batch_size is 0"):

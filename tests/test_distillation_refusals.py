@@ -92,6 +92,18 @@ def test_a_teacher_that_is_given_and_described_as_another(tmp_path: Path) -> Non
     refused(tmp_path, ConfigError, said, options=options, overrides={"teacher.intermediate_size": 12})
 
 
+@pytest.mark.parametrize("place", ["keep_teacher", "keep_heads", "teacher"])
+def test_a_folder_for_two_models(tmp_path: Path, place: str) -> None:
+    options = DistillOptions(**{place: tmp_path / "." / "student"})
+    refused(
+        tmp_path,
+        ConfigError,
+        "student is named for two models, and one would replace the other",
+        options=options,
+    )
+    assert not (tmp_path / "student").exists()
+
+
 def test_a_teacher_of_another_kind_of_model(tmp_path: Path) -> None:
     options = kept_teacher(tmp_path / "teacher")
     path = tmp_path / "teacher" / "config.json"

@@ -146,11 +146,14 @@ def test_a_search_is_chosen_from_and_a_preset_learns_its_vocabulary_from_the_dat
         (("--seeds", "1,1"), "the seeds are 1, 1; give each once"),
         (("--search", "depth=3"), "--search 'depth=3' is not SETTING=A,B or paper; the settings are learning_rate, batch_size"),
         (("--search", "epochs=few"), "--search 'epochs=few' holds what is no number; give it as epochs=A,B"),
+        (("--search", "epochs=inf"), "--search 'epochs=inf' needs whole numbers; give it as epochs=2,3"),
+        (("--seeds", "0,9223372036854775808"), "the seed 9223372036854775808 is not a number from 0 to 2**63 - 1"),
         (("--search", "epochs=1.5"), "--search 'epochs=1.5' needs whole numbers; give it as epochs=2,3"),
         (("--task", "poetry"), "there is no task 'poetry'; choose one of classification"),
         (("--task", "spans"), "holds no questions on passages"),
         (("--metric", "beauty"), "'beauty' is not measured on cola; choose one of accuracy"),
         (("--from-scratch", "nanoo"), "there is no preset 'nanoo'; did you mean 'nano'?"),
+        (("--learning-rate", 0, "--seeds", "0"), "learning_rate is 0.0; it must be a positive number"),
         (("--precision", "float16"), "precision is 'float16'; choose one of float32, bfloat16"),
         (("--max-length", 41, "--seeds", "0"), "--max-length 41 is more than the model's 40 positions; give less"),
         (("--out", "rows.md"), "rows.md is where the table would go; name the file of rows rows.jsonl"),
@@ -165,6 +168,21 @@ def test_a_mistake_is_one_sentence(student: Path, data: Path, options: tuple[obj
     assert err.startswith("pocketfed: ")
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_a_preset_is_not_compared_with_itself(data: Path) -> None:
+    code, out, err = pocketfed("evaluate", "nano", "--data", data / "cola", "--from-scratch", "nano", *FAST)
+    assert (code, out) == (1, "")
+    assert "--from-scratch nano is what is evaluated already; give another preset or a model" in err
+
+
+def test_the_name_of_a_preset_is_the_preset_also_beside_a_folder_of_that_name(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for more in ((), ("--seeds", "0")):
+        assert "| nano, untrained | 1 |" in works("nano", "--data", data / "cola", *more, *FAST)
 
 
 def test_the_commands_of_the_page_on_tasks_work(

@@ -145,6 +145,28 @@ def test_a_student_learns_a_number(dataset: Dataset) -> None:
     assert after["mse"] < 0.2 * before["mse"], "the spread of the scores is about 22"
 
 
+def test_of_an_error_the_least_is_chosen(dataset: Dataset, start: Start) -> None:
+    value = {"blue": 10.0, "green": 20.0, "red": 60.0}
+
+    def scored(part: tuple[Example, ...]) -> tuple[Example, ...]:
+        return tuple(dataclasses.replace(e, label=None, score=value[e.label or ""]) for e in part)
+
+    numbers = Dataset(
+        "numbers", scored(dataset.train), scored(dataset.dev), scored(dataset.test), (), {}, kind="regression"
+    )
+    plan = Plan(dataclasses.replace(RECIPE, epochs=2), space={"learning_rate": (1e-6, 1e-2)})
+    slow, fast, final = run_trials(best_metric(numbers, "mse"), [start], plan)
+    assert fast["dev"]["mse"] < slow["dev"]["mse"]
+    assert final["learning_rate"] == 1e-2
+    kind = kind_of(numbers)
+    train, dev = (kind.encode(part, TOKENIZER, 16) for part in (numbers.train, numbers.dev))
+    model = make_model(TINY, {}, VOCABULARY.sep_id, kind, seed=0)
+    tuned = fine_tune(model, kind, train, RECIPE, seed=0, dev=dev, metric="mse")
+    errors = [scores["mse"] for scores in tuned.dev]
+    assert tuned.epoch == errors.index(min(errors)) + 1
+    assert min(errors) < max(errors)
+
+
 def test_a_student_learns_to_tag() -> None:
     drawn = np.random.Generator(np.random.PCG64(0))
     made = []
@@ -231,6 +253,13 @@ def test_trials_are_rows_in_a_file_and_none_is_done_twice(dataset: Dataset, star
     table = markdown(dataset, more)
     values = [row["test"]["accuracy"] for row in more]
     assert f"| tiny | 3 | {sum(values) / 3:.4f} ({min(values):.4f} to {max(values):.4f}) |" in table
+
+
+def test_a_file_whose_first_row_was_cut_short_begins_anew(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text('{"key": "cut short by a ki')
+    assert read_rows(out) == []
+    assert out.read_bytes() == b""
 
 
 def test_other_data_another_student_or_another_setting_is_another_trial(

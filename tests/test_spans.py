@@ -50,6 +50,7 @@ def test_a_question_without_an_answer_wants_nothing_said() -> None:
         "has_answer_exact": 0.0, "has_answer_f1": pytest.approx(2 / 3), "no_answer_exact": 0.5, "no_answer_f1": 0.5,
     }  # fmt: skip
     assert set(answer_scores(["oslo"], [["oslo"]])) == {"exact", "f1"}
+    assert set(answer_scores(["oslo"], [["The"]])) == {"exact", "f1"}, "an answer of an article alone is an answer"
 
 
 def test_the_best_threshold_is_the_best_of_all_that_can_be_tried() -> None:

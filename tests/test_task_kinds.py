@@ -109,6 +109,16 @@ def test_copa_is_a_pair_for_each_choice(tmp_path: Path) -> None:
     ]
 
 
+def test_the_choices_of_a_question_are_held_out_together(tmp_path: Path) -> None:
+    row = {"premise": "It rained.", "choice1": "wet", "choice2": "dry", "question": "effect"}
+    write_json(tmp_path / "train.jsonl", [row | {"label": i % 2} for i in range(20)])
+    held = read_task(tmp_path).with_test(0.3)
+    asked = [[e.fields["choice of"] for e in part] for part in (held.train, held.test)]
+    assert [len(part) for part in asked] == [28, 12]
+    assert not set(asked[0]) & set(asked[1])
+    assert {asked[1].count(question) for question in asked[1]} == {2}
+
+
 # --- out of scope ---------------------------------------------------------------------------------------------------
 
 

@@ -28,10 +28,13 @@ class Spread:
     worst: float
 
 
-def spreads(session: Session, run_id: int, name: str = "accuracy", floor: int = MIN_COHORT) -> list[Spread]:
+def spreads(
+    session: Session, run_id: int, name: str = "accuracy", floor: int = MIN_COHORT, most: int = MOST_VALUES
+) -> list[Spread]:
     """The devices' own measurements by cohort ("" for devices without one) and round, in the NEWEST rounds.
 
-    Where a run has asked for no evaluation on the devices there is none. Cohorts of fewer than `floor` are left out.
+    Where a run has asked for no evaluation on the devices there is none. Cohorts of fewer than `floor` are left out,
+    and of more than `most` values the oldest round, which is not there as a whole.
     """
     last = session.scalar(sa.select(sa.func.max(Round.number)).where(Round.run_id == run_id)) or 0
     value = Update.metrics[name].as_float()
@@ -43,10 +46,13 @@ def spreads(session: Session, run_id: int, name: str = "accuracy", floor: int = 
         .where(Assignment.run_id == run_id, Assignment.round > last - NEWEST, Assignment.kind == "evaluate")
         .where(Assignment.status == "aggregated", value.is_not(None))
         .order_by(Assignment.round.desc())
-        .limit(MOST_VALUES)
+        .limit(most)
     )
+    rows = session.execute(query).all()
+    if len(rows) == most and rows[0].round > rows[-1].round:
+        rows = [row for row in rows if row.round > rows[-1].round]
     groups = dict[tuple[str, int], list[float]]()
-    for row in session.execute(query):
+    for row in rows:
         groups.setdefault((row.cohort or "", row.round), []).append(float(row.value))
     return [
         spread(cohort, number, values, higher_is_better=name == "accuracy")

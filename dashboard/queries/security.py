@@ -47,7 +47,6 @@ class Point:
     norm: float
     examples: int
     status: str
-    cosine: float | None  # to the mean; only where something has written it down
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,8 @@ def offenders(session: Session, run_id: int, limit: int = 20) -> list[OffenderLi
 
 def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST) -> list[Point]:
     """The newest rounds' updates: norm, weight, and whether they counted."""
-    cosine = Update.metrics["cosine"].as_float()
     query = (
-        sa.select(Assignment.round, Update.norm, Update.num_examples, Assignment.status, cosine)
+        sa.select(Assignment.round, Update.norm, Update.num_examples, Assignment.status)
         .select_from(Assignment)
         .join(Update, Update.assignment_id == Assignment.id)
         .where(Assignment.run_id == run_id, Assignment.round > newest_round - 20, Assignment.kind == "train")
@@ -126,20 +124,25 @@ def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST
         .order_by(Assignment.round.desc(), Assignment.id)
         .limit(limit)
     )
-    return [Point(*row) for row in session.execute(query)]
+    rows = session.execute(query)
+    return [Point(number, norm, examples, fate) for number, norm, examples, fate in rows if norm is not None]
 
 
-def failed_log_ins(session: Session, at: datetime, days: int = 7, limit: int = 20) -> list[tuple[str, int, datetime]]:
-    """(name that was tried, how often, last when), the most often tried first."""
+def failed_log_ins(
+    session: Session, at: datetime, days: int = 7, limit: int = 20
+) -> tuple[list[tuple[str, int, datetime]], int]:
+    """(name that was tried, how often, last when), the most often tried first, and how often any name was."""
+    failed = (Audit.act == "log-in", Audit.outcome == "refused", Audit.at >= at - timedelta(days=days))
+    total = session.scalar(sa.select(sa.func.count(Audit.id)).where(*failed)) or 0
     count, last = sa.func.count().label("n"), sa.func.max(Audit.at)
     query = (
         sa.select(Audit.who, count, last)
-        .where(Audit.act == "log-in", Audit.outcome == "refused", Audit.at >= at - timedelta(days=days))
+        .where(*failed)
         .group_by(Audit.who)
         .order_by(count.desc(), Audit.who)
         .limit(limit)
     )
-    return [(row[0], row[1], row[2]) for row in session.execute(query)]
+    return [(row[0], row[1], row[2]) for row in session.execute(query)], total
 
 
 def credentials(session: Session) -> tuple[int, int]:

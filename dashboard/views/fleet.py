@@ -36,7 +36,7 @@ def _one(opened: Store) -> None:
         "By its number, which says nothing of its owner; what a device is and does is in the store, its text is not."
     )
     text = st.query_params.get("device", "")
-    asked = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    asked = int(text) or None if text.isascii() and text.isdigit() and len(text) < 10 else None  # there is no device 0
     number = st.number_input("Number", 1, 2**31 - 1, asked, key="device", width=200, placeholder="e.g. 7")
     if number is None:
         return

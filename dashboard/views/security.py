@@ -45,11 +45,10 @@ def _updates(opened: Store, run_id: int) -> None:
         st.subheader("Length beside weight")
         if points:
             st.altair_chart(charts.scatter(points), width="stretch")
-            if all(p.cosine is None for p in points):
-                st.caption(
-                    "The newest 20 rounds. An update's cosine to the mean is not recorded: updates are deleted once their "
-                    "round has committed. Weight stands in its place, which screening bounds beside the norm."
-                )
+            st.caption(
+                "The newest 20 rounds. An update's cosine to the mean is not recorded: updates are deleted once their "
+                "round has committed. Weight stands in its place, which screening bounds beside the norm."
+            )
         else:
             st.info("No norm is known yet.")
     if refused:
@@ -108,11 +107,11 @@ def _privacy(opened: Store, run_id: int) -> None:
 
 def _credentials(opened: Store) -> None:
     with opened.read() as session:
-        tried = queries.security.failed_log_ins(session, now())
+        tried, failed = queries.security.failed_log_ins(session, now())
         shared, revoked = queries.security.credentials(session)
     st.subheader("Log-ins and credentials")
     frame.cards(
-        ("Failed log-ins", f"{sum(n for _, n, _ in tried):,}", "in the last 7 days"),
+        ("Failed log-ins", f"{failed:,}", "in the last 7 days"),
         ("Credentials at two places", f"{shared:,}", "devices; see `credential.shared` below"),
         ("Revoked devices", f"{revoked:,}", ""),
     )
