@@ -386,7 +386,9 @@ class Fleet:
 
     def go_on(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         size = int(self.built.manifest["trainable_sets"][self.config.trainable_set or "full"]["size"])
-        grid = FleetGrid(self.server.assignments, self.run_id, lambda: self.server.online("stable"), size, self.server.config.lease_s)
+        grid = FleetGrid(
+            self.server.assignments, self.run_id, lambda: self.server.online("stable"), size, self.server.config.lease_s
+        )
         drive_run(self.store, self.run_id, grid, self.config, should_stop=should_stop)
 
     def restart(self) -> None:
