@@ -148,7 +148,7 @@ def test_the_evaluation_runs_as_written(tmp_path):
     ((arguments,),) = [commands(b) for b in blocks("sh") if "pocketfed evaluate" in b]
     assert arguments[2:4] == ["STUDENT", "--data"]
     arguments[2] = "nano"  # a preset will do
-    done = run(with_option(with_option(arguments, "--from-scratch", "nano"), "--seeds", "0,1"), tmp_path)
+    done = run(with_option(arguments, "--seeds", "0,1"), tmp_path)
     assert "accuracy" in done.stdout
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) >= 2
     assert "TF-IDF" in (tmp_path / "rows.md").read_text()
