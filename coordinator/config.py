@@ -322,11 +322,18 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        *tables, last = name.strip().split(".")
-        place = merged
-        for table in tables:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                raise RunConfigError(f"{override!r} goes into {table}, which is not a table")
-        place[last] = value
+        if table := lay(merged, name.strip(), value):
+            raise RunConfigError(f"{override!r} goes into {table}, which is not a table")
     return merged
+
+
+def lay(merged: dict[str, Any], name: str, value: Any) -> str | None:
+    """Put a value at its dotted name, in place. What is in its way and not a table, if there is such a thing."""
+    *tables, last = name.split(".")
+    place = merged
+    for table in tables:
+        place = place.setdefault(table, {})
+        if not isinstance(place, dict):
+            return table
+    place[last] = value
+    return None

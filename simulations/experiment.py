@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pocketfed.coordinator.config import RunConfig, apply_overrides
+from pocketfed.coordinator.config import RunConfig, apply_overrides, lay
 from pocketfed.simulations.baselines import parse_lines
 from pocketfed.simulations.costs import EnergyModel
 from pocketfed.simulations.resuming import plain
@@ -139,13 +139,8 @@ def put(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any
     """
     merged = {k: put(v, {}) if isinstance(v, Mapping) else v for k, v in values.items()}
     for name, value in settings.items():
-        *tables, last = name.split(".")
-        place = merged
-        for table in tables:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                raise ExperimentError(f"{name} goes into {table}, which is not a table")
-        place[last] = value
+        if table := lay(merged, name, value):
+            raise ExperimentError(f"{name} goes into {table}, which is not a table")
     return merged
 
 
