@@ -142,6 +142,18 @@ def try_lock(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
+def holding(path: Path) -> Iterator[bool]:
+    """Whether this process has the lock at `path` for as long as the block lasts; its file goes with it."""
+    lock = try_lock(path)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+
+
+@contextlib.contextmanager
 def lead(
     store: Store, spool: Path, on_wait: Callable[[str], None], should_stop: Callable[[], bool]
 ) -> Iterator[Leadership | None]:
@@ -157,14 +169,8 @@ def lead(
 def claim(store: Store, name: str) -> Iterator[bool]:
     """Whether this process may do what only one at a time may, for as long as the block lasts; a lock dies with its process."""
     if store.file is not None:
-        path = store.file.with_name(f"{store.file.name}.{name}.lock")
-        lock = try_lock(path)
-        try:
-            yield lock is not None
-        finally:
-            if lock is not None:
-                path.unlink(missing_ok=True)
-                os.close(lock)
+        with holding(store.file.with_name(f"{store.file.name}.{name}.lock")) as mine:
+            yield mine
     elif store.engine.dialect.name == "postgresql":
         with store.engine.connect() as connection:
             key = sa.func.hashtext(f"pocketfed {name}")

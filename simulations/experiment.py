@@ -19,7 +19,6 @@ from pocketfed.simulations.resuming import plain
 from pocketfed.simulations.run import SimulationConfig
 
 CONFIGS = Path(__file__).with_name("configs")
-BESIDE = ("sweep", "baselines")  # in a file, beside the settings
 MOST_CELLS = 100_000
 
 

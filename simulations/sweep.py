@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocketfed.coordinator.leadership import try_lock
+from pocketfed.coordinator.leadership import holding
 from pocketfed.simulations.charts import Series, chart
 from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
 from pocketfed.simulations.fleet_files import load_fleet
@@ -27,10 +26,6 @@ COLUMNS = {
     "devices_mean": "devices", "devices_p10": "p10", "worst_decile": "worst decile", "local_p10": "local p10",
     "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "s a device", "virtual_h": "virtual h",
 }  # fmt: skip
-
-
-class SweepError(ValueError):
-    """A sweep that cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     elsewhere = 0
     for task in tasks:
-        with claimed(folder, task.key) as mine:
+        with holding(folder / f"{task.key}.lock") as mine:  # a lock ends with its process, however that ends
             if task.key in {row["key"] for row in read_rows(folder)}:
                 continue
             if not mine:
@@ -102,19 +97,6 @@ def run_sweep(
                 file.unlink()
             on_row(task, row)
     return elsewhere
-
-
-@contextmanager
-def claimed(folder: Path, key: str) -> Iterator[bool]:
-    """Whether this process has the run to itself; a lock ends with its process, however that ends."""
-    path = folder / f"{key}.lock"
-    lock = try_lock(path)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            path.unlink(missing_ok=True)
-            os.close(lock)
 
 
 def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:

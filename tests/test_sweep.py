@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pocketfed.coordinator.config import RunConfigError
+from pocketfed.coordinator.leadership import holding
 from pocketfed.coordinator.progress import Interrupted
 from pocketfed.model.tasks import Dataset
 from pocketfed.simulations import experiment
@@ -27,7 +28,6 @@ from pocketfed.simulations.experiment import (
 from pocketfed.simulations.fleet import FleetError
 from pocketfed.simulations.sweep import (
     append_row,
-    claimed,
     markdown,
     read_rows,
     run_sweep,
@@ -189,7 +189,7 @@ def test_a_row_that_was_torn_by_a_kill_costs_that_row_alone(tmp_path: Path) -> N
 
 
 def test_a_lock_is_one_processes_and_leaves_no_file(tmp_path: Path) -> None:
-    with claimed(tmp_path, "k") as mine, claimed(tmp_path, "k") as again:
+    with holding(tmp_path / "k.lock") as mine, holding(tmp_path / "k.lock") as again:
         assert (mine, again) == (True, False)
     assert list(tmp_path.iterdir()) == []
 

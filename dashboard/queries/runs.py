@@ -145,15 +145,6 @@ def run_names(session: Session, limit: int = 200) -> dict[int, str]:
     return {row.id: row.name for row in rows}
 
 
-def newest_with_trouble(session: Session) -> tuple[datetime, str] | None:
-    """When a run last failed, and why."""
-    ended = sa.func.coalesce(Run.finished_at, Run.created_at)
-    row = session.execute(
-        sa.select(ended, Run.reason).where(Run.status == "failed").order_by(ended.desc()).limit(1)
-    ).first()
-    return None if row is None else (row[0], row[1] or "no reason was recorded")
-
-
 def configs(session: Session, run_ids: Sequence[int]) -> dict[int, Mapping[str, Any]]:
     """What runs were configured with, as they were stored."""
     rows = session.execute(sa.select(Run.id, Run.config).where(Run.id.in_(run_ids)))
