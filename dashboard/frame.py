@@ -12,7 +12,7 @@ import streamlit as st
 
 from pocketfed.coordinator.store import Store, StoreError
 from pocketfed.dashboard import login, queries
-from pocketfed.dashboard.charts import BLUE, GREY, ORANGE, RED, TEAL, run_label
+from pocketfed.dashboard.charts import BLUE, GREY, ORANGE, RED, TEAL, learning, run_label
 from pocketfed.dashboard.opening import NothingToShowError, store
 from pocketfed.dashboard.words import markup
 
@@ -181,3 +181,14 @@ def run_sentence(line: queries.runs.RunLine) -> str:
         f"Run {line.id} <b>{markup(line.name, 60)}</b> trains <b>{markup(line.trainable_set, 30)}</b> "
         f"of model <code>{markup(line.artifact_version[:8])}</code> for channel <b>{markup(line.channel, 30)}</b>."
     )
+
+
+def side_by_side(curves: pd.DataFrame, axis: str, when: str = "") -> None:
+    """Accuracy and loss of `charts.learning_frame`. when: said after what is not known yet."""
+    for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
+        with column:
+            st.subheader(measure.capitalize())
+            if (curves["measure"] == measure).any():
+                st.altair_chart(learning(curves, measure, axis), width="stretch")
+            else:
+                st.info(f"No {measure} is known yet{when}.")

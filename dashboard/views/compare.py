@@ -51,13 +51,7 @@ def _asked() -> list[int]:
 
 def _curves(rounds: list[queries.runs.RoundLine], names: dict[int, str], axis: str) -> None:
     curves = charts.learning_frame(rounds, names)
-    for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
-        with column:
-            st.subheader(measure.capitalize())
-            if (curves["measure"] == measure).any():
-                st.altair_chart(charts.learning(curves, measure, axis), width="stretch")
-            else:
-                st.info(f"No {measure} is known yet.")
+    frame.side_by_side(curves, axis)
 
 
 def _cost(lines: list[queries.runs.RunLine]) -> None:

@@ -45,13 +45,7 @@ def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) 
         rounds = queries.runs.rounds(session, chosen)
         told = {m: queries.runs.metric(session, chosen, f"device_{m}") for m in ("accuracy", "loss")}
     curves = charts.learning_frame(rounds, names, told, beginning=True)
-    for measure, column in zip(("accuracy", "loss"), st.columns(2, gap="large"), strict=True):
-        with column:
-            st.subheader(measure.capitalize())
-            if (curves["measure"] == measure).any():
-                st.altair_chart(charts.learning(curves, measure, axis), width="stretch")
-            else:
-                st.info(f"No {measure} is known yet: it comes with the first evaluated round.")
+    frame.side_by_side(curves, axis, ": it comes with the first evaluated round")
     st.caption(
         "What the run began with is the release before it. Lines of central and of local-only training are not in the "
         "store: `pocketfed simulate` measures them."
