@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketfed.client_sdk.artifacts import Artifact, open_artifact
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
@@ -91,9 +92,14 @@ class SimulationResult:
     skipped: Mapping[str, int] = field(default_factory=dict)  # rows of the data that could not be used, by reason
     virtual_s: float | None = None  # with a fleet: its time from beginning to end
     device_s: float | None = None  # with a fleet: for which devices worked, what no round has counted included
-    partition_svg: str = ""  # a picture, label by device
+    dealt: tuple[NDArray[np.int64], Sequence[str], str] | None = None  # (devices, labels) counts, the labels, a title
     found: Findings | None = None
     data: Mapping[str, Any] = field(default_factory=dict)  # its name, digest and sizes
+
+    @cached_property
+    def partition_svg(self) -> str:
+        """A picture of who holds which labels; drawn when somebody asks for it."""
+        return draw_partition(*self.dealt) if self.dealt is not None else ""
 
     def to_dict(self) -> dict[str, Any]:
         """What `simulate --json` writes."""
@@ -400,7 +406,7 @@ def _simulate(
         data=setting.data,
         virtual_s=round(setting.clock.s, 6) if virtual else None,
         device_s=round(virtual.device_s, 6) if virtual else None,
-        partition_svg=draw_partition(
+        dealt=(
             label_counts(dataset.train, list(setting.parts.values()), dataset.labels),
             dataset.labels,
             f"{dataset.name}, {config.partition}",
