@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.progress import Interrupted, RoundResult
+from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.simulations.run import SimulationConfig, simulate
 
 MODES = ("sync", "over-selection", "fedbuff")
@@ -126,17 +126,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]" if values else ""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A line that was cut off by a stop is no line."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -160,17 +149,16 @@ def main() -> None:
     arguments = parser.parse_args()
     for seed in map(int, arguments.seeds.split(",")):
         for mode in arguments.modes.split(","):
-            same = [line for line in read_lines(arguments.out) if line["settings"] == described(arguments)]
+            same = [line for line in whole_rows(arguments.out) if line["settings"] == described(arguments)]
             if any((line["mode"], line["seed"]) == (mode, seed) for line in same):
                 continue
             line = run_once(arguments, mode, seed)
-            with arguments.out.open("a", encoding="utf-8") as stream:
-                stream.write("\n" * (stream.tell() > 0) + json.dumps(line))
+            append_row(arguments.out, line)
             last = line["curve"][-1]
             print(
                 f"{mode}, seed {seed}: {last[1]:.3f} after {last[0] / 60:.1f} min, {line['cpu_s']} s of CPU", flush=True
             )
-    lines = [line for line in read_lines(arguments.out) if line["settings"] == described(arguments)]
+    lines = [line for line in whole_rows(arguments.out) if line["settings"] == described(arguments)]
     targets = [t for t in (0.8, 0.9) if t < arguments.target]
     print(table(lines, [*targets, arguments.target]))
 

@@ -444,9 +444,8 @@ def table(runs: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> s
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of the fleet that is attacked."""
     parser.add_argument("--model", default="nano")
     parser.add_argument("--train", default="full")
     parser.add_argument("--devices", type=int, default=20)
@@ -456,6 +455,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="attacked rounds")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--batch-size", type=int, default=16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--attacks", default="", help="only those whose names hold one of these words, e.g. none,flip")
     parser.add_argument("--aggregators", default="", help="likewise, e.g. FedAvg")
     parser.add_argument("--seeds", default="0,1,2")

@@ -21,21 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from virtual import Row, asked, difference, drive, options, spread
 
-from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import evaluate
-from pocketfed.coordinator.artifacts import publish_artifact, read_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
-from pocketfed.coordinator.rounds import create_run, drive_run
-from pocketfed.coordinator.store import Store, device_named
+from pocketfed.coordinator.progress import RoundResult
 from pocketfed.model.parameters import Vector
+from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.model.tasks import Dataset, read_dataset
-from pocketfed.simulations.grids import InProcessGrid
 from pocketfed.simulations.partition import partition
 from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact
 
-Row = dict[str, Any]
 BASE = "full/float32"
 
 
@@ -62,15 +59,12 @@ def run_forms(arguments: argparse.Namespace, seed: int, forms: Sequence[str]) ->
             test = encode_examples(trainer, dataset.test, arguments.max_length)
             local = dict(zip(device_names(len(parts)), (examples.take(p) for p in parts), strict=True))
             for form in (f for f in forms if f.split("/")[0] == name):
-                row = run_form(arguments, seed, form, trainer, local, test, folder)
-                with arguments.out.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+                row = run_form(arguments, seed, form, trainer, local, test)
+                append_row(arguments.out, row)
                 print(json.dumps(row), flush=True)
 
 
-def run_form(
-    arguments: argparse.Namespace, seed: int, form: str, trainer: PlanTrainer, local: Any, test: Any, folder: Path
-) -> Row:
+def run_form(arguments: argparse.Namespace, seed: int, form: str, trainer: PlanTrainer, local: Any, test: Any) -> Row:
     name, codec = form.split("/", 1)
     rate = arguments.full_learning_rate if name == "full" else arguments.learning_rate
     training = LocalTraining(
@@ -83,16 +77,7 @@ def run_form(
         name=form, rounds=arguments.rounds, min_devices=1, seed=seed, local=training, update=UpdateForm(codec=codec)
     )
     started = time.process_time()
-    store = Store(str(folder / f"{codec.replace(':', '-')}.db"))
-    with store.write() as session:
-        publish_artifact(session, read_artifact(trainer.artifact.folder), config.channel, name)
-        nodes = {device_named(session, device).id: device for device in local}
-    run_id = create_run(store, config)
-    app = make_client_app(
-        lambda: trainer, lambda c: (str(c.node_config["device"]), local[str(c.node_config["device"])])
-    )
-    rounds: list[Any] = []
-    grid = InProcessGrid(store, run_id, app, nodes, 0)  # the artifact comes once, whatever the form
+    rounds: list[RoundResult] = []
     curve: dict[int, float] = {}
 
     def sometimes(theta: Vector) -> dict[str, float]:
@@ -103,9 +88,7 @@ def run_form(
         curve[number] = evaluate(trainer, theta, test)["accuracy"]
         return {"accuracy": curve[number]}
 
-    drive_run(store, run_id, grid, config, sometimes, rounds.append)
-    store.close()
-    trained = [r for r in rounds if r.number > 0]
+    driven = drive(trainer, local, config, sometimes, rounds.append)  # the artifact comes once, whatever the form
     return {
         "data": arguments.data.name,
         "form": form,
@@ -117,8 +100,8 @@ def run_form(
         "accuracy": curve[arguments.rounds],
         "curve": curve,
         "test_examples": len(test),
-        "bytes_up": statistics.mean(r.bytes_up / r.devices for r in trained),
-        "bytes_down": statistics.mean(r.bytes_down / r.devices for r in trained),
+        "bytes_up": driven.mean_bytes("up"),
+        "bytes_down": driven.mean_bytes("down"),
         "learning_rate": rate,
         "epochs": arguments.epochs,
         "partition": arguments.partition,
@@ -141,34 +124,18 @@ def table(rows: Sequence[Row]) -> str:
             those = [r for r in mine if r["form"] == form]
             up = statistics.mean(r["bytes_up"] for r in those)
             down = statistics.mean(r["bytes_down"] for r in those)
-            values = [100 * r["accuracy"] for r in those]
             plain = [r for r in mine if r["form"] == f"{form.split('/')[0]}/float32"]
             ratio = f"{statistics.mean(r['bytes_up'] for r in base) / up:.0f}" if base else ""
             out.append(
-                f"| {form} | {len(those)} | {up:,.0f} | {ratio} | {down:,.0f} | {statistics.mean(values):.1f} "
-                f"[{min(values):.1f}, {max(values):.1f}] | {difference(those, plain)} | {difference(those, base)} |"
+                f"| {form} | {len(those)} | {up:,.0f} | {ratio} | {down:,.0f} | "
+                f"{spread([100 * r['accuracy'] for r in those])} | {difference(those, plain, 'accuracy')} | "
+                f"{difference(those, base, 'accuracy')} |"
             )
     return "\n".join(out)
 
 
-def difference(those: Sequence[Row], others: Sequence[Row]) -> str:
-    """Of accuracies in points, seed by seed: mean ± standard deviation."""
-    other = {r["seed"]: r["accuracy"] for r in others}
-    points = [100 * (r["accuracy"] - other[r["seed"]]) for r in those if r["seed"] in other]
-    if not points:
-        return ""
-    spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
-    return f"{statistics.mean(points):+.1f}{spread}"
-
-
-def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="print what a file of results says, and end")
-    parser.add_argument("--data", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--model", default="micro")
     parser.add_argument("--forms", default=f"{BASE},full/topk:0.01,full/topk:0.003")
     parser.add_argument("--devices", type=int, default=20)
@@ -181,20 +148,15 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--full-learning-rate", type=float, default=3e-3)
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.table is not None:
-        print(table(read_rows(arguments.table)))
+    arguments = asked(parser, table)
+    if arguments is None:
         return
-    if arguments.data is None or arguments.out is None:
-        parser.error("give --data and --out, or --table")
-    done = {(r["data"], r["form"], r["seed"]) for r in read_rows(arguments.out)}
+    done = {(r["data"], r["form"], r["seed"]) for r in whole_rows(arguments.out)}
     for seed in map(int, arguments.seeds.split(",")):
         forms = [f for f in arguments.forms.split(",") if (arguments.data.name, f, seed) not in done]
         if forms:
             run_forms(arguments, seed, forms)
-    print(table([r for r in read_rows(arguments.out) if r["data"] == arguments.data.name]))
+    print(table([r for r in whole_rows(arguments.out) if r["data"] == arguments.data.name]))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from attacks import ATTACKS, aggregators, chosen, make_fleet, run_cell, warmed_up
-from virtual import Row, append_row, read_rows, spread
+from attacks import ATTACKS, add_options, aggregators, chosen, make_fleet, run_cell, warmed_up
+from virtual import Row, asked, options, spread
 
 from pocketfed.coordinator import flwr_compat
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.validation import Limits
+from pocketfed.model.rows import append_row, whole_rows
 
 TOGETHER = ("a little", "against", "within", "min-max")
 CHOSEN = ("sign flip", "sign flip ×10", "boast, flip ×10", *(f"colluders: {name}" for name in TOGETHER))
@@ -73,37 +74,22 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="print what a file of results says, and end")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--train", default="full")
-    parser.add_argument("--devices", type=int, default=20)
-    parser.add_argument("--examples", type=int, default=2000, help="of the data's training examples")
-    parser.add_argument("--partition", default="dirichlet:1")
-    parser.add_argument("--warm-up", type=int, default=8, help="rounds before the attacks")
-    parser.add_argument("--rounds", type=int, default=3, help="attacked rounds")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser = options(__doc__)
+    add_options(parser)
     parser.add_argument("--shares", default="0,0.1,0.2,0.3", help="of the devices that are hostile")
     parser.add_argument("--assumed", type=float, default=0.3, help="share that the rules reckon with")
     parser.add_argument(
         "--attacks", default="", help=f"those whose names hold one of these words; if empty, {'; '.join(CHOSEN)}"
     )
     parser.add_argument("--aggregators", default="", help="likewise; all if empty")
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.table is not None:
-        print(table(read_rows(arguments.table)))
+    arguments = asked(parser, table)
+    if arguments is None:
         return
-    if arguments.data is None or arguments.out is None:
-        parser.error("give --data and --out, or --table")
     for seed in map(int, arguments.seeds.split(",")):
-        rows = [r for r in read_rows(arguments.out) if r["seed"] == seed and r["data"] == arguments.data.name]
+        rows = [r for r in whole_rows(arguments.out) if r["seed"] == seed and r["data"] == arguments.data.name]
         done = {(r["rule"], r["attack"], r["share"]) for r in rows if r["train"] == arguments.train}
         run_seed(arguments, seed, done)
-    print(table(read_rows(arguments.out)))
+    print(table(whole_rows(arguments.out)))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from forms import some_of
-from virtual import Row, append_row, difference, drive, read_rows, spread
+from virtual import Row, asked, difference, drive, options, spread
 
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import evaluate
 from pocketfed.coordinator.config import LocalTraining, RunConfig
+from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.model.tasks import read_dataset
 from pocketfed.simulations.partition import partition
 from pocketfed.simulations.run import device_names, encode_examples, prepare_artifact
@@ -113,9 +114,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="print what a file of results says, and end")
-    parser.add_argument("--data", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--train", default="lora:8")
     parser.add_argument("--devices", default="3,10,50")
@@ -127,18 +126,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.table is not None:
-        print(table(read_rows(arguments.table)))
+    arguments = asked(parser, table)
+    if arguments is None:
         return
-    if arguments.data is None or arguments.out is None:
-        parser.error("give --data and --out, or --table")
     chosen = arguments.variants.split(";") if arguments.variants else list(VARIANTS)
     done = {
         (r["data"], r["partition"], r["train"], r["learning_rate"], r["devices"], r["seed"], r["variant"])
-        for r in read_rows(arguments.out)
+        for r in whole_rows(arguments.out)
     }
     for seed in map(int, arguments.seeds.split(",")):
         for devices in map(int, arguments.devices.split(",")):
@@ -146,7 +140,7 @@ def main() -> None:
             missing = [v for v in chosen if (*key, v) not in done]
             if missing:
                 run_seed(arguments, devices, seed, missing)
-    print(table(read_rows(arguments.out)))
+    print(table(whole_rows(arguments.out)))
 
 
 if __name__ == "__main__":

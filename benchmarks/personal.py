@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from virtual import Row, append_row, difference, drive, read_rows, spread
+from virtual import Row, asked, difference, drive, options, spread
 
 from pocketfed.client_sdk.order import derive_seed
 from pocketfed.client_sdk.outgoing import UpdateForm as DeviceForm
@@ -35,6 +35,7 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate, train
 from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
 from pocketfed.model.parameters import Vector, split_private
+from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.model.tasks import Dataset, read_dataset
 from pocketfed.simulations.run import encode_examples, prepare_artifact
 
@@ -164,9 +165,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="print what a file of results says, and end")
-    parser.add_argument("--data", type=Path)
+    parser = options(__doc__)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--train", default="last:1")
     parser.add_argument("--examples", type=int, default=400, help="that a device trains on, at most")
@@ -178,22 +177,17 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    if arguments.table is not None:
-        print(table(read_rows(arguments.table)))
+    arguments = asked(parser, table)
+    if arguments is None:
         return
-    if arguments.data is None or arguments.out is None:
-        parser.error("give --data and --out, or --table")
-    done = {(r["data"], r["train"], r["seed"]) for r in read_rows(arguments.out)}
+    done = {(r["data"], r["train"], r["seed"]) for r in whole_rows(arguments.out)}
     for seed in map(int, arguments.seeds.split(",")):
         if (arguments.data.name, arguments.train, seed) not in done:
             row = run_seed(arguments, seed)
             append_row(arguments.out, row)
             means = {way: told(a) for way, a in row["accuracies"].items()}
             print(f"seed {seed}, {row['devices']} devices, {row['cpu_s']} s of CPU: {means}", flush=True)
-    print(table(read_rows(arguments.out)))
+    print(table(whole_rows(arguments.out)))
 
 
 if __name__ == "__main__":

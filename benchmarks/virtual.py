@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from pocketfed.coordinator.progress import RoundResult
 from pocketfed.coordinator.rounds import create_run, drive_run
 from pocketfed.coordinator.store import Metric, Store, device_named
 from pocketfed.model.parameters import Vector
+from pocketfed.model.rows import whole_rows
 from pocketfed.simulations.grids import InProcessGrid
 
 Row = dict[str, Any]
@@ -45,6 +46,7 @@ def drive(
     local: Mapping[str, Examples],
     config: RunConfig,
     evaluate: Callable[[Vector], Mapping[str, float]] | None = None,
+    on_round: Callable[[RoundResult], None] = lambda result: None,
 ) -> Driven:
     """A run over these devices (name -> examples), from the artifact's start. The artifact itself is not counted as bytes."""
     contexts: dict[str, Any] = {}
@@ -62,7 +64,12 @@ def drive(
             nodes = {device_named(session, name).id: name for name in local}
         run_id, rounds = create_run(store, config), list[RoundResult]()
         grid = InProcessGrid(store, run_id, make_client_app(lambda: trainer, of), nodes, 0)
-        theta = drive_run(store, run_id, grid, config, evaluate, rounds.append)
+
+        def remember(result: RoundResult) -> None:
+            rounds.append(result)
+            on_round(result)
+
+        theta = drive_run(store, run_id, grid, config, evaluate, remember)
         metrics: dict[str, dict[int, float]] = {}
         with store.read() as session:
             for row in session.scalars(sa.select(Metric).where(Metric.run_id == run_id)):
@@ -71,13 +78,25 @@ def drive(
     return Driven(theta, rounds, contexts, metrics)
 
 
-def read_rows(path: Path | None) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path is not None and path.exists() else []
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What all of these can be asked; each adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, help="print what a file of results says, and end")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
-def append_row(path: Path, row: Row) -> None:
-    with path.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
+def asked(parser: argparse.ArgumentParser, table: Callable[[list[Row]], str]) -> argparse.Namespace | None:
+    """The options; None once a table that was asked for is printed."""
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(whole_rows(arguments.table)))
+        return None
+    if arguments.data is None or arguments.out is None:
+        parser.error("give --data and --out, or --table")
+    return arguments
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

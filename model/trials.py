@@ -22,6 +22,7 @@ from pocketfed.model.config import STUDENTS, MobileBertConfig, preset
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_model, predict
 from pocketfed.model.metrics import classification_scores, goodness, scope_scores, summarised
+from pocketfed.model.rows import append_row
 from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
 from pocketfed.model.tfidf import tfidf_guesses
@@ -226,7 +227,7 @@ class _Desk:
         row["cpu_seconds"] = round(time.process_time() - begun, 2)
         self.done[key] = row
         if self.out is not None:
-            _append(self.out, row)
+            append_row(self.out, row)
         return row
 
     def _measured(self, model: torch.nn.Module, kind: Kind, split: str, recipe: Recipe) -> dict[str, float]:
@@ -283,13 +284,6 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _append(path: Path, row: Row) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def floor(dataset: Dataset) -> dict[str, float]:
     """The measures of a guess that reads nothing: train's commonest label, its mean score, O for every word, no answer."""
     kind, test = kind_of(dataset), dataset.test
@@ -317,7 +311,7 @@ def floor_rows(dataset: Dataset, out: Path | None = None) -> list[Row]:
             scores = classification_scores(guessed, expected, dataset.labels)
             row["test"] = scores | (scope_scores(guessed, expected, dataset.outside) if dataset.outside else {})
             if out is not None:
-                _append(out, row)
+                append_row(out, row)
         rows.append(done.get(row["key"], row))
     return rows
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pocketfed.coordinator.leadership import holding
+from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.simulations.charts import Series, chart
 from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.report import describe, quoted, write_page, write_report
-from pocketfed.simulations.resuming import digest_of, digest_of_fleet
+from pocketfed.simulations.resuming import digest_of, digest_of_fleet, plain
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
 
 RESULTS = "results.jsonl"
@@ -92,7 +91,7 @@ def run_sweep(
             run = describe(result, settings_of(task.config), title)
             write_report(run, place, result.partition_svg)
             row = {"key": task.key, "labels": dict(task.cell.labels), **row_of(result, run)}
-            append_row(folder, row)
+            append_row(folder / RESULTS, plain(row))
             for file in place.glob("run.db*"):
                 file.unlink()
             on_row(task, row)
@@ -125,27 +124,11 @@ def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """Finished runs; a line that a killed process left unfinished is none."""
-    path = folder / RESULTS
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("labels"), dict):
-            rows.append(row)
-    return rows
-
-
-def append_row(folder: Path, row: Mapping[str, Any]) -> None:
-    """One write to the end of the file, on a line of its own whatever the last process did."""
-    path = folder / RESULTS
-    with path.open("ab+") as file:
-        file.seek(0, os.SEEK_END)
-        torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * torn + json.dumps(row, default=str).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    return [
+        row
+        for row in whole_rows(folder / RESULTS)
+        if isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("labels"), dict)
+    ]
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------------

@@ -249,22 +249,22 @@ def test_forms_are_compared_on_the_same_student_and_examples(
     words += ["--seeds", "0", "--rounds", "2", "--devices", "3", "--partition", "iid", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", words)
     forms.main()
-    plain, coded, head = forms.read_rows(out)
+    plain, coded, head = forms.whole_rows(out)
     assert [r["form"] for r in (plain, coded, head)] == ["full/float32", "full/int8", "head/topk:0.1"]
     assert plain["parameters"] == coded["parameters"] > head["parameters"]
     assert 3.8 < plain["bytes_up"] / coded["bytes_up"] < 4
     assert plain["bytes_down"] == coded["bytes_down"]
     assert "| full/int8 | 1 |" in capsys.readouterr().out
     forms.main()  # what is there is not done again
-    assert len(forms.read_rows(out)) == 3
+    assert len(forms.whole_rows(out)) == 3
 
 
 def test_differences_are_taken_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     forms = load("forms", monkeypatch)
     ours = [{"seed": 0, "accuracy": 0.90}, {"seed": 1, "accuracy": 0.80}, {"seed": 2, "accuracy": 0.5}]
     others = [{"seed": 1, "accuracy": 0.81}, {"seed": 0, "accuracy": 0.93}]
-    assert forms.difference(ours, others) == "-2.0 ± 1.4"  # -3 and -1
-    assert forms.difference(ours, []) == ""
+    assert forms.difference(ours, others, "accuracy") == "-2.0 ± 1.4"  # -3 and -1
+    assert forms.difference(ours, [], "accuracy") == ""
 
 
 # ---- algorithms ----------------------------------------------------------------------------------------------------

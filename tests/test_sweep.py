@@ -181,10 +181,10 @@ def test_a_run_is_named_by_what_its_fleet_is(data: Path, tmp_path: Path) -> None
 
 
 def test_a_row_that_was_torn_by_a_kill_costs_that_row_alone(tmp_path: Path) -> None:
-    append_row(tmp_path, {"key": "a", "labels": {}})
+    append_row(tmp_path / "results.jsonl", {"key": "a", "labels": {}})
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"key": "b", "lab')
-    append_row(tmp_path, {"key": "c", "labels": {}})
+    append_row(tmp_path / "results.jsonl", {"key": "c", "labels": {}})
     assert [row["key"] for row in read_rows(tmp_path)] == ["a", "c"]
 
 
