@@ -11,6 +11,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import itertools
+import json
 import random
 import shutil
 import subprocess
@@ -60,6 +61,16 @@ def tiny_dataset() -> Dataset:
         labels=tuple(sorted(_ASKED)),
         skipped={},
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
+    """The same as files, as `simulate --data` takes them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
+        lines = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in examples]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -28,15 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
-        lines = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in examples]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 def config_for(data: Path, **settings: Any) -> SimulationConfig:
     train = "norms" if "update" in settings else "head"
     return SimulationConfig(data, "nano", devices=4, train=train, run=dataclasses.replace(RUN, **settings))
@@ -59,8 +50,8 @@ def stop_after(number: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stopped_simulation_goes_on_to_the_same_bits(data: Path, tmp_path: Path, kind: str) -> None:
-    config, database = config_for(data, **KINDS[kind]), str(tmp_path / "runs.db")
+def test_a_stopped_simulation_goes_on_to_the_same_bits(tiny_folder: Path, tmp_path: Path, kind: str) -> None:
+    config, database = config_for(tiny_folder, **KINDS[kind]), str(tmp_path / "runs.db")
     whole = simulate(config)
     with pytest.raises(KeyboardInterrupt):
         simulate(config, database, stop_after(2))
@@ -95,9 +86,9 @@ simulate(SimulationConfig(Path(sys.argv[1]), "nano", devices=4, train="norms", r
 """
 
 
-def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
-    config, database = config_for(data, update=UpdateForm(codec="topk:0.1")), str(tmp_path / "runs.db")
-    words = [str(data), database, "11", json.dumps(config.run.to_dict())]  # the third device of the third round
+def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(tiny_folder: Path, tmp_path: Path) -> None:
+    config, database = config_for(tiny_folder, update=UpdateForm(codec="topk:0.1")), str(tmp_path / "runs.db")
+    words = [str(tiny_folder), database, "11", json.dumps(config.run.to_dict())]  # the third device of the third round
     done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, check=False)
     assert done.returncode == -9, done.stderr
     result = simulate(config, database, resume="must")
@@ -107,14 +98,14 @@ def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(data: Path,
     assert simulate(config, database).run_id == result.run_id + 1  # whoever does not say so begins anew
 
 
-def test_what_cannot_go_on_is_refused_in_a_sentence(data: Path, tmp_path: Path) -> None:
-    config, database = config_for(data), str(tmp_path / "runs.db")
+def test_what_cannot_go_on_is_refused_in_a_sentence(tiny_folder: Path, tmp_path: Path) -> None:
+    config, database = config_for(tiny_folder), str(tmp_path / "runs.db")
     with pytest.raises(SimulationError, match="has no simulated run to go on with"):
         simulate(config, database, resume="must")
     with pytest.raises(KeyboardInterrupt):
         simulate(config, database, stop_after(1))
     with pytest.raises(SimulationError, match=r"begun with rounds = '4', not '5'; give that, or begin anew"):
-        simulate(config_for(data, rounds=5), database, resume="must")
+        simulate(config_for(tiny_folder, rounds=5), database, resume="must")
     with pytest.raises(SimulationError, match="begun with devices = '4', not '3'"):
         simulate(dataclasses.replace(config, devices=3), database, resume="must")
     store = Store(database)
@@ -128,13 +119,13 @@ def test_what_cannot_go_on_is_refused_in_a_sentence(data: Path, tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir() if "lock" in p.name) == []
 
 
-def test_nothing_is_simulated_where_real_devices_would_get_it(data: Path, tmp_path: Path) -> None:
+def test_nothing_is_simulated_where_real_devices_would_get_it(tiny_folder: Path, tmp_path: Path) -> None:
     database = str(tmp_path / "fleet.db")
     with contextlib.closing(Store(database)) as store:
         with store.write() as session:
             session.add(Device(name="phone-1", channel="stable", token_hash="5" * 64))
         with pytest.raises(SimulationError, match="real devices have enrolled, 'phone-1'"):
-            simulate(config_for(data), database)
+            simulate(config_for(tiny_folder), database)
         with store.read() as session:
             assert latest_release(session, "stable") is None
 

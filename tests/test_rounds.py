@@ -491,15 +491,6 @@ def test_a_run_of_nothing_or_of_an_unknown_set_or_strategy_is_refused(fleet: Fle
 # ---- whole simulations -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
-        lines = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in examples]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 def config_for(data: Path, seed: int = 5, **settings: Any) -> SimulationConfig:
     run = RunConfig(
         rounds=2, min_devices=1, seed=seed, local=LocalTraining(batch_size=8, learning_rate=0.005, max_length=16)
@@ -514,28 +505,30 @@ def without_seconds(result: SimulationResult) -> Mapping[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(data: Path) -> SimulationResult:
-    return simulate(config_for(data))
+def reference(tiny_folder: Path) -> SimulationResult:
+    return simulate(config_for(tiny_folder))
 
 
 def test_the_same_seed_gives_the_same_result_to_the_last_bit(
-    data: Path, reference: SimulationResult, tmp_path: Path
+    tiny_folder: Path, reference: SimulationResult, tmp_path: Path
 ) -> None:
-    again = simulate(config_for(data), database=str(tmp_path / "kept.db"))
+    again = simulate(config_for(tiny_folder), database=str(tmp_path / "kept.db"))
     assert without_seconds(again) == without_seconds(reference)
     assert again.theta.tobytes() == reference.theta.tobytes()
     assert reference.to_dict()["final"]["parameters_sha256"] == sha256(reference.theta.tobytes()).hexdigest()
     assert reference.to_dict()["final"]["test_examples"] == 24
 
 
-def test_another_seed_gives_another_result(data: Path, reference: SimulationResult) -> None:
-    other = simulate(config_for(data, seed=6))
+def test_another_seed_gives_another_result(tiny_folder: Path, reference: SimulationResult) -> None:
+    other = simulate(config_for(tiny_folder, seed=6))
     assert other.theta.tobytes() != reference.theta.tobytes()
 
 
-def test_devices_can_be_the_users_of_the_data(data: Path, tiny_dataset: Dataset, tmp_path: Path) -> None:
+def test_devices_can_be_the_users_of_the_data(tiny_folder: Path, tiny_dataset: Dataset, tmp_path: Path) -> None:
     users = {e.user for e in tiny_dataset.train}
-    result = simulate(config_for(data, devices=len(users), partition="by:user"), database=str(tmp_path / "kept.db"))
+    result = simulate(
+        config_for(tiny_folder, devices=len(users), partition="by:user"), database=str(tmp_path / "kept.db")
+    )
     assert [r.devices for r in result.rounds] == [0, len(users), len(users)]
     store = Store(str(tmp_path / "kept.db"), create=False)
     with store.read() as session:

@@ -39,17 +39,8 @@ RUN = RunConfig(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
-        lines = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in examples]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(data: Path) -> SimulationConfig:
-    return SimulationConfig(data, "nano", devices=6, train="head", partition="by:user", hold_out=0.25, run=RUN)
+def config(tiny_folder: Path) -> SimulationConfig:
+    return SimulationConfig(tiny_folder, "nano", devices=6, train="head", partition="by:user", hold_out=0.25, run=RUN)
 
 
 @pytest.fixture(scope="module")

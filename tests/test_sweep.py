@@ -12,7 +12,6 @@ import pytest
 from pocketfed.coordinator.config import RunConfigError
 from pocketfed.coordinator.leadership import holding
 from pocketfed.coordinator.progress import Interrupted
-from pocketfed.model.tasks import Dataset
 from pocketfed.simulations import experiment
 from pocketfed.simulations.experiment import (
     CONFIGS,
@@ -37,15 +36,6 @@ from pocketfed.simulations.sweep import (
 )
 
 SMALL = {"model": "nano", "devices": 3, "train": "head", "rounds": 2, "local": {"max_length": 16, "batch_size": 8}}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name, examples in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
-        lines = [json.dumps({"text": e.text, "label": e.label, "user": e.user}) for e in examples]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def test_the_examples_in_the_module_are_true() -> None:
@@ -140,8 +130,8 @@ def test_the_first_table_has_every_data_set_partition_and_trainable_set() -> Non
 # ---- the queue -----------------------------------------------------------------------------------------------------------
 
 
-def test_two_that_share_a_queue_do_no_run_twice_and_a_stopped_one_goes_on(data: Path, tmp_path: Path) -> None:
-    tasks = tasks_of([Cell({"seed": str(s)}, {**SMALL, "data": str(data), "seed": s}) for s in (0, 1)])
+def test_two_that_share_a_queue_do_no_run_twice_and_a_stopped_one_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+    tasks = tasks_of([Cell({"seed": str(s)}, {**SMALL, "data": str(tiny_folder), "seed": s}) for s in (0, 1)])
     begun: list[str] = []
     asked = iter([False])  # before the first round; before the second the sweep is stopped
 
@@ -169,10 +159,10 @@ def test_two_that_share_a_queue_do_no_run_twice_and_a_stopped_one_goes_on(data: 
     run_sweep(tmp_path, tasks, on_begin=lambda t: pytest.fail("it is done"))
 
 
-def test_a_run_is_named_by_what_its_fleet_is(data: Path, tmp_path: Path) -> None:
+def test_a_run_is_named_by_what_its_fleet_is(tiny_folder: Path, tmp_path: Path) -> None:
     def key(name: str, text: str) -> str:
         (tmp_path / name).write_text(text)
-        return tasks_of([Cell({}, {**SMALL, "data": str(data), "fleet": str(tmp_path / name)})])[0].key
+        return tasks_of([Cell({}, {**SMALL, "data": str(tiny_folder), "fleet": str(tmp_path / name)})])[0].key
 
     slow, fast = "[[tiers]]\nms_per_token = 9.0\n", "[[tiers]]\nms_per_token = 1.0\n"
     assert key("a.toml", slow) != key("a.toml", fast) == key("a.toml", fast)
