@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 from collections.abc import Sequence
@@ -171,13 +172,11 @@ def server_credentials(tls: Tls) -> grpc.ServerCredentials:
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         nonlocal read_at
-        try:
+        with contextlib.suppress(TlsError):  # half replaced: the old one holds until both files fit
             stamp = _stamp(tls)
             if stamp != read_at:
                 read_at, renewed = stamp, _configuration(tls)
                 return renewed
-        except TlsError:
-            pass  # half replaced: the old one holds until both files fit
         return None
 
     return grpc.dynamic_ssl_server_credentials(configuration, cast(Any, fetch), require_client_authentication=False)

@@ -6,6 +6,7 @@ log in with, and whoever is here could read the file anyway.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -210,12 +211,10 @@ def _by_organisation(operators: Mapping[str, str]) -> str | None:
     name = operator_of(claims, operators)
     if st.session_state.get("noted") != (name or "nobody"):  # once a session
         st.session_state["noted"] = name or "nobody"
-        try:
-            with opening.writing() as opened, opened.write() as session:
-                who = name or str(claims.get("email", "no e-mail address"))
-                record(session, who, "log-in", "", "done" if name else "refused", "by OIDC")
-        except sa.exc.DBAPIError:
-            pass  # this account may only read
+        readonly = contextlib.suppress(sa.exc.DBAPIError)  # this account may only read
+        with readonly, opening.writing() as opened, opened.write() as session:
+            who = name or str(claims.get("email", "no e-mail address"))
+            record(session, who, "log-in", "", "done" if name else "refused", "by OIDC")
     if name is None:
         st.warning("Your organisation knows you, but no operator of this fleet has your e-mail address; ask an admin.")
     return name
