@@ -22,7 +22,8 @@ def distill(
     preset: Annotated[
         str,
         typer.Option(
-            help="nano (seconds), micro (minutes), mini (one GPU), reference (the paper's) or a published size."
+            help="nano (seconds), micro (minutes), pocket (an hour, from a BERT), mini (one GPU), reference (the paper's) "
+            "or a published size."
         ),
     ] = "nano",
     steps: Annotated[int | None, typer.Option(min=1, help="All stages together; the preset's own by default.")] = None,
@@ -31,7 +32,10 @@ def distill(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE: a size of the student, teacher.KEY, schedule.KEY, or vocabulary=FILE."),
     ] = None,
-    teacher: Annotated[Path | None, typer.Option(help="A trained teacher's folder; else one is trained first.")] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a trained teacher or of a plain BERT; else a teacher is trained first."),
+    ] = None,
     keep_teacher: Annotated[Path | None, typer.Option(help="Folder for the teacher, to distill from again.")] = None,
     keep_heads: Annotated[
         Path | None, typer.Option(help="Folder for the student with its pre-training heads, to fill in hidden words.")
@@ -60,10 +64,12 @@ def distill(
     if json:
         print_json(report)
         return
+    scores = report["scores"]
+    shown = ["cosine", "explained"] if "cosine" in scores["student"] else ["loss", "accuracy"]
     print_table(
-        "Hidden tokens of held-out text",
-        ["model", "loss", "accuracy"],
-        [[who, f"{s['loss']:.3f}", f"{s['accuracy']:.3f}"] for who, s in report["scores"].items()],
+        "Beside the teacher, on held-out text" if "cosine" in shown else "Hidden tokens of held-out text",
+        ["model", *shown],
+        [[who, *(f"{score[key]:.3f}" for key in shown)] for who, score in scores.items()],
     )
     print(f"{out}: {report['model']['parameters']:,} parameters (teacher {report['teacher_parameters']:,})")
 

@@ -17,7 +17,7 @@ from pocketfed.model.config import SHARED_WITH_TEACHER, TEACHERS, ConfigError, M
 from pocketfed.model.config import preset as student_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want to be told of a mistake
-    from pocketfed.model.distillation import Distillation, Place, Result, Tick
+    from pocketfed.model.distillation import Distillation, Place, Result, Score, Tick
     from pocketfed.model.schedules import Schedule
     from pocketfed.model.token_store import TokenCorpus
     from pocketfed.model.tokenization import Vocabulary
@@ -31,7 +31,8 @@ REACHES_TEACHER = (*SHARED_WITH_TEACHER, "num_hidden_layers", "initializer_range
 class DistillOptions:
     """What does not change what is learnt, but `teacher`: where from, where, and what is kept.
 
-    teacher: a folder made by `keep_teacher`; without it a teacher is trained first. keep_teacher: a folder for it.
+    teacher: a folder made by `keep_teacher`, or a plain BERT's in Hugging Face's format; without it a teacher is trained
+    first. keep_teacher: a folder for it.
     keep_heads: a folder for the student with its pre-training heads, a third more weights that no task needs.
     device: "cpu" or "cuda". licence: a line for the model card. tensorboard: a folder for event files.
     """
@@ -202,7 +203,7 @@ def prepare_distillation(
             raise ConfigError(
                 f"teacher.{key} is set and the teacher is given; a trained teacher is what it is, so leave one"
             )
-        trained, given = teacher.load_pretrained(options.teacher)
+        trained, given = teacher.load_teacher(options.teacher)
         weights, teacher_changes = trained.state_dict(), trained.config.to_dict()
     if vocabulary_path is not None:
         vocabulary = tokenization.load_vocabulary(vocabulary_path)
@@ -218,7 +219,7 @@ def prepare_distillation(
     config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
     shared = {name: getattr(config, name) for name in REACHES_TEACHER}
     taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
-    stages.check_pair(config, taught)  # before hours are spent on encoding the text
+    stages.check_pair(config, taught, schedule.attention)  # before hours are spent on encoding the text
     length = schedule.max_length or config.max_position_embeddings
     if length > config.max_position_embeddings:
         raise ConfigError(
@@ -307,20 +308,18 @@ def _model_card(material: Material, result: Result, report: Mapping[str, Any]) -
     from pocketfed.model.distillation import mean_of_last
 
     corpus = material.corpus
-    scores = [
-        f"| {who} | {score.loss:.3f} | {score.accuracy:.3f} | {score.tokens} | "
-        f"{'' if score.next_sentence is None else f'{score.next_sentence:.3f}'} |"
-        for who, score in result.scores.items()
-    ]
     stages = [
         f"| {stage} | {len(result.losses[stage])} | {loss:.4f} |" for stage, loss in mean_of_last(result.losses).items()
     ]
     parameters, teacher = report["model"]["parameters"], report["teacher_parameters"]
-    made = (
-        "Pre-trained by pocketfed without a teacher"
-        if material.schedule.strategy == "none"
-        else f"Distilled by pocketfed from an inverted-bottleneck teacher ({teacher:,} parameters)"
-    )
+    if material.schedule.strategy == "none":
+        made = "Pre-trained by pocketfed without a teacher"
+    elif material.teacher.use_bottleneck:
+        made = f"Distilled by pocketfed from an inverted-bottleneck teacher ({teacher:,} parameters)"
+    else:
+        made = (
+            f"Distilled by pocketfed from a BERT, {Path(str(material.options.teacher)).name} ({teacher:,} parameters)"
+        )
     return "\n".join(
         [
             f"# MobileBERT student `{material.preset}`",
@@ -332,12 +331,7 @@ def _model_card(material: Material, result: Result, report: Mapping[str, Any]) -
             f"Corpus: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, sha256 `{corpus['sha256']}`. "
             f"Vocabulary: {len(material.vocabulary):,} WordPiece tokens, sha256 `{material.vocabulary.digest()}`.",
             "",
-            "Guessing hidden tokens (15 %) of held-out text, which neither teacher nor student was trained on (the "
-            "vocabulary has seen it), and telling next sentences from others:",
-            "",
-            "| model | loss (nats) | accuracy | hidden tokens | next sentence |",
-            "|---|---|---|---|---|",
-            *scores,
+            *_score_table(result.scores),
             "",
             "| stage | steps | loss, mean of the last tenth |",
             "|---|---|---|",
@@ -348,6 +342,34 @@ def _model_card(material: Material, result: Result, report: Mapping[str, Any]) -
             *_as_json("Schedule", dataclasses.asdict(result.schedule)),
         ]
     )
+
+
+def _score_table(scores: Mapping[str, Score]) -> list[str]:
+    from pocketfed.model.pretraining import FeatureScore, MaskedScore
+
+    near = {who: score for who, score in scores.items() if isinstance(score, FeatureScore)}
+    if near:
+        return [
+            "Beside its teacher, on held-out text: the cosine of their vectors of a text, and the share of the variance of the "
+            "teacher's last features that the student's explain:",
+            "",
+            "| model | cosine | explained | texts |",
+            "|---|---|---|---|",
+            *(f"| {who} | {score.cosine:.3f} | {score.explained:.3f} | {score.texts} |" for who, score in near.items()),
+        ]
+    rows = []
+    for who, score in scores.items():
+        if isinstance(score, MaskedScore):
+            pairs = "" if score.next_sentence is None else f"{score.next_sentence:.3f}"
+            rows.append(f"| {who} | {score.loss:.3f} | {score.accuracy:.3f} | {score.tokens} | {pairs} |")
+    return [
+        "Guessing hidden tokens (15 %) of held-out text, which neither teacher nor student was trained on (the "
+        "vocabulary has seen it), and telling next sentences from others:",
+        "",
+        "| model | loss (nats) | accuracy | hidden tokens | next sentence |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _as_json(title: str, content: Mapping[str, Any]) -> list[str]:

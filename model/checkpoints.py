@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pocketfed.model.bert import bert_config, bert_tensors
 from pocketfed.model.config import ConfigError, MobileBertConfig
 from pocketfed.model.google_names import config_of_google, is_google, tensors_from_google
 from pocketfed.model.huggingface import read_config, read_labels, read_tensors
@@ -29,6 +30,7 @@ from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocab
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
 ARRAYS = "model.npz"  # read, never written: arrays taken from a TF1 checkpoint
 CASE, CARD = "tokenizer_config.json", "README.md"
+POOLING = "1_Pooling/config.json"  # of sentence encoders, read only
 TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"  # for Hugging Face
 OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD, TOKENIZER, SPECIAL}
 
@@ -90,7 +92,7 @@ def save_folder(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Te
 
 
 def load_folder(folder: Path) -> tuple[MobileBertConfig, dict[str, Tensor], Vocabulary]:
-    """What `save_folder` wrote, with Hugging Face's names as they are.
+    """What `save_folder` wrote, with Hugging Face's names as they are; or a plain BERT, in the same names.
 
     Raises:
         CheckpointError: no model folder, or a damaged one.
@@ -98,9 +100,13 @@ def load_folder(folder: Path) -> tuple[MobileBertConfig, dict[str, Tensor], Voca
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check the path")
-    content, tensors = _read_model(folder)
+    content, tensors = _read_model(folder, kinds=("mobilebert", "bert"))
     try:
-        config, vocabulary = read_config(content, tensors), load_vocabulary(folder)
+        if content.get("model_type") == "bert":
+            config, tensors = bert_config(content, _pooling(folder)), bert_tensors(tensors)
+        else:
+            config = read_config(content, tensors)
+        vocabulary = load_vocabulary(folder)
         _check_vocabulary(config, len(vocabulary))
         return config, tensors, vocabulary
     except FileNotFoundError:
@@ -231,7 +237,7 @@ def stored_sizes(config: MobileBertConfig) -> dict[str, int]:
     return {"fp32": 4 * count, "fp16": 2 * count, "int8": stored_bytes(shapes)}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -242,9 +248,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no object; fetch or save the model again")
     kind = content.get("model_type", "mobilebert")
-    if kind != "mobilebert":
-        raise CheckpointError(f"{path} describes a {kind!r}; only mobilebert can be read")
+    if kind not in kinds:
+        teaches = "; a bert can only be a teacher, of `pocketfed distill --teacher`" if kind == "bert" else ""
+        raise CheckpointError(f"{path} describes a {kind!r}; only {' or '.join(kinds)} can be read here{teaches}")
     return content
+
+
+def _pooling(folder: Path) -> str:
+    """How a sentence encoder's folder says that its vectors are made; the mean unless it is the first token's."""
+    try:
+        stated = json.loads((folder / POOLING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "mean"
+    return "cls" if isinstance(stated, dict) and stated.get("pooling_mode_cls_token") else "mean"
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -268,9 +284,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_model(folder: Path, kinds: Sequence[str] = ("mobilebert",)) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors in Hugging Face's names, whichever of both's they are stored in."""
-    content, tensors = _read_config(folder), _read_tensors(folder)
+    content, tensors = _read_config(folder, kinds), _read_tensors(folder)
     if not is_google(tensors):
         return content, tensors
     try:

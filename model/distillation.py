@@ -21,14 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketfed.model.config import MobileBertConfig
-from pocketfed.model.pretraining import Batches, MaskedScore, score_masked
+from pocketfed.model.pretraining import Batches, FeatureScore, MaskedScore, score_features, score_masked
 from pocketfed.model.schedules import DistillationError, Schedule
 from pocketfed.model.stages import MaskedWords, Stage, check_pair, make_optimizer, student_stages
-from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher
+from pocketfed.model.teacher import FeatureTeacher, PreTrainingModel, Teacher, copy_from_teacher, make_teacher
 from pocketfed.model.token_store import TokenCorpus, split_held_out
 from pocketfed.model.tokenization import Vocabulary
 
 T = TypeVar("T")
+Score = MaskedScore | FeatureScore
 GRADIENT_NORM = 1.0
 CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY_S = 60.0
@@ -55,13 +56,14 @@ class Result:
     """A distilled student and how it came about.
 
     student: its tensors, named as in `MobileBert`. losses: one value a step, by stage ("teacher", "transfer/1", ...,
-    "distillation"). scores: on held-out text, of "teacher", "student before", "student transferred" and "student".
+    "distillation" or "representations"). scores: on held-out text, of "teacher", "student before", "student transferred" and
+    "student"; under a teacher without pre-training heads, of the student beside it.
     """
 
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
     losses: dict[str, tuple[float, ...]]
-    scores: dict[str, MaskedScore]
+    scores: dict[str, Score]
     schedule: Schedule
     seed: int
     seconds: float  # of this process; what went before an interruption does not count
@@ -136,7 +138,7 @@ class Distillation:
         progress: Progress = no_progress,
         save_every_s: float = SAVE_EVERY_S,
     ) -> None:
-        check_pair(student_config, teacher_config)
+        check_pair(student_config, teacher_config, schedule.attention)
         self.schedule, self.seed, self.folder, self.place = schedule, seed, folder, place or Place()
         self.progress = progress if self.place.first else no_progress
         self.save_every_s = save_every_s
@@ -156,18 +158,23 @@ class Distillation:
         self.held_out = Batches(held_out, vocabulary, schedule.batch_size, seed, **how)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.teacher = PreTrainingModel(teacher_config).to(self.place.device)
+            self.teacher: Teacher = (
+                PreTrainingModel(teacher_config) if teacher is None else make_teacher(teacher_config, teacher)
+            )
+            self.teacher.to(self.place.device)
             self.student = PreTrainingModel(student_config).to(self.place.device).eval()
-        given = teacher is not None
+        self._given = teacher is not None  # then no checkpoint need hold it
         if teacher is not None:
             self.teacher.load_state_dict(teacher)
         self.teacher.eval()
-        first = MaskedWords(self.teacher, "teacher", 1, schedule.teacher_steps, schedule.teacher_rate, schedule.warm_up)
         alone = schedule.strategy == "none"
-        self.stages: list[Stage] = [] if given or alone else [first]
+        self.stages: list[Stage] = []
+        if not self._given and not alone and isinstance(self.teacher, PreTrainingModel):
+            steps, rate = schedule.teacher_steps, schedule.teacher_rate
+            self.stages.append(MaskedWords(self.teacher, "teacher", 1, steps, rate, schedule.warm_up))
         self.stages += student_stages(self.student, None if alone else self.teacher, schedule)
         self.losses: dict[str, list[float]] = {}
-        self.scores: dict[str, MaskedScore] = {}
+        self.scores: dict[str, Score] = {}
         self._stage, self._step, self._tokens = 0, 0, 0
         self._identity = _identity(student_config, teacher_config, schedule, seed, corpus, vocabulary, teacher)
 
@@ -198,17 +205,19 @@ class Distillation:
     def _before(self, stage: Stage) -> None:
         if stage.trained is self.student and not self.scores.get("student before"):
             if self.schedule.strategy != "none":
-                self.scores.setdefault("teacher", score_masked(self.teacher, self.held_out))
+                if isinstance(self.teacher, PreTrainingModel):
+                    self.scores.setdefault("teacher", score_masked(self.teacher, self.held_out))
                 copy_from_teacher(self.student, self.teacher)
-            self.scores["student before"] = score_masked(self.student, self.held_out)
+            self.scores["student before"] = self._score(self.student)
 
     def _after(self, stage: Stage) -> None:
-        if stage.trained is self.teacher:
-            self.scores["teacher"] = score_masked(self.teacher, self.held_out)
-        elif stage.name == "transfer":
-            self.scores["student transferred"] = score_masked(self.student, self.held_out)
-        else:
-            self.scores["student"] = score_masked(self.student, self.held_out)
+        name = "teacher" if stage.trained is self.teacher else "student"
+        self.scores[f"{name} transferred" if stage.name == "transfer" else name] = self._score(stage.trained)
+
+    def _score(self, model: PreTrainingModel) -> Score:
+        if isinstance(self.teacher, FeatureTeacher) and self.schedule.strategy != "none":
+            return score_features(model, self.teacher, self.held_out)
+        return score_masked(model, self.held_out)
 
     def _train(self, stage: Stage, optimizer_state: Mapping[str, Tensor] | None) -> None:
         optimizer = make_optimizer(self.schedule.optimizer, stage.groups())
@@ -296,7 +305,8 @@ class Distillation:
         if self.folder is None or not self.place.first:
             return
         tensors = {f"student.{n}": v for n, v in self.student.state_dict().items()}
-        tensors |= {f"teacher.{n}": v for n, v in self.teacher.state_dict().items()}
+        if not self._given:
+            tensors |= {f"teacher.{n}": v for n, v in self.teacher.state_dict().items()}
         tensors |= _optimizer_tensors(optimizer)
         tensors |= {f"losses.{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.losses.items()}
         where = {
@@ -336,9 +346,12 @@ class Distillation:
                     f"{path} is of a run with another corpus, seed, schedule, geometry or teacher; delete its folder, or use another"
                 )
             for prefix, model in (("student.", self.student), ("teacher.", self.teacher)):
+                if model is self.teacher and self._given:
+                    continue
                 model.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
             self._stage, self._step, self._tokens = (int(where[key]) for key in ("stage", "step", "tokens"))
-            self.scores = {name: MaskedScore(**score) for name, score in where["scores"].items()}
+            kind = FeatureScore if isinstance(self.teacher, FeatureTeacher) else MaskedScore
+            self.scores = {name: kind(**score) for name, score in where["scores"].items()}
             names = [n for n in tensors if n.startswith("losses.")]
             self.losses = {n.removeprefix("losses."): tensors[n].tolist() for n in sorted(names, key=_stage_order)}
             return {n: v for n, v in tensors.items() if n.startswith("optimizer.")}
@@ -389,7 +402,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
 
 def _stage_order(name: str) -> tuple[int, int]:
     stage, _, part = name.removeprefix("losses.").partition("/")
-    known = ("teacher", "transfer", "distillation", "masked words")
+    known = ("teacher", "transfer", "distillation", "representations", "masked words")
     return known.index(stage) if stage in known else len(known), int(part or 0)
 
 

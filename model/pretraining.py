@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketfed.model.corpus import CorpusError
-from pocketfed.model.teacher import PreTrainingModel
+from pocketfed.model.teacher import FeatureTeacher, PreTrainingModel
 from pocketfed.model.token_store import SPECIAL, Ints, TokenCorpus, Tokens
 from pocketfed.model.tokenization import PREFIX, Vocabulary
 
@@ -39,6 +39,10 @@ class MaskedBatch:
 
     def to(self, device: torch.device) -> MaskedBatch:
         return MaskedBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def whole(self) -> MaskedBatch:
+        """The same texts with nothing hidden."""
+        return replace(self, input_ids=self.input_ids.masked_scatter(self.chosen, self.targets))
 
     def split(self, parts: int) -> list[MaskedBatch]:
         """At most so many batches of consecutive texts, of equal number but for the last; none without a hidden token."""
@@ -205,6 +209,51 @@ class MaskedScore:
     accuracy: float
     tokens: int
     next_sentence: float | None = None
+
+
+@dataclass(frozen=True)
+class FeatureScore:
+    """How near a student is to a teacher that predicts nothing, on whole texts.
+
+    cosine: of their sentence vectors, mean over texts. explained: share of the variance of the teacher's last features
+    (LayerNorm without gain, as transfer compares them) that the student's have.
+    """
+
+    cosine: float
+    explained: float
+    texts: int
+
+
+@torch.no_grad()
+def score_features(student: PreTrainingModel, teacher: FeatureTeacher, batches: Batches) -> FeatureScore:
+    """Student beside teacher on all texts, nothing hidden.
+
+    Raises:
+        CorpusError: no text.
+    """
+    training, device = student.training, next(student.parameters()).device
+    student.eval()
+    cosines, missed, varied, tokens = 0.0, 0.0, 0.0, 0
+    total = torch.zeros(teacher.config.hidden_size, dtype=torch.float64, device=device)
+    order = batches.corpus.lengths.argsort(kind="stable")
+    rng = np.random.default_rng(batches.seed)
+    for start in range(0, len(order), 64):
+        batch = make_batch(batches.corpus, order[start : start + 64], batches, rng).whole().to(device)
+        inputs, mask = (batch.input_ids, batch.attention_mask, batch.token_type_ids), batch.attention_mask
+        ours, theirs = student.mobilebert(*inputs).last, teacher.mobilebert(*inputs).last
+        vectors = student.mobilebert.pool_tokens(ours, mask), teacher.mobilebert.pool_tokens(theirs, mask)
+        cosines += float(F.cosine_similarity(*vectors, dim=-1).sum())
+        s, t = (F.layer_norm(x[mask == 1], x.shape[-1:]).double() for x in (ours, theirs))
+        missed += float((s - t).square().sum())
+        varied += float(t.square().sum())
+        total += t.sum(0)
+        tokens += len(t)
+    student.train(training)
+    if not tokens:
+        raise CorpusError("no text is held out to compare student and teacher on; give a larger corpus")
+    return FeatureScore(
+        cosines / len(order), 1.0 - missed / (varied - float(total.square().sum()) / tokens), len(order)
+    )
 
 
 @torch.no_grad()

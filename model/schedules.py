@@ -44,6 +44,9 @@ class Schedule:
     precision: str = "float32"
     max_length: int = 0  # tokens; 0 for the model's
     teacher_batch_size: int = 0  # while the teacher is trained; 0 for `batch_size`
+    sentence_weight: float = (
+        10.0  # of the loss between whole texts' vectors, under a teacher without pre-training heads
+    )
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -62,6 +65,9 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise DistillationError(f"{name} is {value!r}; it must be a positive number, such as 0.003")
+        weight = self.sentence_weight
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 <= weight < math.inf:
+            raise DistillationError(f"sentence_weight is {weight!r}; it must be a number of at least 0, such as 10")
         for name in ("warm_up", "phase_warm_up"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
@@ -133,6 +139,23 @@ MINI_SCHEDULE = Schedule(
 )
 SCHEDULES: dict[str, Schedule] = {
     "mini": MINI_SCHEDULE,
+    # From a BERT of the same width, whose steps are none of ours. Sentences of everyday length, all losses at once: at a few
+    # thousand steps a phase for each layer is too short (docs/results.md).
+    "pocket": Schedule(
+        teacher_steps=20_000,
+        transfer_steps=1_000,
+        distillation_steps=3_000,
+        batch_size=64,
+        teacher_rate=2e-3,
+        transfer_rate=2e-3,
+        distillation_rate=2e-3,
+        warm_up=0.05,
+        optimizer="adamw",
+        strategy="auxiliary",
+        pairs=False,
+        precision="bfloat16",
+        max_length=40,
+    ),
     "nano": Schedule(
         teacher_steps=800,
         transfer_steps=600,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketfed.model.config import SHARED_WITH_TEACHER, MobileBertConfig
+from pocketfed.model.config import SHARED_WITH_BERT, SHARED_WITH_TEACHER, MobileBertConfig
 from pocketfed.model.lamb import Lamb, parameter_groups
 from pocketfed.model.mobilebert import Encoded
 from pocketfed.model.objectives import (
@@ -19,6 +19,7 @@ from pocketfed.model.objectives import (
     masked_language_loss,
     next_sentence_loss,
     pretraining_distillation_loss,
+    sentence_loss,
 )
 from pocketfed.model.pretraining import MaskedBatch
 from pocketfed.model.schedules import (
@@ -30,12 +31,19 @@ from pocketfed.model.schedules import (
     phase_of,
     phase_steps,
 )
-from pocketfed.model.teacher import PreTrainingModel
+from pocketfed.model.teacher import FeatureTeacher, PreTrainingModel, Teacher
 
 
-def check_pair(student: MobileBertConfig, teacher: MobileBertConfig) -> None:
-    """Raises DistillationError unless each student layer has a layer of the teacher to follow."""
-    for name in SHARED_WITH_TEACHER:
+def check_pair(student: MobileBertConfig, teacher: MobileBertConfig, attention: bool = True) -> None:
+    """Raises DistillationError unless each student layer has a layer of the teacher to follow.
+
+    Args:
+        attention: attention maps are compared too, head by head.
+    """
+    shared = SHARED_WITH_TEACHER if teacher.use_bottleneck else SHARED_WITH_BERT
+    for name in shared:
+        if name == "num_attention_heads" and not attention:
+            continue
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise DistillationError(
@@ -101,7 +109,7 @@ class Transfer(Stage):
     """
 
     trained: PreTrainingModel
-    teacher: PreTrainingModel
+    teacher: Teacher
     schedule: Schedule
     number: int = 2
     name: str = "transfer"
@@ -124,7 +132,10 @@ class Transfer(Stage):
         groups: list[dict[str, Any]] = []
         self._of_layer = []
         for layer, block in enumerate(self.trained.mobilebert.encoder.layer):
-            mine = parameter_groups(block.named_parameters(), self.schedule.transfer_rate)
+            learning = list(block.named_parameters())
+            if layer == 0 and not self.teacher.config.use_bottleneck:  # its embeddings were approximated, not copied
+                learning += self.trained.mobilebert.embeddings.named_parameters()
+            mine = parameter_groups(learning, self.schedule.transfer_rate)
             groups += mine
             self._of_layer += [layer] * len(mine)
         return groups
@@ -180,10 +191,48 @@ class Predictions(Stage):
         return loss
 
 
+@dataclass
+class Representations(Stage):
+    """The last stage under a teacher that predicts nothing: everything in the student learns to represent texts as it does.
+
+    Feature maps and attention of all layers, and the vector of the whole text.
+    """
+
+    trained: PreTrainingModel
+    teacher: FeatureTeacher
+    schedule: Schedule
+    steps: int
+    number: int = 3
+    name: str = "representations"
+
+    def groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.trained.mobilebert.named_parameters(), self.schedule.distillation_rate)
+
+    def rates(self, step: int) -> list[float]:
+        return [self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)]
+
+    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+        ours, theirs = encode_both(self.trained, self.teacher, batch)
+        mask, layers = batch.attention_mask, range(self.trained.config.num_hidden_layers)
+        loss = transfer_loss(ours, theirs, mask, self.schedule, layers)
+        if self.schedule.sentence_weight:
+            vectors = (
+                self.trained.mobilebert.pool_tokens(ours.last, mask),
+                self.teacher.mobilebert.pool_tokens(theirs.last, mask),
+            )
+            loss = loss + self.schedule.sentence_weight * sentence_loss(*vectors)
+        return loss
+
+
 def encode_both(
-    student: PreTrainingModel, teacher: PreTrainingModel, batch: MaskedBatch, depth: int | None = None
+    student: PreTrainingModel, teacher: Teacher, batch: MaskedBatch, depth: int | None = None
 ) -> tuple[Encoded, Encoded]:
-    """Student and, without gradient, teacher on a batch, up to the student's block `depth`."""
+    """Student and, without gradient, teacher on a batch, up to the student's block `depth`.
+
+    A teacher without a head for hidden words has not learnt what to make of them: both read the whole text.
+    """
+    if isinstance(teacher, FeatureTeacher):
+        batch = batch.whole()
     ratio = teacher.config.num_hidden_layers // student.config.num_hidden_layers
     inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
     with torch.no_grad():
@@ -212,14 +261,29 @@ def make_optimizer(kind: str, groups: list[dict[str, Any]]) -> torch.optim.Optim
     return torch.optim.AdamW(plain, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True)
 
 
-def student_stages(student: PreTrainingModel, teacher: PreTrainingModel | None, schedule: Schedule) -> list[Stage]:
-    """What a student goes through after its teacher is ready, by the schedule's strategy."""
+def student_stages(student: PreTrainingModel, teacher: Teacher | None, schedule: Schedule) -> list[Stage]:
+    """What a student goes through after its teacher is ready, by the schedule's strategy.
+
+    Raises:
+        DistillationError: nothing that the student could learn from this teacher.
+    """
     if teacher is None or schedule.strategy == "none":
         peak, warm_up = schedule.distillation_rate, schedule.warm_up
         return [MaskedWords(student, "masked words", 3, schedule.student_steps, peak, warm_up)]
+    transferred = bool((schedule.feature_maps or schedule.attention) and schedule.transfer_steps)
+    if isinstance(teacher, FeatureTeacher):
+        if not (schedule.feature_maps or schedule.attention or schedule.sentence_weight):
+            raise DistillationError(
+                "feature_maps and attention are false and sentence_weight is 0, and the teacher has no pre-training heads: "
+                "nothing is left to learn from it, so turn one on"
+            )
+        if schedule.strategy == "auxiliary" or not transferred:
+            return [Representations(student, teacher, schedule, schedule.student_steps)]
+        transfer = Transfer(student, teacher, schedule)
+        return [transfer, Representations(student, teacher, schedule, schedule.distillation_steps)]
     if schedule.strategy == "auxiliary":
         return [Predictions(student, teacher, schedule, schedule.student_steps, transfer=True)]
     after: list[Stage] = [Predictions(student, teacher, schedule, schedule.distillation_steps)]
-    if not (schedule.feature_maps or schedule.attention) or not schedule.transfer_steps:
+    if not transferred:
         return [Predictions(student, teacher, schedule, schedule.student_steps)]
     return [Transfer(student, teacher, schedule), *after]
