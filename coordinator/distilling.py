@@ -194,7 +194,8 @@ def prepare_distillation(
     from pocketfed.model import distillation, schedules, stages, teacher, token_store, tokenization
 
     schedule = schedules.schedule_for(preset)
-    schedule = _changed_schedule(schedule, schedule_changes, steps, config.num_hidden_layers)
+    taught_first = options.teacher is None and schedule_changes.get("strategy", schedule.strategy) != "none"
+    schedule = _changed_schedule(schedule, schedule_changes, steps, config.num_hidden_layers, taught_first)
     paths = [Path(path) for path in corpus]
     weights, given = None, None
     if options.teacher is not None:
@@ -295,13 +296,15 @@ def _value(text: Any) -> Any:
         return text
 
 
-def _changed_schedule(schedule: Schedule, changes: Mapping[str, Any], steps: int | None, layers: int) -> Schedule:
+def _changed_schedule(
+    schedule: Schedule, changes: Mapping[str, Any], steps: int | None, layers: int, taught_first: bool
+) -> Schedule:
     known = [f.name for f in dataclasses.fields(schedule)]
     unknown = next((name for name in changes if name not in known), None)
     if unknown is not None:
         raise ConfigError(f"there is no setting 'schedule.{unknown}'; there are {', '.join(known)}")
     changed = dataclasses.replace(schedule, **changes)
-    return changed if steps is None else changed.scaled(steps, layers)
+    return changed if steps is None else changed.scaled(steps, layers, taught_first)
 
 
 def _model_card(material: Material, result: Result, report: Mapping[str, Any]) -> str:

@@ -89,20 +89,24 @@ class Schedule:
     def steps(self) -> int:
         return (0 if self.strategy == "none" else self.teacher_steps) + self.student_steps
 
-    def scaled(self, steps: int, layers: int) -> Schedule:
+    def scaled(self, steps: int, layers: int, taught_first: bool = True) -> Schedule:
         """The same schedule over `steps` in all, its stages in proportion.
+
+        Args:
+            taught_first: a teacher is trained first, and has its share of them; else all are the student's.
 
         Raises:
             DistillationError: fewer than a step for the teacher, for each layer and for the distillation.
         """
         layers = layers if self.transfer_steps else 0  # where none is to be transferred, none is
-        if steps < layers + 2:
-            raise DistillationError(f"{steps} steps are too few; {layers} layers need at least {layers + 2}")
-        whole = self.teacher_steps + self.student_steps
-        transfer = max(layers, round(steps * self.transfer_steps / whole))
-        distillation = max(1, round(steps * self.distillation_steps / whole))
-        transfer = min(transfer, steps - 2)
-        distillation = min(distillation, steps - transfer - 1)
+        others = 2 if taught_first else 1
+        if steps < layers + others:
+            raise DistillationError(f"{steps} steps are too few; {layers} layers need at least {layers + others}")
+        whole = self.student_steps + (self.teacher_steps if taught_first else 0)
+        transfer = min(max(layers, round(steps * self.transfer_steps / whole)), steps - others)
+        if not taught_first:
+            return dataclasses.replace(self, transfer_steps=transfer, distillation_steps=steps - transfer)
+        distillation = min(max(1, round(steps * self.distillation_steps / whole)), steps - transfer - 1)
         teacher = steps - transfer - distillation
         return dataclasses.replace(
             self, teacher_steps=teacher, transfer_steps=transfer, distillation_steps=distillation

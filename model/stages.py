@@ -46,8 +46,11 @@ def check_pair(student: MobileBertConfig, teacher: MobileBertConfig, attention: 
             continue
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
+            remedy = "set both" if teacher.use_bottleneck else f"set the student's to {theirs}"
+            if name == "num_attention_heads":
+                remedy += ", or schedule.attention=false"
             raise DistillationError(
-                f"the student's {name} is {ours} and the teacher's is {theirs}; transfer needs them equal, so set both"
+                f"the student's {name} is {ours} and the teacher's is {theirs}; transfer needs them equal, so {remedy}"
             )
     if teacher.num_hidden_layers % student.num_hidden_layers:
         raise DistillationError(

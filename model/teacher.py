@@ -160,14 +160,14 @@ def factorise_embeddings(student: MobileBert, teacher: MobileBert) -> None:
         ours.embedding_transformation.bias.zero_()
     ours.position_embeddings.weight[:places] = theirs.position_embeddings.weight[:places]
     ours.token_type_embeddings.weight[:types] = theirs.token_type_embeddings.weight[:types]
-    norm = theirs.LayerNorm
+    norm = theirs.LayerNorm.state_dict()
     if student.config.normalization_type == "layer_norm":
-        ours.LayerNorm.load_state_dict(norm.state_dict())
+        ours.LayerNorm.load_state_dict(norm)
         return
     x = words + theirs.position_embeddings.weight[:places].mean(0) + theirs.token_type_embeddings.weight[0]
     deviation = x.std(-1, unbiased=False).mean()
-    ours.LayerNorm.weight.copy_(norm.weight / deviation)
-    ours.LayerNorm.bias.copy_(norm.bias - norm.weight * x.mean() / deviation)
+    gain = norm["weight"] / deviation
+    ours.LayerNorm.load_state_dict({"weight": gain, "bias": norm["bias"] - gain * x.mean()})
 
 
 def save_pretrained(model: Teacher, vocabulary: Vocabulary, folder: Path) -> None:
