@@ -18,8 +18,8 @@ COLUMNS = ("set", "accuracy", "rate", "CPU s, first round", "later", "peak MB", 
 def advise(
     data: Annotated[Path, typer.Option(help="Labelled texts: a file or folder, see the README.")],
     model: Annotated[
-        str, typer.Option(help="A model folder, or a preset for a student that starts untrained.")
-    ] = "micro",
+        str, typer.Option(help="A model folder, `shipped` (the default), or a preset that starts untrained.")
+    ] = "shipped",
     memory: Annotated[float | None, typer.Option(help="MB the device's process may hold.")] = None,
     bytes_: Annotated[float | None, typer.Option("--bytes", help="kB a device may send a round.")] = None,
     time: Annotated[float | None, typer.Option(help="CPU seconds a local round may take, as on this machine.")] = None,

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,33 @@ from pocketfed.cli.output import (
     sizes_rows,
     stage_teller,
 )
+from pocketfed.model.shipped import SHIPPED
 from pocketfed.model.tasks import Dataset, majority_accuracy, read_dataset
 from pocketfed.simulations.data import assistant_corpus, assistant_dataset, write_dataset
 from pocketfed.simulations.partition import partition
 
 DEVICES, SEED = 4, 0
-PRESET, TRAINABLE_SET, LEARNING_RATE = "nano", "full", 0.003
+PRESET = "nano"
+
+
+@dataclass(frozen=True)
+class Student:
+    """What the devices start from, and what of it they train at which rate."""
+
+    model: str
+    trainable_set: str
+    learning_rate: float
 
 
 class DemoError(RuntimeError):
     """A step of the demo that did not do what it should; its log says more."""
 
 
-def run_demo(folder: Path, rounds: int, steps: int | None, data: Path | None = None) -> None:
+def run_demo(folder: Path, rounds: int, distill: bool, steps: int | None, data: Path | None = None) -> None:
     """Everything the demo writes lies in `folder`; an earlier demo there is replaced.
 
     Args:
+        distill: make a student from the data's own text first, in `steps`; else the shipped one is published.
         data: labelled texts in place of the demo's own; its training texts are the corpus as well.
 
     Raises:
@@ -62,15 +74,14 @@ def run_demo(folder: Path, rounds: int, steps: int | None, data: Path | None = N
     )
     out.print(f"Always guessing the commonest intent is right in {majority_accuracy(dataset):.1%} of them.")
 
-    out.rule("2  distill and quantize, on the coordinator")
-    sizes = make_student(folder, lines, steps)
-    print_table("student", ["weights", "bytes", ""], sizes_rows(sizes))
+    out.rule("2  distill and quantize, on the coordinator" if distill else "2  the student that comes with the package")
+    student = make_student(folder, lines, steps) if distill else shipped_student()
 
     out.rule("3  publish, and serve over gRPC")
     database = folder / "fleet.db"
     published = run_json(
         "publish",
-        str(folder / "student-int8"),
+        student.model,
         "--channel",
         "stable",
         "--database",
@@ -78,12 +89,12 @@ def run_demo(folder: Path, rounds: int, steps: int | None, data: Path | None = N
         "--labels",
         str(folder / "data"),
         "--train",
-        TRAINABLE_SET,
+        student.trainable_set,
     )
     out.print(f"artifact {published['version'][:12]}: {format_bytes(published['bytes'])}, released on channel 'stable'")
 
     out.rule(f"4  {DEVICES} device processes fine-tune; their text stays with them")
-    rows = run_fleet(folder, database, files, rounds)
+    rows = run_fleet(folder, database, files, rounds, student.learning_rate)
     print_table("rounds", list(ROUND_COLUMNS), rows)
     out.print(f"\nDone in {time.monotonic() - started:.0f} s. See it in the browser:")
     out.print(f"  {Path(sys.executable).with_name('pocketfed')} dashboard --database {database}", style="bold")
@@ -116,8 +127,21 @@ def write_device_files(dataset: Dataset, folder: Path, deal: str) -> list[Path]:
     return files
 
 
-def make_student(folder: Path, lines: Sequence[str], steps: int | None) -> dict[str, int]:
-    """Distill from unlabelled text, then quantize. Returns the student's bytes by number format."""
+def shipped_student() -> Student:
+    """The package's own student, as it is: eight bits, and only a little of it to train."""
+    from pocketfed.coordinator import pipeline
+
+    seen = pipeline.inspect(SHIPPED)
+    console().print(
+        f"{seen['parameters']:,} parameters, distilled from a pre-trained BERT and quantized; how: "
+        "pocketfed inspect shipped, or see --distill"
+    )
+    print_table("student", ["weights", "bytes", ""], sizes_rows(seen["bytes"]))
+    return Student(SHIPPED, "head", 0.01)
+
+
+def make_student(folder: Path, lines: Sequence[str], steps: int | None) -> Student:
+    """Distill from unlabelled text, then quantize."""
     from pocketfed.coordinator import distilling, pipeline
 
     corpus = folder / "corpus.txt"
@@ -130,15 +154,18 @@ def make_student(folder: Path, lines: Sequence[str], steps: int | None) -> dict[
         f"{report['scores']['teacher']['accuracy']:.1%}, student {report['scores']['student']['accuracy']:.1%}"
     )
     pipeline.quantize(folder / "student", folder / "student-int8")
-    return dict(report["model"]["bytes"])
+    print_table("student", ["weights", "bytes", ""], sizes_rows(report["model"]["bytes"]))
+    return Student(str(folder / "student-int8"), "full", 0.003)
 
 
-def run_fleet(folder: Path, database: Path, files: Sequence[Path], rounds: int) -> list[list[str]]:
+def run_fleet(
+    folder: Path, database: Path, files: Sequence[Path], rounds: int, learning_rate: float
+) -> list[list[str]]:
     """A coordinator process and one process a device, until the run has ended. Returns the rounds as table rows."""
     (folder / "run.toml").write_text(
         f'name = "demo"\nrounds = {rounds}\nmin_devices = {len(files)}\nseed = {SEED}\n'
         f"test_data = {json.dumps(str(folder / 'data' / 'test.jsonl'))}\n"
-        f"lease_s = 10.0\n\n[local]\nepochs = 1\nbatch_size = 16\nlearning_rate = {LEARNING_RATE}\n"
+        f"lease_s = 10.0\n\n[local]\nepochs = 1\nbatch_size = 16\nlearning_rate = {learning_rate}\n"
     )
     serve = [
         "serve",

@@ -40,9 +40,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 
 
 def publish(
-    model_dir: Annotated[Path, typer.Argument(help="A model folder, or an artifact that was built with --out.")],
     channel: Annotated[str, typer.Option(help="Devices follow a channel.")],
     database: Database,
+    model_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="[MODEL]",
+            show_default=False,
+            help="A model folder, `shipped` for the package's own student (the default), or an artifact built with --out.",
+        ),
+    ] = Path("shipped"),
     labels: Annotated[
         str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")
     ] = "",
@@ -144,7 +151,9 @@ def _build(
 ) -> Any:
     from pocketfed.coordinator.artifacts import build_artifact, label_names
     from pocketfed.model.checkpoints import load, tokens_of
+    from pocketfed.model.shipped import located
 
+    model_dir = located(model_dir)
     checkpoint = load(model_dir)
     names = label_names(checkpoint, labels, model_dir)
     return build_artifact(

@@ -32,7 +32,9 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(min=1, help="By default 10.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A model folder, or a preset for a student that starts untrained; by default micro."),
+        typer.Option(
+            help="A model folder, `shipped` for the package's own student (the default), or a preset that starts untrained."
+        ),
     ] = None,
     partition: Annotated[
         str | None, typer.Option(help="iid (the default), dirichlet:ALPHA, quantity:ALPHA, shards:K or by:COLUMN.")
@@ -325,10 +327,15 @@ def demo(
         Path, typer.Option(help="For everything the demo writes; an earlier demo there is replaced.")
     ] = Path("demo"),
     rounds: Annotated[int, typer.Option(min=1)] = 12,
-    steps: Annotated[int | None, typer.Option(min=10, help="Of distillation; by default the preset's own.")] = None,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Distill and quantize a small student first, on the data's text.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=10, help="Of that distillation, which it asks for; by default the preset's own.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Labelled texts in place of the demo's own.")] = None,
 ) -> None:
-    """The whole path once: distill, quantize, publish, four device processes over gRPC, a table of rounds."""
+    """The whole path once: a student, published; four device processes over gRPC; a table of rounds."""
     from pocketfed.cli.demo import run_demo
 
-    run_demo(folder, rounds, steps, data)
+    run_demo(folder, rounds, distill or steps is not None, steps, data)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pocketfed.model.config import STUDENTS, ConfigError, MobileBertConfig
 from pocketfed.model.config import preset as student_of
+from pocketfed.model.shipped import located
 
 INSPECTED_TOKENS = 128  # the length at which the paper counts
 
@@ -27,6 +28,7 @@ def quantize(model_dir: Path, out: Path, scheme: str = "int8") -> dict[str, Any]
         raise checkpoints.CheckpointError(f"there is no quantization scheme {scheme!r}; choose int8")
     checkpoint = checkpoints.load(model_dir)
     _, errors = quantize_state(checkpoint.state)
+    model_dir = located(model_dir)
     card = Path(model_dir) / checkpoints.CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     before = (Path(model_dir) / checkpoints.WEIGHTS).stat().st_size
@@ -52,19 +54,20 @@ def inspect(name_or_dir: str | Path) -> dict[str, Any]:
     """
     if str(name_or_dir) in STUDENTS:
         return {"name": str(name_or_dir), "quantization": None, "labels": None, **sizes(student_of(str(name_or_dir)))}
-    if not Path(name_or_dir).is_dir():
+    folder = located(name_or_dir)
+    if not folder.is_dir():
         try:
             student_of(str(name_or_dir))
         except ConfigError as error:
             raise ConfigError(f"{error}; nor is there a folder of that name") from None
     from pocketfed.model import checkpoints
 
-    checkpoint = checkpoints.load(Path(name_or_dir))
+    checkpoint = checkpoints.load(folder)
     return {
         "name": str(name_or_dir),
         "quantization": checkpoint.quantization,
         "labels": list(checkpoint.labels) if checkpoint.labels else None,
-        "bytes_on_disk": sum(p.stat().st_size for p in Path(name_or_dir).iterdir() if p.is_file()),
+        "bytes_on_disk": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         **sizes(checkpoint.config),
     }
 

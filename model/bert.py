@@ -56,7 +56,10 @@ def bert_config(content: Mapping[str, Any], pooling: str = "mean") -> MobileBert
 
 
 def bert_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of `BertModel` and of the classes around it as those of `PreTrainingModel`; float32."""
+    """Names of `BertModel` and of the classes around it as those of `PreTrainingModel`; float32.
+
+    A `BertForMaskedLM` was not trained to tell next sentences from others: it gets a head that says neither.
+    """
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
         short = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
@@ -64,4 +67,10 @@ def bert_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         kept = short if short.startswith(HEADS) else f"mobilebert.{short}"
         found[kept] = value.to(torch.float32) if value.dtype in FLOATS else value
+    dense = found.get("cls.predictions.transform.dense.weight")
+    if dense is not None and "cls.seq_relationship.weight" not in found:
+        found |= {
+            "cls.seq_relationship.weight": dense.new_zeros(2, len(dense)),
+            "cls.seq_relationship.bias": dense.new_zeros(2),
+        }
     return found

@@ -25,6 +25,7 @@ from pocketfed.model.google_names import config_of_google, is_google, tensors_fr
 from pocketfed.model.huggingface import read_config, read_labels, read_tensors
 from pocketfed.model.mobilebert import MobileBert
 from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state, stored_bytes
+from pocketfed.model.shipped import located
 from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocabulary
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "model.safetensors", "vocab.txt"
@@ -192,7 +193,7 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: anything missing, damaged or not fitting; one sentence that names it.
     """
-    folder = Path(folder)
+    folder = located(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; check the path, or run `pocketfed distill`")
     content, tensors = _read_model(folder)

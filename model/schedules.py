@@ -98,7 +98,8 @@ class Schedule:
         Raises:
             DistillationError: fewer than a step for the teacher, for each layer and for the distillation.
         """
-        layers = layers if self.transfer_steps else 0  # where none is to be transferred, none is
+        # Only a phase for each layer needs a step for each; where none is to be transferred, none is.
+        layers = layers if self.transfer_steps and self.strategy == "progressive" else 0
         others = 2 if taught_first else 1
         if steps < layers + others:
             raise DistillationError(f"{steps} steps are too few; {layers} layers need at least {layers + others}")

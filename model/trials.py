@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from pocketfed.model.checkpoints import load, tokens_of
-from pocketfed.model.config import STUDENTS, MobileBertConfig, preset
+from pocketfed.model.config import MobileBertConfig, preset
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_model, predict
 from pocketfed.model.metrics import classification_scores, goodness, scope_scores, summarised
 from pocketfed.model.rows import append_row
+from pocketfed.model.shipped import located, starts_untrained
 from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
 from pocketfed.model.tfidf import tfidf_guesses
@@ -61,12 +62,12 @@ def start_of(model: str, dataset: Dataset) -> Start:
     Raises:
         CheckpointError, ConfigError: neither of them.
     """
-    folder = Path(model)
-    if model in STUDENTS or not folder.exists():
+    if starts_untrained(model):
         config = preset(model)
         texts = (text for e in dataset.train for text in (e.text, e.text_pair) if text)
         vocabulary = train_vocabulary(texts, config.vocab_size)
         return Start(f"{model}, untrained", config.with_changes(vocab_size=len(vocabulary)), {}, vocabulary)
+    folder = located(model)
     checkpoint = load(folder)
     state = {name: value for name, value in checkpoint.state.items() if not name.startswith("classifier.")}
     return Start(folder.resolve().name, checkpoint.config, state, tokens_of(checkpoint))

@@ -26,6 +26,7 @@ from pocketfed.client_sdk.errors import ConfigurationError, PocketfedError, Trai
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate, train
 from pocketfed.model.parameters import encode_vector
+from pocketfed.model.shipped import SHIPPED
 from pocketfed.model.tasks import DataError, Dataset, Example, read_dataset
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class AdviseConfig:
     """
 
     data: Path
-    model: str = "micro"
+    model: str = SHIPPED
     sets: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     devices: int = 10
@@ -248,9 +249,10 @@ def _fitting_sets(model: str) -> tuple[str, ...]:
 
 def _config_of(model: str) -> MobileBertConfig:
     from pocketfed.model.checkpoints import load
-    from pocketfed.model.config import STUDENTS, preset
+    from pocketfed.model.config import preset
+    from pocketfed.model.shipped import starts_untrained
 
-    return preset(model) if model in STUDENTS or not Path(model).exists() else load(Path(model)).config
+    return preset(model) if starts_untrained(model) else load(Path(model)).config
 
 
 def _check(config: AdviseConfig, sets: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from pocketfed.coordinator.rounds import drive_run, recall_end
 from pocketfed.coordinator.spending import spent_in
 from pocketfed.coordinator.store import Store, by_clock
 from pocketfed.model.parameters import Vector
+from pocketfed.model.shipped import SHIPPED
 from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.costs import EnergyModel, cost_of
@@ -59,7 +60,7 @@ class SimulationConfig:
     """
 
     data: Path
-    model: str = "micro"
+    model: str = SHIPPED
     devices: int = 10
     partition: str = "iid"
     train: str = ""
@@ -129,11 +130,11 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
     come together, so there it has to come from a public corpus (`pocketfed distill`).
     """
     from pocketfed.model.checkpoints import load, tokens_of
-    from pocketfed.model.config import STUDENTS, preset
+    from pocketfed.model.config import preset
+    from pocketfed.model.shipped import located, starts_untrained
     from pocketfed.model.tokenization import train_vocabulary
 
-    given = Path(model)
-    if model in STUDENTS or not given.exists():
+    if starts_untrained(model):
         config = preset(model)
         vocabulary = train_vocabulary([t for e in dataset.train for t in (e.text, e.text_pair) if t], config.vocab_size)
         config = config.with_changes(vocab_size=len(vocabulary))
@@ -150,7 +151,8 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
             seed=seed,
         )
     else:
-        checkpoint = load(given)
+        folder_of_it = located(model)
+        checkpoint = load(folder_of_it)
         built = build_artifact(
             folder,
             config=checkpoint.config,
@@ -161,7 +163,7 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
             quantized=checkpoint.quantization == "int8",
             head_labels=checkpoint.labels,
             max_length=max_length,
-            preset=given.name,
+            preset=folder_of_it.name,
             seed=seed,
         )
     return open_artifact(built.folder, built.version)

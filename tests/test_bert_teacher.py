@@ -28,6 +28,7 @@ from pocketfed.model.teacher import (
     copy_from_teacher,
     factorise_embeddings,
     load_teacher,
+    save_pretrained,
 )
 from pocketfed.model.token_store import store_corpus
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
@@ -71,12 +72,12 @@ def vocabulary() -> Vocabulary:
     return train_vocabulary(lines(300), 60)
 
 
-def write_bert(folder: Path, vocabulary: Vocabulary, heads: bool = False, **changes: Any) -> Any:
+def write_bert(folder: Path, vocabulary: Vocabulary, kind: Any = transformers.BertModel, **changes: Any) -> Any:
     """A BERT with weights large enough to matter, in Hugging Face's own files. Returns Hugging Face's model."""
     config = transformers.BertConfig(vocab_size=len(vocabulary), **{**SIZES, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = (transformers.BertForPreTraining if heads else transformers.BertModel)(config).eval()
+        model = kind(config).eval()
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter) * 0.3
     model.save_pretrained(folder)
@@ -117,17 +118,27 @@ def test_a_bert_without_heads_is_read_as_hugging_face_computes_it(tmp_path: Path
         torch.testing.assert_close(got[mask == 1], wanted[mask == 1], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [transformers.BertForPreTraining, transformers.BertForMaskedLM])
 def test_a_bert_with_its_heads_predicts_hidden_words_as_hugging_face_does(
-    tmp_path: Path, vocabulary: Vocabulary
+    tmp_path: Path, vocabulary: Vocabulary, kind: Any
 ) -> None:
-    theirs = write_bert(tmp_path, vocabulary, heads=True).double()
+    theirs = write_bert(tmp_path, vocabulary, kind).double()
     ours, _ = load_teacher(tmp_path)
     assert isinstance(ours, PreTrainingModel)
     ids = torch.randint(5, len(vocabulary), (2, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = theirs(ids).prediction_logits
+        expected = theirs(ids)[0]
         got = ours.double().predict(ours.mobilebert(ids, torch.ones_like(ids)).last.flatten(0, 1))
     torch.testing.assert_close(got, expected.flatten(0, 1), rtol=1e-6, atol=1e-9)
+
+
+def test_a_bert_kept_as_a_teacher_is_read_again(bert: Path, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    teacher, _ = load_teacher(bert)
+    save_pretrained(teacher, vocabulary, tmp_path / "kept")
+    again, words = load_teacher(tmp_path / "kept")
+    assert isinstance(again, FeatureTeacher)
+    assert (again.config, words) == (teacher.config, vocabulary)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in teacher.state_dict().items())
 
 
 def test_a_sentence_encoder_says_how_its_vectors_are_made(tmp_path: Path, vocabulary: Vocabulary) -> None:
@@ -202,7 +213,7 @@ def test_a_table_wide_enough_loses_nothing_and_a_layer_norm_is_copied(bert: Path
 
 
 def test_a_student_of_a_bert_with_heads_takes_those_that_fit(tmp_path: Path, vocabulary: Vocabulary) -> None:
-    write_bert(tmp_path, vocabulary, heads=True)
+    write_bert(tmp_path, vocabulary, transformers.BertForPreTraining)
     teacher, _ = load_teacher(tmp_path)
     assert isinstance(teacher, PreTrainingModel)
     student = PreTrainingModel(STUDENT.with_changes(vocab_size=len(vocabulary)))

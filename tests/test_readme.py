@@ -101,20 +101,15 @@ def test_the_ten_lines_on_a_device_run_as_written(tmp_path, monkeypatch, nano_bu
 
 @pytest.mark.slow
 def test_the_commands_for_a_fleet_run_as_written(tmp_path):
-    from pocketfed.simulations.data import assistant_corpus, assistant_dataset
+    from pocketfed.simulations.data import assistant_dataset
 
-    text = "\n".join(assistant_corpus(seed=1, lines=1500))
-    (tmp_path / "corpus.txt").write_text(text + "\n")
     rows = [e for e in assistant_dataset(seed=1).train if e.label in ("play_music", "set_alarm")][:60]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"text": e.text, "label": e.label}) + "\n" for e in rows))
     (toml,) = blocks("toml")
     (tmp_path / "run.toml").write_text(toml)
     (block,) = [b for b in blocks("sh") if "pocketfed publish" in b]
-    distill, quantize, publish, serve, device, dashboard = commands(block)
+    publish, serve, device, dashboard = commands(block)
 
-    run([*distill, "--steps", "40"], tmp_path)
-    assert (tmp_path / "student" / "model.safetensors").is_file()
-    run(quantize, tmp_path)
     run(publish, tmp_path)
     serve = [*with_option(serve, "--listen", "127.0.0.1:0"), "--set", "rounds=2", "--exit-when-done"]
     with running(serve, tmp_path, "serve.log") as coordinator:
@@ -126,6 +121,27 @@ def test_the_commands_for_a_fleet_run_as_written(tmp_path):
             assert coordinator.wait(WAIT_S) == 0
     with running([*dashboard, "--port", str(free_port())], tmp_path, "dashboard.log") as board:
         assert "http://127.0.0.1:" in until(board, "dashboard on")
+
+
+@pytest.mark.slow
+def test_a_student_of_ones_own_is_made_as_written(tmp_path):
+    import transformers
+
+    from pocketfed.model.tokenization import train_vocabulary
+    from pocketfed.simulations.data import assistant_corpus
+
+    lines = assistant_corpus(seed=1, lines=300)
+    (tmp_path / "TEXT").mkdir()
+    (tmp_path / "TEXT" / "corpus.txt").write_text("\n".join(lines) + "\n")
+    words = train_vocabulary(lines, 300)
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 48}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "BERT")
+    words.save(tmp_path / "BERT" / "vocab.txt")
+    (block,) = [b for b in blocks("sh") if "pocketfed distill" in b]
+    distill, quantize = commands(block)
+    assert "cosine" in run([*distill, "--steps", "3"], tmp_path).stdout
+    run(quantize, tmp_path)
+    assert (tmp_path / "student-int8" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -146,9 +162,9 @@ def test_the_evaluation_runs_as_written(tmp_path):
 
     write_dataset(assistant_dataset(seed=1, users=4, utterances_per_user=20, test_utterances=20), tmp_path / "DATA")
     ((arguments,),) = [commands(b) for b in blocks("sh") if "pocketfed evaluate" in b]
-    assert arguments[2:4] == ["STUDENT", "--data"]
-    arguments[2] = "nano"  # a preset will do
-    done = run(with_option(arguments, "--seeds", "0,1"), tmp_path)
+    assert arguments[2:4] == ["shipped", "--data"]
+    arguments[2] = "nano"  # quicker, and so is a smaller one beside it
+    done = run(with_option(with_option(arguments, "--seeds", "0,1"), "--from-scratch", "micro"), tmp_path)
     assert "accuracy" in done.stdout
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) >= 2
     assert "TF-IDF" in (tmp_path / "rows.md").read_text()
