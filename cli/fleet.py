@@ -154,7 +154,7 @@ def _build(
         vocabulary=tokens_of(checkpoint),
         labels=names,
         trainable_sets=sets,
-        quantized=checkpoint.quantization == "int8",
+        quantized=checkpoint.quantization is not None,
         activations=activations,
         max_length=max_length,
         preset=model_dir.resolve().name,

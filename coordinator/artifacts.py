@@ -204,7 +204,7 @@ def trainable_classifier(model_dir: Path, labels: str, trainable_set: str, seed:
     model = _classifier(
         checkpoint.config, checkpoint.state, separator, names, checkpoint.labels, "classification", seed
     )
-    return select(model, trainable_set, seed), checkpoint.quantization == "int8"
+    return select(model, trainable_set, seed), checkpoint.quantization is not None
 
 
 def _write_set(folder: Path, plans: Plans) -> dict[str, Any]:

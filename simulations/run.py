@@ -158,7 +158,7 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
             vocabulary=tokens_of(checkpoint),
             labels=dataset.labels,
             trainable_sets=[train or "lora:8"],
-            quantized=checkpoint.quantization == "int8",
+            quantized=checkpoint.quantization is not None,
             head_labels=checkpoint.labels,
             max_length=max_length,
             preset=given.name,
