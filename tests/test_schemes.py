@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +288,60 @@ def test_a_budget_takes_the_smallest_scheme_within_it_or_says_that_none_is(
     ):
         quantize(tmp_path / "torn", tmp_path / "none", dataclasses.replace(options, scheme="int4", budget=1.0))
     assert not (tmp_path / "none").exists()
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What `pocketfed` prints, in this process, through its own entry point."""
+    from pocketfed.cli.main import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pocketfed", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    said = capsys.readouterr()
+    assert ended.value.code == 0, said.err
+    return said.out
+
+
+def test_the_command_prints_bytes_errors_layers_and_what_a_task_loses(
+    folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("quantize", folder, "--dev", tiny_folder, "--max-length", 16, "--keep", "word_embeddings", "--group", 32)
+    told = run(capsys, *given, "--scheme", "int4", "--out", tmp_path / "a")
+    assert "int4" in told
+    assert "x smaller), largest error of a weight" in told
+    assert f"accuracy on {tiny_folder.name} (test, 24 examples)" in told
+    assert "points lost" in told
+    assert "Layers that lose most: " in told
+    report = json.loads(run(capsys, *given, "--budget", 5, "--out", tmp_path / "b", "--json"))
+    assert (report["scheme"], report["group"], report["keep"]) == ("int4", 32, ["word_embeddings"])
+    assert [set(t) for t in report["tried"]] == [{"scheme", "keep", "bytes", "lost"}]
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["quantization_group"], config["quantization_keep"]) == (32, ["word_embeddings"])
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_the_benchmark_s_rows_are_made_once(
+    folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = str(Path(__file__).resolve().parents[1] / "benchmarks" / "quantization.py")
+    rows = tmp_path / "rows.jsonl"
+    given = ["--model", str(folder), "--data", str(tiny_folder), "--epochs", "1", "--length", "16", "--out", str(rows)]
+    for schemes, seeds, count in (("int8,int4", "0", 2), ("int8,int4", "0", 2), ("int8,int4,int8-qat", "0,1", 6)):
+        monkeypatch.setattr(sys, "argv", [script, *given, "--schemes", schemes, "--seeds", seeds])
+        runpy.run_path(script, run_name="__main__")
+        assert len(rows.read_text().splitlines()) == count
+    table = capsys.readouterr().out.splitlines()
+    assert table[-4] == "| data | metric | seeds | float | int8 | int4 | int8-qat |"
+    assert table[-2].startswith(f"| {tiny_folder.name} | accuracy | 2 | ")
+    made = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {(row["seed"], row["scheme"]) for row in made} == {
+        (s, n) for s in (0, 1) for n in ("int8", "int4", "int8-qat")
+    }
+    assert all(row["lost"] == row["float"] - row["value"] for row in made)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
