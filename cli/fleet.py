@@ -155,6 +155,7 @@ def _build(
         labels=names,
         trainable_sets=sets,
         quantized=checkpoint.quantization is not None,
+        keep=checkpoint.kept_float,
         activations=activations,
         max_length=max_length,
         preset=model_dir.resolve().name,

@@ -78,6 +78,11 @@ class Checkpoint:
         """How its tensors lie in the file; none for float32."""
         return Storage(scheme_of(self.quantization).bits, self.group, self.keep) if self.quantization else None
 
+    @property
+    def kept_float(self) -> tuple[str, ...]:
+        """Layers that stay float32 wherever the others are int8; in four bits what is kept is int8."""
+        return self.keep if self.storage is not None and self.storage.bits == 8 else ()
+
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 

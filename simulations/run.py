@@ -159,6 +159,7 @@ def prepare_artifact(model: str, dataset: Dataset, train: str, folder: Path, see
             labels=dataset.labels,
             trainable_sets=[train or "lora:8"],
             quantized=checkpoint.quantization is not None,
+            keep=checkpoint.kept_float,
             head_labels=checkpoint.labels,
             max_length=max_length,
             preset=given.name,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -424,3 +425,39 @@ def test_sites_are_where_products_read_and_nowhere_else(tuned: Checkpoint) -> No
     linear = sum(type(m) is torch.nn.Linear for m in model.mobilebert.modules())
     assert len(dict(sites(made.mobilebert))) == linear + 4 * tuned.config.num_hidden_layers
     assert type(made.classifier) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("activations", ["float32", "int8"])
+def test_what_is_kept_float32_is_so_in_a_published_artifact_too(
+    folder: Path, tiny_folder: Path, tmp_path: Path, activations: str
+) -> None:
+    from pocketfed.client_sdk.artifacts import open_artifact
+    from pocketfed.client_sdk.plan_trainer import PlanTrainer
+    from pocketfed.client_sdk.torch_trainer import load_student
+    from pocketfed.coordinator.artifacts import build_artifact
+
+    layer = "encoder.layer.1.attention.self.value"
+    quantize(folder, tmp_path / "kept", QuantizeOptions(keep=(layer,)))
+    read = load(tmp_path / "kept")
+    built = build_artifact(
+        tmp_path / "artifact", config=read.config, state=read.state, vocabulary=tokens_of(read), labels=read.labels or (),
+        trainable_sets=("head",), quantized=True, activations=activations, keep=read.kept_float, max_length=16,
+    )  # fmt: skip
+    assert built.manifest["keep"] == [layer]
+    held = {
+        t.name
+        for t in onnx.load(str(tmp_path / "artifact" / "predict-head.onnx"), load_external_data=False).graph.initializer
+    }
+    stem = f"mobilebert.{layer}.weight"
+    assert stem in held
+    assert f"{stem}.int8" not in held
+    assert f"{stem.replace('value', 'query')}.int8" in held
+    artifact = open_artifact(built.folder, built.version)
+    trainer, student = PlanTrainer(artifact, "head"), load_student(artifact, "head").eval()
+    rows = trainer.encode(["play some jazz", "wake me at noon"], None, 16)
+    ids = torch.from_numpy(np.stack([np.pad(row, (0, 16 - len(row))) for row in rows]))
+    mask = (ids != 0).to(torch.int64)
+    with torch.no_grad():
+        student.classifier.load_state_dict({n: read.state[f"classifier.{n}"] for n in ("weight", "bias")})
+        wanted = student(ids, mask).numpy()
+    assert np.allclose(trainer.logits(trainer.initial_theta(), ids.numpy(), mask.numpy()), wanted, atol=1e-4)
