@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketfed.coordinator.quantize_attempts import Attempt, Attempts, Progress
+from pocketfed.coordinator.quantize_attempts import QuantizeOptions as QuantizeOptions
+
 if TYPE_CHECKING:  # torch is imported only where models are read
     from pocketfed.model.checkpoints import Checkpoint
-    from pocketfed.model.downstream import Trial
-    from pocketfed.model.encoded import Encoded
-    from pocketfed.model.heads import TextClassifier
-    from pocketfed.model.quantization import TensorError
     from pocketfed.model.schemes import Scheme
 
 NAMED = 5  # layers that lose most
 SECTION = "## Quantization"  # of the model card
-Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """scheme: "" for int8, or with `budget` for any that needs no training.
-
-    dev, task: data to measure on, as `read_task` reads it. calibrate: texts for the ranges of activations, by default
-    those that `dev` trains on. keep, group: as in `Storage`. budget: points that the measure may lose, nan for any number;
-    layers that lose most are then kept wider where that helps. The rest is for what is trained: a head for a model without
-    one, or the whole model (int8-qat).
-    """
-
-    scheme: str = ""
-    dev: Path | None = None
-    task: str = ""
-    calibrate: Path | None = None
-    keep: tuple[str, ...] = ()
-    group: int = 64
-    budget: float | None = None
-    epochs: int = 3
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-    max_length: int = 64
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A scheme tried: what would be saved, what it weighs, and what it costs where that was measured."""
-
-    checkpoint: Checkpoint
-    bytes: int
-    errors: dict[str, TensorError]
-    outputs: dict[str, float]
-    value: float | None
-
-    def worst(self) -> list[str]:
-        """Layers from the one that loses most on; by what they give where texts were read, else by their weights."""
-        lost = self.outputs or {name.removesuffix(".weight"): error.relative for name, error in self.errors.items()}
-        return sorted(lost, key=lambda name: (-lost[name], name))
 
 
 def quantize(
@@ -78,181 +35,18 @@ def quantize(
     from pocketfed.model import checkpoints
 
     checkpoints.check_writable(out)
-    work = _Work(Path(model_dir), options, progress)
-    tried = [work.attempt(scheme, options.keep) for scheme in work.schemes[:1]] if options.budget is None else None
-    every = tried if tried is not None else list(work.within_budget())
-    chosen = every[-1]
-    report = work.report(chosen, every)
+    schemes = wanted_schemes(options)
+    work = Attempts(float_model(model_dir, schemes, options.group), schemes, options, progress)
+    every = [work.attempt(schemes[0], options.keep)] if options.budget is None else list(work.within_budget())
+    report = report_of(work, every[-1], every, _weight_bytes(Path(model_dir)))
     card = Path(model_dir) / checkpoints.CARD
     before = card.read_text(encoding="utf-8").split(f"\n{SECTION}\n")[0] if card.is_file() else f"# {Path(out).name}\n"
     text = json.dumps(report, indent=1) + "\n"
-    checkpoints.save(chosen.checkpoint, out, f"{before}\n{card_section(report)}", text)
+    checkpoints.save(every[-1].checkpoint, out, f"{before}\n{card_section(report)}", text)
     return {"folder": str(out), **report}
 
 
-class _Work:
-    """One model, read and made ready to be tried with several schemes."""
-
-    def __init__(self, model_dir: Path, options: QuantizeOptions, progress: Progress) -> None:
-        from pocketfed.model.calibration import encode_calibration, read_calibration
-        from pocketfed.model.checkpoints import tokens_of
-        from pocketfed.model.quantization import check_kept
-        from pocketfed.model.tokenization import Tokenizer
-
-        self.options, self.progress = options, progress
-        self.schemes = _schemes(options)
-        self.checkpoint = float_model(model_dir, self.schemes)
-        self.bytes_before = _weight_bytes(model_dir)
-        check_kept(options.keep, self.checkpoint.state)
-        length = min(options.max_length, self.checkpoint.config.max_position_embeddings)
-        tokenizer = Tokenizer(tokens_of(self.checkpoint))
-        self.trial = self._trial(options.dev, length) if options.dev is not None else None
-        self.texts: Encoded | None = None
-        if options.calibrate is not None:
-            progress("reading texts", 0.0)
-            self.texts = read_calibration(options.calibrate, tokenizer, length)
-        elif self.trial is not None:
-            self.texts = encode_calibration(self.trial.train.examples, tokenizer, length)
-        self.model = self._model() if self.texts is not None else None
-        self.value = self.trial.score(self.model) if self.trial is not None and self.model is not None else None
-
-    def _trial(self, dev: Path, length: int) -> Trial:
-        from pocketfed.model.downstream import trial_of
-        from pocketfed.model.task_kinds import read_task
-
-        self.progress("reading data", 0.0)
-        return trial_of(self.checkpoint, read_task(dev, self.options.task), length)
-
-    def _model(self) -> TextClassifier:
-        """In float32: with the model's own head, one trained on the task, or, where nothing is measured, one never read."""
-        from pocketfed.model.downstream import classifier_of
-
-        if self.trial is None:
-            return _headless(self.checkpoint, self.options.seed)
-        what = "measuring" if self.checkpoint.labels is not None else "training a head to measure with"
-        return classifier_of(
-            self.checkpoint, self.trial, self._recipe(), self.options.seed, lambda done: self.progress(what, done)
-        )
-
-    def _recipe(self) -> Any:
-        from pocketfed.model.finetuning import Recipe
-
-        options = self.options
-        return Recipe(
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            max_length=options.max_length,
-        )
-
-    def attempt(self, scheme: Scheme, keep: tuple[str, ...]) -> Attempt:
-        from pocketfed.model.downstream import layer_losses, quantized, rounding_aware, train_aware
-        from pocketfed.model.packing import packed
-        from pocketfed.model.quantization import Storage, quantize_state
-
-        self.progress(scheme.name, 0.0)
-        storage = Storage(scheme.bits, self.options.group, keep)
-        kept = replace(self.checkpoint, quantization=scheme.name, group=storage.group, keep=keep)
-        model, made = self.model, None
-        if scheme.learnt:
-            assert model is not None  # see _schemes
-            assert self.trial is not None
-            assert self.texts is not None
-            aware = rounding_aware(kept, keep)
-            told = lambda done: self.progress(f"training {scheme.name}", done)  # noqa: E731
-            recipe = dataclasses.replace(self._recipe(), learning_rate=self.options.learning_rate / 2)
-            model, made, ranges = train_aware(aware, model, self.trial, self.texts, recipe, self.options.seed, told)
-            kept = replace(aware, state=_state(model), labels=_labels(self.trial), ranges=ranges)
-        elif model is not None:
-            made, fixed = quantized(model, scheme, storage, self.texts)
-            kept = replace(kept, ranges=fixed)
-        tensors, errors = quantize_state(kept.state, storage)
-        outputs = layer_losses(model, made, self.texts) if model and made and self.texts is not None else {}
-        value = self.trial.score(made) if self.trial is not None and made is not None else None
-        return Attempt(kept, len(packed(tensors)), errors, outputs, value)
-
-    def within_budget(self) -> Iterator[Attempt]:
-        """Attempts in order of size, up to the first within the budget."""
-        from pocketfed.model.quantization import QuantizationError
-
-        assert self.options.budget is not None  # see _schemes
-        assert self.value is not None
-        assert self.trial is not None
-        told: list[str] = []
-        for attempt in self._candidates():
-            yield attempt
-            assert attempt.value is not None
-            lost, wide = self.value - attempt.value, len(attempt.checkpoint.keep)
-            if lost <= self.options.budget:
-                return
-            told.append(f"{attempt.checkpoint.quantization}{f' with {wide} kept' if wide else ''} {lost:.2f}")
-        raise QuantizationError(
-            f"no scheme stays within {self.options.budget:g} points of {self.value:.2f} on {self.trial.name} (lost: "
-            f"{', '.join(told)}); allow more with --budget, keep layers with --keep, or train one with --scheme int8-qat"
-        )
-
-    def _candidates(self) -> Iterator[Attempt]:
-        """Four bits, then those with some layers in eight, then eight bits, then those with some layers in float32."""
-        for bits in (4, 8):
-            tried = []
-            for scheme in (scheme for scheme in self.schemes if scheme.bits == bits):
-                tried.append((scheme, self.attempt(scheme, self.options.keep)))
-                yield tried[-1][1]
-            for scheme, attempt in tried:
-                yield from self._kept_wider(scheme, attempt.worst())
-
-    def _kept_wider(self, scheme: Scheme, worst: Sequence[str]) -> Iterator[Attempt]:
-        """With 1, 2, 4, ... of the layers that lose most kept wider, up to a quarter of all."""
-        count = 1
-        while not scheme.learnt and count <= len(worst) // 4:
-            yield self.attempt(scheme, (*self.options.keep, *worst[:count]))
-            count *= 2
-
-    def report(self, chosen: Attempt, every: Sequence[Attempt]) -> dict[str, Any]:
-        errors = chosen.errors
-        layers = {
-            name: {**asdict(error), "output": chosen.outputs.get(name.removesuffix(".weight"))}
-            for name, error in errors.items()
-        }
-        checkpoint = chosen.checkpoint
-        return {
-            "scheme": checkpoint.quantization,
-            "bytes_before": self.bytes_before,
-            "bytes_after": chosen.bytes,
-            "ratio": self.bytes_before / chosen.bytes,
-            "group": checkpoint.group,
-            "keep": list(checkpoint.keep),
-            "largest_error": max((error.largest for error in errors.values()), default=0.0),
-            "mean_error": sum(error.mean for error in errors.values()) / max(1, len(errors)),
-            "worst": chosen.worst()[:NAMED],
-            "dev": self._dev(chosen),
-            "tried": [
-                {
-                    "scheme": a.checkpoint.quantization,
-                    "keep": list(a.checkpoint.keep),
-                    "bytes": a.bytes,
-                    **({} if a.value is None or self.value is None else {"lost": self.value - a.value}),
-                }
-                for a in every
-            ],
-            "errors": layers,
-        }
-
-    def _dev(self, chosen: Attempt) -> dict[str, Any] | None:
-        if self.trial is None or self.value is None or chosen.value is None:
-            return None
-        return {
-            "data": self.trial.name,
-            "split": self.trial.split,
-            "examples": len(self.trial.dev.examples),
-            "metric": self.trial.metric,
-            "float": self.value,
-            "quantized": chosen.value,
-            "lost": self.value - chosen.value,
-        }
-
-
-def _schemes(options: QuantizeOptions) -> list[Scheme]:
+def wanted_schemes(options: QuantizeOptions) -> list[Scheme]:
     """What to try, in order. Raises QuantizationError where a scheme lacks what it needs."""
     from pocketfed.model.quantization import QuantizationError
     from pocketfed.model.schemes import SCHEMES, scheme_of
@@ -271,7 +65,7 @@ def _schemes(options: QuantizeOptions) -> list[Scheme]:
     return [scheme]
 
 
-def float_model(model_dir: Path, schemes: Sequence[Scheme]) -> Checkpoint:
+def float_model(model_dir: Path, schemes: Sequence[Scheme], group: int) -> Checkpoint:
     """The model to quantize, which is not rounded already but by the very scheme asked for.
 
     Raises:
@@ -284,7 +78,11 @@ def float_model(model_dir: Path, schemes: Sequence[Scheme]) -> Checkpoint:
             f"{model_dir} is a published artifact, whose weights lie in plans; quantize the model folder it was made from"
         )
     checkpoint = checkpoints.load(model_dir)
-    if checkpoint.quantization is not None and {checkpoint.quantization} != {scheme.name for scheme in schemes}:
+    storage = checkpoint.storage
+    if storage is None:
+        return checkpoint
+    other = {checkpoint.quantization} != {scheme.name for scheme in schemes}
+    if other or (storage.bits == 4 and storage.group != group):
         raise checkpoints.CheckpointError(
             f"{model_dir} is quantized already ({checkpoint.quantization}), and rounding twice loses twice; quantize the "
             "float model it was made from"
@@ -299,25 +97,50 @@ def _weight_bytes(model_dir: Path) -> int:
     return (path if path.is_file() else model_dir / checkpoints.ARRAYS).stat().st_size
 
 
-def _headless(checkpoint: Checkpoint, seed: int) -> TextClassifier:
-    """The model to calibrate with where nothing is measured; its head is never read."""
-    from pocketfed.model.checkpoints import tokens_of
-    from pocketfed.model.finetuning import make_model
-    from pocketfed.model.supervision import Classification
+def report_of(work: Attempts, chosen: Attempt, every: Sequence[Attempt], bytes_before: int) -> dict[str, Any]:
+    """What is told and stored of the scheme that was chosen, and of every one that was tried."""
+    errors = chosen.errors
+    layers = {
+        name: {**asdict(error), "output": chosen.outputs.get(name.removesuffix(".weight"))}
+        for name, error in errors.items()
+    }
+    checkpoint = chosen.checkpoint
+    return {
+        "scheme": checkpoint.quantization,
+        "bytes_before": bytes_before,
+        "bytes_after": chosen.bytes,
+        "ratio": bytes_before / chosen.bytes,
+        "group": checkpoint.group,
+        "keep": list(checkpoint.keep),
+        "largest_error": max((error.largest for error in errors.values()), default=0.0),
+        "mean_error": sum(error.mean for error in errors.values()) / max(1, len(errors)),
+        "worst": chosen.worst()[:NAMED],
+        "dev": _dev(work, chosen),
+        "tried": [
+            {
+                "scheme": a.checkpoint.quantization,
+                "keep": list(a.checkpoint.keep),
+                "bytes": a.bytes,
+                **({} if a.value is None or work.value is None else {"lost": work.value - a.value}),
+            }
+            for a in every
+        ],
+        "errors": layers,
+    }
 
-    return make_model(
-        checkpoint.config, checkpoint.state, tokens_of(checkpoint).sep_id, Classification(("0", "1")), seed
-    ).eval()
 
-
-def _state(model: TextClassifier) -> dict[str, Any]:
-    from pocketfed.model.downstream import state_of
-
-    return state_of(model)
-
-
-def _labels(trial: Trial) -> tuple[str, ...] | None:
-    return getattr(trial.kind, "labels", None) or getattr(trial.kind, "tags", None)
+def _dev(work: Attempts, chosen: Attempt) -> dict[str, Any] | None:
+    if work.trial is None or work.value is None or chosen.value is None:
+        return None
+    return {
+        "data": work.trial.name,
+        "split": work.trial.split,
+        "examples": len(work.trial.dev.examples),
+        "metric": work.trial.metric,
+        "float": work.value,
+        "quantized": chosen.value,
+        "lost": work.value - chosen.value,
+    }
 
 
 def card_section(report: dict[str, Any]) -> str:

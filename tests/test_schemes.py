@@ -96,11 +96,14 @@ def test_every_scheme_gives_a_folder_that_is_read_back_and_says_what_it_cost(
     assert dev["lost"] == dev["float"] - dev["quantized"]
     assert dev["float"] >= 95
     assert dev["lost"] <= 100 / 24 + 1e-9, "no more than one text more is taken for another"
+    if scheme == "int8-qat":  # which would go on training
+        return
     # Quantizing what was read by the same scheme changes no weight: it is rounded already.
     again = quantize(tmp_path / "out", tmp_path / "again", QuantizeOptions(scheme, dev=tiny_folder, max_length=16))
-    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
-    assert (same[0] == same[1]) == (scheme != "int8-qat"), "which goes on training"
-    assert again["largest_error"] == 0 or scheme == "int8-qat"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
+    assert again["largest_error"] == 0
 
 
 def test_an_int4_folder_is_evaluated_by_the_device_s_own_plans(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
