@@ -105,7 +105,10 @@ def quantize(
         typer.Option(min=0.0, help="Take the smallest scheme that loses no more points on --dev, or fail."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of what is trained: int8-qat, or a head to measure with.")] = 3,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of the head; int8-qat takes half of it.")] = 1e-3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="As for evaluate, by default the same; int8-qat takes half, a head ten times it."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
     seed: Seed = 0,
     json: Json = False,

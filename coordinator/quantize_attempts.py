@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ if TYPE_CHECKING:  # torch is imported only where models are read
     from pocketfed.model.schemes import Scheme
 
 Progress = Callable[[str, float], None]
+HEAD_SHARE, AWARE_SHARE = 10.0, 0.5  # of the learning rate that a whole model is fine-tuned at
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class QuantizeOptions:
     """scheme: "" for int8, or with `budget` for any that needs no training.
 
     dev, task: data to measure on, as `read_task` reads it. calibrate: texts for the ranges of activations, by default
-    those that `dev` trains on. keep, group: as in `Storage`. budget: points that the measure may lose, nan for any number;
-    layers that lose most are then kept wider where that helps. The rest is for what is trained: a head for a model without
-    one, or the whole model (int8-qat).
+    those that `dev` trains on. keep, group: as in `Storage`. budget: points that the measure may lose;
+    layers that lose most are then kept wider where that helps. The rest is for what is trained: the whole model (int8-qat), or
+    with ten times the rate a head for a model without one; learning_rate: by default as `evaluate` has it.
     """
 
     scheme: str = ""
@@ -37,7 +37,7 @@ class QuantizeOptions:
     group: int = 64
     budget: float | None = None
     epochs: int = 3
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     batch_size: int = 32
     max_length: int = 64
     seed: int = 0
@@ -99,17 +99,23 @@ class Attempts:
             return _headless(self.checkpoint, self.options.seed)
         what = "measuring" if self.checkpoint.labels is not None else "training a head to measure with"
         return classifier_of(
-            self.checkpoint, self.trial, self._recipe(), self.options.seed, lambda done: self.progress(what, done)
+            self.checkpoint,
+            self.trial,
+            self._recipe(HEAD_SHARE),
+            self.options.seed,
+            lambda done: self.progress(what, done),
         )
 
-    def _recipe(self) -> Any:
+    def _recipe(self, share: float) -> Any:
+        """share: of the learning rate at which a whole model is fine-tuned."""
         from pocketfed.model.finetuning import Recipe
 
         options = self.options
+        usual = 4e-5 if self.checkpoint.config.hidden_size >= 512 else 1e-3
         return Recipe(
             epochs=options.epochs,
             batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
+            learning_rate=share * (usual if options.learning_rate is None else options.learning_rate),
             max_length=options.max_length,
         )
 
@@ -128,7 +134,7 @@ class Attempts:
             assert self.texts is not None
             aware = rounding_aware(kept, keep)
             told = lambda done: self.progress(f"training {scheme.name}", done)  # noqa: E731
-            recipe = dataclasses.replace(self._recipe(), learning_rate=self.options.learning_rate / 2)
+            recipe = self._recipe(AWARE_SHARE)
             model, made, ranges = train_aware(aware, model, self.trial, self.texts, recipe, self.options.seed, told)
             kept = replace(aware, state=_state(model), labels=_labels(self.trial), ranges=ranges)
         elif model is not None:
