@@ -2,7 +2,8 @@
 
     python benchmarks/quantization.py --model STUDENT --data DATA/snips,DATA/banking77 --seeds 0,1,2,3,4 --out rows.jsonl
 
-A model is fine-tuned once for each data set and seed; every scheme rounds that very model, int8-qat goes on training it.
+A model is fine-tuned once for each data set and seed; every scheme rounds that very model. int8-qat goes on training it, and
+is compared with the float model that went on for as long ("against").
 Measured on the test split (GLUE: dev) by the code of `pocketfed evaluate`. Rows stand in --out and are not made twice; the
 table has the points lost, mean and least to greatest over seeds. Costs of accuracy are the same wherever it runs: times are
 not measured.
@@ -20,16 +21,15 @@ from typing import Any
 
 import torch
 
-from pocketfed.model.calibration import encode_calibration
+from pocketfed.model.calibration import some_rows
 from pocketfed.model.checkpoints import Checkpoint, load, tokens_of
-from pocketfed.model.downstream import Trial, quantized, rounding_aware, state_of, train_aware, trial_of
+from pocketfed.model.downstream import Trial, quantized, rounding_aware, state_of, train_aware, trial_of, with_state
 from pocketfed.model.finetuning import Recipe, fine_tune, make_model
 from pocketfed.model.packing import packed
 from pocketfed.model.quantization import Storage, quantize_state
 from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.model.schemes import SCHEMES
 from pocketfed.model.task_kinds import read_task
-from pocketfed.model.tokenization import Tokenizer
 
 # What is told, and how: a name, a scheme, and layers kept wider.
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -58,15 +58,20 @@ def rows_of(arguments: argparse.Namespace, data: Path, seed: int, done: set[str]
     model = make_model(checkpoint.config, checkpoint.state, tokens_of(checkpoint).sep_id, trial.kind, seed)
     model = fine_tune(model, trial.kind, trial.train, recipe, seed).model  # type: ignore[assignment]
     value = trial.score(model)
-    texts = encode_calibration(trial.train.examples, Tokenizer(tokens_of(checkpoint)), arguments.length)
+    texts = some_rows(trial.train)
     for name in wanted:
         scheme, storage = SCHEMES[VARIANTS[name][0]], Storage(SCHEMES[VARIANTS[name][0]].bits, keep=VARIANTS[name][1])
         if scheme.learnt:
             again = dataclasses.replace(recipe, learning_rate=recipe.learning_rate / 2)
             aware = rounding_aware(checkpoint, storage.keep)
             plain, made, _ = train_aware(aware, model, trial, texts, again, seed)
+            longer = make_model(checkpoint.config, {}, tokens_of(checkpoint).sep_id, trial.kind, seed)
+            against = trial.score(
+                fine_tune(with_state(longer, state_of(model)), trial.kind, trial.train, again, seed).model
+            )
         else:
-            plain, (made, _) = model, quantized(model, scheme, storage, texts)
+            plain, against = model, value
+            made, _ = quantized(model, scheme, storage, texts)
         size = len(packed(quantize_state(state_of(plain), storage)[0]))
         after = trial.score(made)
         yield {
@@ -78,8 +83,9 @@ def rows_of(arguments: argparse.Namespace, data: Path, seed: int, done: set[str]
             "metric": trial.metric,
             "examples": len(trial.dev.examples),
             "float": value,
+            "against": against,
             "value": after,
-            "lost": value - after,
+            "lost": against - after,
             "bytes": size,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,10 +46,14 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A scheme tried: what would be saved, what it weighs, and what it costs where that was measured."""
+    """A scheme tried: what would be saved, what it weighs, and what it costs where that was measured.
+
+    digest: sha256 in hex of the stored tensors, before they are packed: the same model and scheme, the same digest.
+    """
 
     checkpoint: Checkpoint
     bytes: int
+    digest: str
     errors: dict[str, TensorError]
     outputs: dict[str, float]
     value: float | None
@@ -65,7 +70,7 @@ class Attempts:
     def __init__(
         self, checkpoint: Checkpoint, schemes: Sequence[Scheme], options: QuantizeOptions, progress: Progress
     ) -> None:
-        from pocketfed.model.calibration import encode_calibration, read_calibration
+        from pocketfed.model.calibration import read_calibration, some_rows
         from pocketfed.model.checkpoints import tokens_of
         from pocketfed.model.quantization import check_kept
         from pocketfed.model.tokenization import Tokenizer
@@ -73,14 +78,13 @@ class Attempts:
         self.checkpoint, self.schemes, self.options, self.progress = checkpoint, schemes, options, progress
         check_kept(options.keep, self.checkpoint.state)
         length = min(options.max_length, self.checkpoint.config.max_position_embeddings)
-        tokenizer = Tokenizer(tokens_of(self.checkpoint))
         self.trial = self._trial(options.dev, length) if options.dev is not None else None
         self.texts: Encoded | None = None
         if options.calibrate is not None:
             progress("reading texts", 0.0)
-            self.texts = read_calibration(options.calibrate, tokenizer, length)
+            self.texts = read_calibration(options.calibrate, Tokenizer(tokens_of(checkpoint)), length)
         elif self.trial is not None:
-            self.texts = encode_calibration(self.trial.train.examples, tokenizer, length)
+            self.texts = some_rows(self.trial.train)
         self.model = self._model() if self.texts is not None else None
         self.value = self.trial.score(self.model) if self.trial is not None and self.model is not None else None
 
@@ -121,7 +125,7 @@ class Attempts:
 
     def attempt(self, scheme: Scheme, keep: tuple[str, ...]) -> Attempt:
         from pocketfed.model.downstream import layer_losses, quantized, rounding_aware, train_aware
-        from pocketfed.model.packing import packed
+        from pocketfed.model.packing import packed, serialised
         from pocketfed.model.quantization import Storage, quantize_state
 
         self.progress(scheme.name, 0.0)
@@ -143,7 +147,8 @@ class Attempts:
         tensors, errors = quantize_state(kept.state, storage)
         outputs = layer_losses(model, made, self.texts) if model and made and self.texts is not None else {}
         value = self.trial.score(made) if self.trial is not None and made is not None else None
-        return Attempt(kept, len(packed(tensors)), errors, outputs, value)
+        digest = hashlib.sha256(serialised(tensors)).hexdigest()
+        return Attempt(kept, len(packed(tensors)), digest, errors, outputs, value)
 
     def within_budget(self) -> Iterator[Attempt]:
         """Attempts in order of size, up to the first within the budget."""

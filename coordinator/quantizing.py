@@ -109,6 +109,7 @@ def report_of(work: Attempts, chosen: Attempt, every: Sequence[Attempt], bytes_b
         "scheme": checkpoint.quantization,
         "bytes_before": bytes_before,
         "bytes_after": chosen.bytes,
+        "sha256": chosen.digest,
         "ratio": bytes_before / chosen.bytes,
         "group": checkpoint.group,
         "keep": list(checkpoint.keep),

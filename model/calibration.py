@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pocketfed.model.encoded import Encoded, encode_texts
+from pocketfed.model.encoded import Encoded, encode_texts, joined
 from pocketfed.model.fake_quant import STEPS, Site, sites
 from pocketfed.model.finetuning import predict
 from pocketfed.model.heads import TextClassifier
@@ -53,6 +53,13 @@ def encode_calibration(examples: Sequence[Example], tokenizer: Tokenizer, max_le
     """Up to TEXTS of them, evenly picked, as rows of ids without targets."""
     picked = examples[:: max(1, len(examples) // TEXTS)][:TEXTS]
     return encode_texts(picked, np.zeros(len(picked), np.int64), tokenizer, max_length)
+
+
+def some_rows(encoded: Encoded, count: int = TEXTS) -> Encoded:
+    """Up to `count` rows of ids, evenly picked, without targets."""
+    rows = range(0, len(encoded), max(1, len(encoded) // count))[:count]
+    ids = [encoded.ids[encoded.starts[i] : encoded.starts[i + 1]] for i in rows]
+    return joined((), ids, np.zeros(len(rows), np.int64))
 
 
 def calibrate(model: TextClassifier, texts: Encoded) -> dict[str, Range]:

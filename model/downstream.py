@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketfed.model.adapters import select
-from pocketfed.model.calibration import calibrate
+from pocketfed.model.calibration import calibrate, some_rows
 from pocketfed.model.checkpoints import Checkpoint, tokens_of
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.fake_quant import RoundedNorm, as_scheme, round_rows, sites
@@ -48,7 +48,7 @@ def trial_of(checkpoint: Checkpoint, dataset: Dataset, max_length: int) -> Trial
     Raises:
         DataError: a label that the model's classifier does not have, or nothing to measure on.
     """
-    if checkpoint.labels is not None and dataset.kind == "classification":
+    if checkpoint.labels is not None and dataset.kind in ("classification", "tokens"):
         unknown = next((label for label in dataset.labels if label not in checkpoint.labels), None)
         if unknown is not None:
             raise DataError(
@@ -59,6 +59,11 @@ def trial_of(checkpoint: Checkpoint, dataset: Dataset, max_length: int) -> Trial
     split = "dev" if dataset.dev else "test"
     dataset = dataset if dataset.dev else dataset.with_test()
     kind, tokenizer = kind_of(dataset), Tokenizer(tokens_of(checkpoint))
+    if checkpoint.labels is not None and kind.outputs != len(checkpoint.labels):
+        raise DataError(
+            f"the model's head has {len(checkpoint.labels)} outputs and {dataset.name} ({dataset.kind}) asks for "
+            f"{kind.outputs}; give data of the task it was fine-tuned for"
+        )
     measured = dataset.dev or dataset.test
     return Trial(
         kind,
@@ -189,16 +194,8 @@ def layer_losses(model: TextClassifier, other: TextClassifier, texts: Encoded) -
     mine = [(name, module) for name, module in model.mobilebert.named_modules() if type(module) is nn.Linear]
     hooks = [module.register_forward_hook(compare(name)) for name, module in mine]
     try:
-        predict(model, first(texts, COMPARED))
+        predict(model, some_rows(texts, COMPARED))
     finally:
         for held in hooks:
             held.remove()
     return {name: float((wrong / whole).sqrt()) if whole else 0.0 for name, (wrong, whole) in sums.items()}
-
-
-def first(encoded: Encoded, count: int) -> Encoded:
-    """The first rows of data whose targets are one a row."""
-    count = min(count, len(encoded))
-    stop = int(encoded.starts[count])
-    targets = encoded.targets[: stop if encoded.by_token else count]
-    return Encoded(encoded.examples[:count], encoded.ids[:stop], encoded.starts[: count + 1], targets, encoded.by_token)

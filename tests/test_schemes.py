@@ -104,6 +104,7 @@ def test_every_scheme_gives_a_folder_that_is_read_back_and_says_what_it_cost(
         tmp_path / "again" / "model.safetensors"
     ).read_bytes()
     assert again["largest_error"] == 0
+    assert again["sha256"] == report["sha256"]
 
 
 def test_an_int4_folder_is_evaluated_by_the_device_s_own_plans(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -345,7 +346,8 @@ def test_the_benchmark_s_rows_are_made_once(
     assert {(row["seed"], row["scheme"]) for row in made} == {
         (s, n) for s in (0, 1) for n in ("int8", "int4", "int8-qat")
     }
-    assert all(row["lost"] == row["float"] - row["value"] for row in made)
+    assert all(row["lost"] == row["against"] - row["value"] for row in made)
+    assert all(row["against"] == row["float"] for row in made if row["scheme"] != "int8-qat")
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -357,6 +359,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_sentence(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "one.jsonl").write_text('{"text": "play some jazz", "label": "music"}\n' * 5)
     (tmp_path / "other.jsonl").write_text('{"text": "a", "label": "cats"}\n{"text": "b", "label": "dogs"}\n' * 5)
+    (tmp_path / "scores.tsv").write_text("text\tscore\n" + "".join(f"play {i}\t{i}\n" for i in range(9)))
     (tmp_path / "artifact").mkdir()
     (tmp_path / "artifact" / "manifest.json").write_text("{}")
     (tmp_path / "bert").mkdir()
@@ -373,6 +376,7 @@ def test_what_cannot_be_quantized_is_refused_in_one_sentence(
         (folder, {"budget": float("nan"), "dev": tiny_folder}, "a budget of nan points is none"),
         (folder, {"keep": ("encoder.layer.7",)}, r"no layer 'encoder.layer.7' to keep; name one .* such as encoder\.layer"),
         (folder, {"dev": tmp_path / "other.jsonl"}, "tells apart alarm, .* has the label 'cats'"),
+        (folder, {"dev": tmp_path / "scores.tsv"}, r"head has 4 outputs and scores \(regression\) asks for 1"),
         (tmp_path / "int8", {"scheme": "int4"}, r"is quantized already \(int8\), and rounding twice loses twice"),
         (tmp_path / "artifact", {}, "artifact is a published artifact"),
         (tmp_path / "bert", {}, "describes a 'bert'; only mobilebert can be read"),
