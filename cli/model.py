@@ -90,21 +90,94 @@ def _print_plan(costs: list[dict[str, Any]], json: bool) -> None:
 def quantize(
     model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the quantized model.")],
-    scheme: Annotated[str, typer.Option(help="int8: weights only, per channel, symmetric.")] = "int8",
+    scheme: Annotated[
+        str,
+        typer.Option(help="int8 (the default), int8-dynamic, int8-static, int8-qat or int4; docs/quantization.md."),
+    ] = "",
+    dev: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Measure the loss on this task's dev, else test split.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Where DATA is good for several: intents or slots, oos:label, ...")] = "",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="DATA", help="Texts to fix activations' ranges by; by default what --dev trains on."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="LAYER", help="Keep it wider: a name, a part of one. May be repeated.")
+    ] = None,
+    group: Annotated[int, typer.Option(min=8, max=4096, help="int4: weights that share a scale.")] = 64,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Take the smallest scheme that loses no more points on --dev, or fail."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of what is trained: int8-qat, or a head to measure with.")] = 3,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="As for evaluate, by default the same; int8-qat takes half, a head ten times it."),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=3, help="Tokens; longer texts are cut.")] = 64,
+    seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Store a model's weights in eight bits."""
-    from pocketfed.coordinator import pipeline
+    """Store a model's weights in eight or four bits, and say what that costs."""
+    from pocketfed.coordinator.quantizing import QuantizeOptions
+    from pocketfed.coordinator.quantizing import quantize as by_options
 
-    report = pipeline.quantize(model_dir, out, scheme)
+    options = QuantizeOptions(
+        scheme=scheme,
+        dev=dev,
+        task=task,
+        calibrate=calibrate,
+        keep=tuple(keep or ()),
+        group=group,
+        budget=budget,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        seed=seed,
+    )
+    with progress_bar() as bar:
+        shown: dict[str, Any] = {}
+
+        def tell(what: str, fraction: float) -> None:
+            if what not in shown:
+                for earlier in shown.values():
+                    bar.update(earlier, visible=False)
+                shown[what] = bar.add_task(what, total=100, note="")
+            bar.update(shown[what], completed=round(100 * fraction))
+
+        report = by_options(model_dir, out, options, tell)
     if json:
         print_json(report)
         return
+    _print_quantized(report, out)
+
+
+def _print_quantized(report: dict[str, Any], out: Path) -> None:
+    if len(report["tried"]) > 1:
+        print_table(
+            "Tried",
+            ["scheme", "kept wider", "bytes", "points lost"],
+            [[t["scheme"], str(len(t["keep"])), format_bytes(t["bytes"]), f"{t['lost']:.2f}"] for t in report["tried"]],
+        )
     before, after = report["bytes_before"], report["bytes_after"]
     print(
-        f"{out}: {format_bytes(before)} -> {format_bytes(after)} ({report['ratio']:.2f} x smaller), "
-        f"largest error of a weight {report['largest_error']:.2g}"
+        f"{out}: {report['scheme']}, {format_bytes(before)} -> {format_bytes(after)} ({report['ratio']:.2f} x smaller), "
+        f"largest error of a weight {report['largest_error']:.2g}, mean {report['mean_error']:.2g}"
     )
+    if report["dev"]:
+        dev = report["dev"]
+        print(
+            f"{dev['metric']} on {dev['data']} ({dev['split']}, {dev['examples']} examples): {dev['float']:.2f} -> "
+            f"{dev['quantized']:.2f}, {dev['lost']:.2f} points lost"
+        )
+
+    def told(name: str) -> str:
+        error = report["errors"].get(f"{name}.weight", {"relative": 0.0, "output": None})
+        lost = error["relative"] if error["output"] is None else error["output"]
+        return f"{name} ({lost:.1%})"
+
+    print(f"Layers that lose most: {', '.join(told(name) for name in report['worst'])}")
 
 
 def inspect(

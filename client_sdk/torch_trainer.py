@@ -114,7 +114,7 @@ def load_student(artifact: Artifact, trainable_set: str) -> TextClassifier:
     tokenize = onnx.load(str(artifact.path(artifact.manifest.tokenize)), load_external_data=False)
     separator = next(int(p.value) for p in tokenize.metadata_props if p.key == "sep_id")
     model = TextClassifier(config, len(artifact.manifest.labels), separator, artifact.manifest.task)
-    model = lean(select(model, trainable_set).eval(), manifest["activations"])
+    model = lean(select(model, trainable_set).eval(), manifest["activations"], tuple(manifest.get("keep", ())))
     described = artifact.manifest.set_named(trainable_set)
     held = _frozen_tensors(artifact.folder, artifact.path(described.train))
     used = {n for n, p in model.named_parameters() if not p.requires_grad}

@@ -60,6 +60,7 @@ def build_artifact(
     trainable_sets: Sequence[str],
     quantized: bool,
     activations: str = "float32",
+    keep: Sequence[str] = (),
     task: str = "classification",
     head_labels: Sequence[str] | None = None,
     max_length: int | None = None,
@@ -75,6 +76,7 @@ def build_artifact(
         config, state, vocabulary: as in `model.checkpoints.Checkpoint`; empty state: a student that starts untrained.
         quantized: hold what is frozen as int8.
         activations: "int8" lets frozen products read 8-bit activations: faster, a little less exact (`model.lean`).
+        keep: layers that stay float32 in both, as in `model.quantization.Storage`.
         task: one of `model.heads.TASKS`; labels name the outputs ("spans": start and end; "regression": one).
         head_labels: what the rows of a classifier in `state` stand for, by default `labels`; for others the head starts
             untrained.
@@ -100,7 +102,7 @@ def build_artifact(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        backbone = Backbone(quantized, activations)
+        backbone = Backbone(quantized, activations, keep=tuple(keep))
         built = []
         for name in trainable_sets:
             progress(f"plans for {name}")
@@ -124,6 +126,7 @@ def build_artifact(
             "max_length": min(max_length or config.max_position_embeddings, config.max_position_embeddings),
             "quantization": "int8" if quantized else None,
             "activations": activations,
+            **({"keep": list(keep)} if keep else {}),
             "plans": {"tokenize": TOKENIZE},
             "trainable_sets": {plans.trainable_set: described for _, plans, described in built},
             "files": {p.name: describe_file(p.read_bytes()) for p in sorted(partial.iterdir())},
@@ -204,7 +207,7 @@ def trainable_classifier(model_dir: Path, labels: str, trainable_set: str, seed:
     model = _classifier(
         checkpoint.config, checkpoint.state, separator, names, checkpoint.labels, "classification", seed
     )
-    return select(model, trainable_set, seed), checkpoint.quantization == "int8"
+    return select(model, trainable_set, seed), checkpoint.quantization is not None
 
 
 def _write_set(folder: Path, plans: Plans) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,15 @@ INSPECTED_TOKENS = 128  # the length at which the paper counts
 
 
 def quantize(model_dir: Path, out: Path, scheme: str = "int8") -> dict[str, Any]:
-    """Store a model's matrices as int8, one scale an output channel.
-
-    Returns the weight file's bytes before and after, and the largest and mean error of each quantized tensor.
+    """Store a model's weights by a scheme that needs nothing but the weights (`coordinator.quantizing` has the others).
 
     Raises:
-        CheckpointError: no usable model there, no room for the new one, or an unknown scheme.
+        CheckpointError, QuantizationError: no usable model there, no room for the new one, or an unknown scheme.
     """
-    from pocketfed.model import checkpoints
-    from pocketfed.model.quantization import quantize_state
+    from pocketfed.coordinator.quantizing import QuantizeOptions
+    from pocketfed.coordinator.quantizing import quantize as by_options
 
-    if scheme != "int8":
-        raise checkpoints.CheckpointError(f"there is no quantization scheme {scheme!r}; choose int8")
-    checkpoint = checkpoints.load(model_dir)
-    _, errors = quantize_state(checkpoint.state)
-    model_dir = located(model_dir)
-    card = Path(model_dir) / checkpoints.CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
-    before = (Path(model_dir) / checkpoints.WEIGHTS).stat().st_size
-    checkpoints.save(dataclasses.replace(checkpoint, quantization=scheme), out, text)
-    after = (Path(out) / checkpoints.WEIGHTS).stat().st_size
-    return {
-        "folder": str(out),
-        "scheme": scheme,
-        "bytes_before": before,
-        "bytes_after": after,
-        "ratio": before / after,
-        "largest_error": max((error.largest for error in errors.values()), default=0.0),
-        "mean_error": sum(error.mean for error in errors.values()) / max(1, len(errors)),
-        "errors": {name: dataclasses.asdict(error) for name, error in errors.items()},
-    }
+    return by_options(model_dir, out, QuantizeOptions(scheme=scheme))
 
 
 def inspect(name_or_dir: str | Path) -> dict[str, Any]:

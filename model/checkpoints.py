@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pocketfed.model.bert import bert_config, bert_tensors
@@ -24,7 +24,17 @@ from pocketfed.model.config import ConfigError, MobileBertConfig
 from pocketfed.model.google_names import config_of_google, is_google, tensors_from_google
 from pocketfed.model.huggingface import read_config, read_labels, read_tensors
 from pocketfed.model.mobilebert import MobileBert
-from pocketfed.model.quantization import QuantizationError, dequantize_state, quantize_state, stored_bytes
+from pocketfed.model.packing import read_tensors as read_file
+from pocketfed.model.packing import write_packed
+from pocketfed.model.quantization import (
+    GROUP,
+    QuantizationError,
+    Storage,
+    dequantize_state,
+    quantize_state,
+    stored_bytes,
+)
+from pocketfed.model.schemes import SCHEMES, Range, read_ranges, scheme_of, write_ranges
 from pocketfed.model.shipped import located
 from pocketfed.model.tokenization import Vocabulary, VocabularyError, load_vocabulary
 
@@ -33,7 +43,8 @@ ARRAYS = "model.npz"  # read, never written: arrays taken from a TF1 checkpoint
 CASE, CARD = "tokenizer_config.json", "README.md"
 POOLING = "1_Pooling/config.json"  # of sentence encoders, read only
 TOKENIZER, SPECIAL = "tokenizer.json", "special_tokens_map.json"  # for Hugging Face
-OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD, TOKENIZER, SPECIAL}
+RANGES, QUANTIZED = "ranges.json", "quantization.json"  # of activations; what quantizing cost
+OWN_FILES = {CONFIG, WEIGHTS, VOCABULARY, CASE, CARD, TOKENIZER, SPECIAL, RANGES, QUANTIZED}
 
 
 class CheckpointError(ValueError):
@@ -45,7 +56,8 @@ class Checkpoint:
     """A model at rest.
 
     state: float32 tensors, named as in `MobileBert`, and `classifier.weight`, `classifier.bias` where there is a head.
-    labels: what the classifier's rows mean. quantization: "int8" if it is, or is to be, stored so.
+    labels: what the classifier's rows mean. quantization: the scheme, one of SCHEMES, if it is, or is to be, stored so;
+    group, keep: as in `Storage`; ranges: of activations, for the schemes that fix them.
     """
 
     config: MobileBertConfig
@@ -54,27 +66,47 @@ class Checkpoint:
     labels: tuple[str, ...] | None = None
     quantization: str | None = None
     lower_case: bool = True
+    group: int = GROUP
+    keep: tuple[str, ...] = ()
+    ranges: Mapping[str, Range] | None = None
 
     def __post_init__(self) -> None:
-        if self.quantization not in (None, "int8"):
-            raise CheckpointError(f"quantization is {self.quantization!r}; choose int8, or none")
+        if self.quantization is not None and self.quantization not in SCHEMES:
+            raise CheckpointError(f"quantization is {self.quantization!r}; choose one of {', '.join(SCHEMES)}, or none")
         _check_vocabulary(self.config, len(self.vocabulary))
         _check_tensors(self.config, self.state, self.labels)
+
+    @property
+    def storage(self) -> Storage | None:
+        """How its tensors lie in the file; none for float32."""
+        return Storage(scheme_of(self.quantization).bits, self.group, self.keep) if self.quantization else None
+
+    @property
+    def kept_float(self) -> tuple[str, ...]:
+        """Layers that stay float32 wherever the others are int8; in four bits what is kept is int8."""
+        return self.keep if self.storage is not None and self.storage.bits == 8 else ()
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def save(checkpoint: Checkpoint, folder: Path, card: str | None = None) -> None:
+def save(checkpoint: Checkpoint, folder: Path, card: str | None = None, report: str | None = None) -> None:
     """Write a model folder, whole or not at all; a model folder already there is replaced.
 
     Args:
         card: text of the folder's README.md.
+        report: text of its quantization.json.
 
     Raises:
         CheckpointError: the place is taken by something else, cannot be written to, or the weights are not finite.
     """
-    write_whole(folder, lambda fresh: _write(checkpoint, fresh, card))
+
+    def write(fresh: Path) -> None:
+        _write(checkpoint, fresh, card)
+        if report is not None:
+            (fresh / QUANTIZED).write_text(report, encoding="utf-8")
+
+    write_whole(folder, write)
 
 
 def save_folder(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Tensor], vocabulary: Vocabulary) -> None:
@@ -161,18 +193,27 @@ def check_writable(folder: Path) -> None:
 
 def _write(checkpoint: Checkpoint, folder: Path, card: str | None) -> None:
     content = {"model_type": "mobilebert", **checkpoint.config.to_dict()}
-    if checkpoint.quantization:
+    storage = checkpoint.storage
+    if storage is not None:
         content["quantization"] = checkpoint.quantization
+        content |= {"quantization_group": storage.group} if storage.bits == 4 else {}
+        content |= {"quantization_keep": list(storage.keep)} if storage.keep else {}
     if checkpoint.labels is not None:
         content["labels"] = list(checkpoint.labels)
     try:
         # Quantized or not, the check that every value is finite is the same.
-        stored, _ = quantize_state(checkpoint.state)
+        stored, _ = quantize_state(checkpoint.state, storage or Storage())
     except QuantizationError as error:
         raise CheckpointError(f"the model is not saved: {error}") from None
-    tensors = stored if checkpoint.quantization else {k: v.detach().float() for k, v in checkpoint.state.items()}
-    ordered = {name: tensors[name].contiguous().clone() for name in sorted(tensors)}
-    save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
+    if storage is not None:
+        write_packed(stored, folder / WEIGHTS)
+    else:
+        ordered = {
+            name: checkpoint.state[name].detach().float().contiguous().clone() for name in sorted(checkpoint.state)
+        }
+        save_file(ordered, folder / WEIGHTS, metadata={"format": "pt"})
+    if checkpoint.ranges is not None:
+        (folder / RANGES).write_text(write_ranges(checkpoint.ranges), encoding="utf-8")
     _write_texts(folder, content, checkpoint.vocabulary, checkpoint.lower_case)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
@@ -188,7 +229,7 @@ def _write_texts(folder: Path, content: Mapping[str, Any], vocabulary: Sequence[
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a model folder of ours or Hugging Face's; int8 weights come back as float32, pre-training heads are dropped.
+    """Read a model folder of ours or Hugging Face's; int8 and int4 come back as float32, pre-training heads are dropped.
 
     Raises:
         CheckpointError: anything missing, damaged or not fitting; one sentence that names it.
@@ -200,15 +241,24 @@ def load(folder: Path) -> Checkpoint:
     try:
         config = read_config(content, tensors)
         vocabulary = load_vocabulary(folder)
-        state, labels = read_tensors(config, dequantize_state(tensors)), read_labels(content, tensors)
-        quantized = any(value.dtype == torch.int8 for value in tensors.values())
-        return Checkpoint(
-            config, state, vocabulary.tokens, labels, "int8" if quantized else None, vocabulary.lower_case
-        )
+        scheme, group, keep = _read_storage(content, tensors)
+        state, labels = read_tensors(config, dequantize_state(tensors, group)), read_labels(content, tensors)
+        ranges = read_ranges((folder / RANGES).read_text(encoding="utf-8")) if (folder / RANGES).is_file() else None
+        return Checkpoint(config, state, vocabulary.tokens, labels, scheme, vocabulary.lower_case, group, keep, ranges)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no vocabulary; put its vocab.txt or tokenizer.json there") from None
     except (CheckpointError, ConfigError, QuantizationError, VocabularyError) as error:
         raise CheckpointError(f"{folder} is not a usable model: {error}") from None
+
+
+def _read_storage(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str | None, int, tuple[str, ...]]:
+    """Scheme, group and what is kept. Folders of old have int8 weights and do not say so."""
+    integers = any(value.dtype in (torch.int8, torch.uint8) for value in tensors.values())
+    scheme, group = content.get("quantization", "int8"), content.get("quantization_group", GROUP)
+    keep = content.get("quantization_keep", [])
+    if not isinstance(scheme, str) or not isinstance(group, int) or not isinstance(keep, list):
+        raise CheckpointError(f"its quantization is {scheme!r} with group {group!r}; quantize the model again")
+    return (scheme, Storage(group=group).group, tuple(map(str, keep))) if integers else (None, GROUP, ())
 
 
 def load_student(checkpoint: Checkpoint) -> MobileBert:
@@ -232,10 +282,15 @@ def expected_shapes(config: MobileBertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_sizes(config: MobileBertConfig) -> dict[str, int]:
-    """Bytes of the student's weights in float32, float16 and int8."""
+    """Bytes of the student's weights in float32, float16, int8 and int4; the last two before they are packed."""
     shapes = expected_shapes(config)
     count = sum(math.prod(shape) for shape in shapes.values())
-    return {"fp32": 4 * count, "fp16": 2 * count, "int8": stored_bytes(shapes)}
+    return {
+        "fp32": 4 * count,
+        "fp16": 2 * count,
+        "int8": stored_bytes(shapes),
+        "int4": stored_bytes(shapes, Storage(bits=4)),
+    }
 
 
 def _read_config(folder: Path, kinds: Sequence[str]) -> dict[str, Any]:
@@ -275,8 +330,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder} has no {WEIGHTS}; fetch or save the model again")
     try:
         if path.is_file():
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
+            return read_file(path)
         with np.load(arrays, allow_pickle=False) as held:
             return {name: torch.from_numpy(np.ascontiguousarray(held[name])) for name in held.files}
     except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, EOFError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from pocketfed.model.adapters import LoraLinear
 from pocketfed.model.heads import TextClassifier
 from pocketfed.model.mobilebert import BlockOutput, BottleneckInput, NoNorm, ResidualOutput
+from pocketfed.model.quantization import is_kept
 
 ACTIVATIONS = ("float32", "int8")
 INT8_LEVELS = 127
 
 
-def lean(model: TextClassifier, activations: str = "float32") -> TextClassifier:
+def lean(model: TextClassifier, activations: str = "float32", keep: Sequence[str] = ()) -> TextClassifier:
     """A copy whose frozen norms are folded into the products before them. Trainable parameters keep names and values.
 
     Args:
         activations: "int8" also rounds what enters a frozen product to 8 bits, one scale a token: the product is then
             of integers, and what an example gives still does not depend on its batch.
+        keep: layers that read float32 all the same, as in `quantization.Storage`.
 
     Raises:
         ValueError: `activations` is not one of ACTIVATIONS.
@@ -37,7 +40,7 @@ def lean(model: TextClassifier, activations: str = "float32") -> TextClassifier:
             elif isinstance(child, ResidualOutput) and _foldable(child):
                 setattr(module, name, FoldedOutput(child))
     if activations == "int8":
-        _round_activations(model)
+        _round_activations(model, keep)
     return model
 
 
@@ -104,10 +107,12 @@ class Int8Lora(LoraLinear):
         return base + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale  # type: ignore[no-any-return]
 
 
-def _round_activations(model: TextClassifier) -> None:
+def _round_activations(model: TextClassifier, keep: Sequence[str]) -> None:
     """In place: every product with a frozen weight, but the head's."""
-    for module in list(model.mobilebert.modules()):
+    for path, module in list(model.mobilebert.named_modules()):
         for name, child in module.named_children():
+            if is_kept(f"{path}.{name}", keep):
+                continue
             if type(child) is nn.Linear and not child.weight.requires_grad:  # its bias may be trained
                 setattr(module, name, Int8Linear(child))
             elif type(child) is LoraLinear:

@@ -51,7 +51,7 @@ from pocketfed.model.lowering import (
     used_names,
 )
 from pocketfed.model.parameters import Parameter, Vector, total_size
-from pocketfed.model.quantization import dequantize, is_quantized_name, quantize_per_channel
+from pocketfed.model.quantization import dequantize, is_kept, is_quantized_name, quantize_per_channel
 from pocketfed.model.runtime import load_onnxruntime
 
 BACKBONE_FILE = "backbone.bin"
@@ -71,16 +71,23 @@ class Backbone:
     Args:
         quantized: hold matrices as int8, one scale a row.
         activations: as in `lean`; "int8" needs `quantized`.
+        keep: layers that stay float32 all the same, as in `quantization.Storage`.
     """
 
     quantized: bool
     activations: str = "float32"
     data: bytearray = field(default_factory=bytearray)
     places: dict[bytes, int] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activations != "float32" and not self.quantized:
             raise ValueError(f"{self.activations} activations need int8 weights; quantize the backbone too")
+
+    def rounds(self, name: str, dimensions: int) -> bool:
+        """Whether that frozen tensor is held as int8."""
+        kept = is_kept(name.removeprefix("mobilebert."), self.keep)
+        return self.quantized and is_quantized_name(name, dimensions) and not kept
 
     def add(self, name: str, array: NDArray[Any]) -> TensorProto:
         """An initializer that points to `array` in the external file."""
@@ -119,12 +126,11 @@ class Plans:
 
 def as_shipped(model: TextClassifier, backbone: Backbone) -> TextClassifier:
     """What a device really computes with: frozen norms folded, frozen matrices rounded to int8 and back. A copy."""
-    model = lean(model.eval(), backbone.activations)
-    if backbone.quantized:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not parameter.requires_grad and is_quantized_name(name, parameter.dim()):
-                    parameter.copy_(dequantize(*quantize_per_channel(parameter)))
+    model = lean(model.eval(), backbone.activations, backbone.keep)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and backbone.rounds(name, parameter.dim()):
+                parameter.copy_(dequantize(*quantize_per_channel(parameter)))
     return model
 
 
@@ -363,7 +369,7 @@ def _frozen_values(
     for name, tensor in frozen.items():
         if name not in read:
             yield Value(low.shape(tensor.shape), tensor.dtype, name)
-        elif backbone.quantized and is_quantized_name(name, tensor.dim()):
+        elif backbone.rounds(name, tensor.dim()):
             q, scale = quantize_per_channel(tensor)
             for suffix, part in ((".int8", q), (".scale", scale)):
                 initializers[name + suffix] = backbone.add(name + suffix, part.numpy())

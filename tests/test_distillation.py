@@ -36,6 +36,7 @@ from pocketfed.model.objectives import (
 )
 from pocketfed.model.planning import plan
 from pocketfed.model.pretraining import NO_PAIR, Batches, MaskedBatch, score_masked
+from pocketfed.model.quantization import QuantizationError
 from pocketfed.model.schedules import (
     DistillationError,
     Schedule,
@@ -662,13 +663,12 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
     assert stored["bytes_after"] < stored["bytes_before"] / 2
     assert stored["bytes_after"] == (tmp_path / "small" / "model.safetensors").stat().st_size
     assert 0 < stored["mean_error"] < stored["largest_error"] < 0.05
-    assert (tmp_path / "small" / "README.md").read_text() == card
+    assert (tmp_path / "small" / "README.md").read_text().startswith(card)
 
     seen = pipeline.inspect(tmp_path / "small")
     assert seen["quantization"] == "int8"
     assert seen["parameters"] == sum(p.numel() for p in load_student(checkpoint).parameters())
-    header = stored["bytes_after"] - seen["bytes"]["int8"]  # names, shapes and offsets of the safetensors file
-    assert 0 < header < 20_000
+    assert stored["bytes_after"] < seen["bytes"]["int8"] + 5_000  # names and shapes, packed as the weights are
     ids = torch.tensor([[2, 10, 11, 3]])
     exact, rounded = (
         load_student(load(tmp_path / name))(ids, torch.ones_like(ids)).last.detach() for name in ("student", "small")
@@ -809,5 +809,5 @@ def test_nothing_is_written_where_something_is_wrong(text: Path, tmp_path: Path)
         with pytest.raises(error, match=said):
             distilling.distill(**arguments)  # type: ignore[arg-type]
         assert [p.name for p in tmp_path.iterdir()] == ["corpus.txt"]  # nor a work folder without a checkpoint
-    with pytest.raises(CheckpointError, match="no quantization scheme 'int3'"):
+    with pytest.raises(QuantizationError, match="no quantization scheme 'int3'"):
         pipeline.quantize(out, out, "int3")
