@@ -52,6 +52,7 @@ from pocketfed.model.lowering import (
 )
 from pocketfed.model.parameters import Parameter, Vector, total_size
 from pocketfed.model.quantization import dequantize, is_quantized_name, quantize_per_channel
+from pocketfed.model.rewriting import CONTRIB, rewritten, uses_contrib
 from pocketfed.model.runtime import load_onnxruntime
 
 BACKBONE_FILE = "backbone.bin"
@@ -312,6 +313,8 @@ def _write(
     values = lower(graph, [*_leaves(trace.layout, low), *given, *frozen], low)
     results = [publish(low, value, name) for value, name in zip(values, outputs, strict=True)]
     nodes = prune(low.nodes, [r.name for r in results])
+    if list(outputs) == ["logits"]:
+        nodes = prune(rewritten(nodes, initializers, low.constant(1, np.float32)), list(outputs))
     used = used_names(nodes)
     kept = [t for t in [*constants_of(low), *initializers.values()] if t.name in used]
     defaults = {"weights": np.ones(1, np.float32), "label_smoothing": np.zeros((), np.float32)}
@@ -322,7 +325,7 @@ def _write(
         takes.insert(0, helper.make_tensor_value_info("theta", TensorProto.FLOAT, [total_size(trace.layout)]))
     model = helper.make_model(
         helper.make_graph(nodes, "plan", takes, results, kept),
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET)] + [helper.make_opsetid(CONTRIB, 1)] * uses_contrib(nodes),
         ir_version=10,
         producer_name="pocketfed",
     )
