@@ -14,11 +14,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pocketfed.model.config import MobileBertConfig
 from pocketfed.model.heads import TextClassifier, segment_ids
 from pocketfed.model.lean import FoldedOutput, lean
 from pocketfed.model.mobilebert import (
@@ -26,7 +28,6 @@ from pocketfed.model.mobilebert import (
     Block,
     Embeddings,
     MobileBert,
-    MobileBertConfig,
     NoNorm,
     ResidualOutput,
     activate,
@@ -149,11 +150,11 @@ class FusedBlock(nn.Module):
             {name: getattr(block.bottleneck, part).LayerNorm for name, part in _NORMS.items() if name in outer}
         )
         self.attended = Residual(block.attention.output)
-        networks = [(f.intermediate.dense, f.output) for f in block.ffn]
+        networks: list[tuple[Any, Any]] = [(f.intermediate.dense, f.output) for f in list[Any](block.ffn)]
         networks.append((block.intermediate.dense, block.output))
         self.widen = nn.ModuleList(widen for widen, _ in networks)
         self.narrow = nn.ModuleList(Residual(output) for _, output in networks)
-        self.widened = Residual(block.output.bottleneck) if narrows else None  # type: ignore[arg-type]
+        self.widened = Residual(block.output.bottleneck) if narrows else None
 
     def forward(self, x: Tensor, mask: tuple[Tensor, ...], first_only: bool = False) -> Tensor:
         """mask: see `_masks`. first_only: the result is (B, 1, D)."""
@@ -285,7 +286,7 @@ def _add(output: Residual, residual: Scale, inner: Scale | None) -> Scale:
     with torch.no_grad():
         if bool(((sizes >= SMALLEST_GAIN) & (sizes <= LARGEST_GAIN)).all()):
             output.dense.weight.copy_(output.dense.weight.double() / kept[0].unsqueeze(1))
-            output.dense.bias = None
+            output.dense.bias = None  # type: ignore[assignment] # a product without one
             output.gain = None
             return kept
         output.gain = kept[0].float()

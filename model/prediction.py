@@ -186,7 +186,7 @@ def _static(ranges: Ranges) -> _Product:
         if weight not in ranges:
             raise ValueError(f"the product with {weight} has no range; measure ranges on texts first")
         step, zero = step_of(*ranges[weight])
-        tensors |= {f"{weight}.step": np.float32(step), f"{weight}.zero": np.uint8(zero)}
+        tensors |= {f"{weight}.step": np.array(step, np.float32), f"{weight}.zero": np.array(zero, np.uint8)}
         constants = [f"{weight}.step", f"{weight}.zero"]
         names = [f"{weight}.{part}" for part in ("rounded", "read")]
         out, made = _weights_only(ranges)(names[1], weight, q, scale, tensors)

@@ -88,6 +88,8 @@ def test_an_export_is_the_model_on_random_and_real_texts_of_any_batch_and_length
     predict, model = open_prediction(out, engine), classifier_of(checkpoint())
     for shape in ((1, 3), (5, 17), (2, 32)):
         assert compare(model, predict, random_batches(len(TOKENS), 3, 32, 7, shape)).error <= LARGEST[scheme]
+    fixed = open_prediction(out, engine, shape=(2, 32))
+    assert compare(model, fixed, random_batches(len(TOKENS), 3, 32, 8, (2, 32))).error <= LARGEST[scheme]
     assert [p.name for p in tmp_path.iterdir()] == ["exported"], "nothing is left beside it"
 
 
