@@ -4,7 +4,7 @@
     python benchmarks/inference.py --out rows.jsonl --quick        # sequence 128, batch 1, one thread, what the goals compare
     python benchmarks/inference.py --out rows.jsonl --only table   # the tables of what is in the file already
 
-Random weights of the published geometry. All models of one setting are open in one process and run in turn, A B C, A B C, ...; a time is
+Random weights of the published geometry; OpenVINO compiles for the one shape. All models of one setting are open in one process and run in turn, A B C, A B C, ...; a time is
 CPU time of the process on one thread, wall time on more; medians with smallest and largest; a ratio is taken turn by turn. Cold
 start, memory and file size are of a fresh process each. Needs transformers, openvino, and `--executorch` executorch.
 """
@@ -94,7 +94,7 @@ def time_setting(variants: Iterable[str], setting: tuple[int, int, int], repeats
     runs: dict[str, Callable[[], Any]] = {}
     for variant in variants:
         if longest_of(variant) >= length and ("executorch" not in variant or setting == MAIN):
-            predict = open_variant(variant, work, threads)
+            predict = open_variant(variant, work, threads, (batch, length))
             runs[variant] = lambda predict=predict: predict(ids, mask)
     return {"threads": threads, "length": length, "batch": batch, "ms": in_turn(runs, repeats, threads)}
 

@@ -97,11 +97,12 @@ def make(variant: str, work: Path) -> None:
     partial.rename(place)
 
 
-def open_variant(variant: str, work: Path, threads: int) -> Predict:
+def open_variant(variant: str, work: Path, threads: int, shape: tuple[int, int] | None = None) -> Predict:
+    """shape: OpenVINO, which gains by it, is told that all texts have it."""
     name, engine, *_ = variant.split("/")
     if engine == "eager":
         return _eager(_hugging_face(name) if name.startswith("hf-") else reference_of(name))
-    return open_prediction(place_of(variant, work), engine, threads)
+    return open_prediction(place_of(variant, work), engine, threads, shape)
 
 
 def _eager(model: torch.nn.Module) -> Predict:
