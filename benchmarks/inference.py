@@ -4,9 +4,10 @@
     python benchmarks/inference.py --out rows.jsonl --quick        # sequence 128, batch 1, one thread, what the goals compare
     python benchmarks/inference.py --out rows.jsonl --only table   # the tables of what is in the file already
 
-Random weights of the published geometry; OpenVINO compiles for the one shape. All models of one setting are open in one process and run in
-turn, A B C, A B C, ...; a time is CPU time of the process on one thread, wall time on more; medians with smallest and largest; a
-ratio is taken turn by turn. Cold start, memory and file size are of a fresh process each. Needs transformers, openvino, and `--executorch` executorch.
+Random weights of the published geometry; OpenVINO compiles for the one shape. All models of one setting are open in one
+process and run in turn, A B C, A B C, ...; a time is CPU time of the process on one thread, wall time on more; medians with
+smallest and largest; a ratio is taken turn by turn. Cold start, memory and file size are of a fresh process each. Needs
+transformers, openvino, and `--executorch` executorch.
 """
 
 from __future__ import annotations
