@@ -12,11 +12,13 @@ from pocketfed.cli.output import UsageError
 EXTRAS = {
     "distill": "torch", "quantize": "torch", "inspect": "torch", "evaluate": "coordinator", "publish": "coordinator",
     "serve": "coordinator", "simulate": "simulation", "dashboard": "dashboard",
-    "demo": "simulation", "export": "executorch", "advise": "simulation",
+    "demo": "simulation", "export": "torch", "advise": "simulation",
     "db": "coordinator", "certs": "coordinator", "keys": "coordinator",
     "enrolment-key": "coordinator", "devices": "coordinator", "release": "coordinator", "operator": "coordinator",
     "audit": "coordinator",
 }  # fmt: skip
+
+EXTRA_OF = {"openvino": "openvino", "executorch": "executorch"}  # engines that only `export --to` needs
 
 
 def main() -> None:
@@ -80,7 +82,7 @@ def is_usage(error: Exception) -> bool:
 def explain(error: Exception, command: str = "") -> str:
     """One sentence, on one line, for any exception."""
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("pocketfed"):
-        extra = EXTRAS.get(command, "simulation")
+        extra = EXTRA_OF.get(str(error.name)) or EXTRAS.get(command, "simulation")
         return f"{command} needs {error.name}, which is not installed; run: pip install 'pocketfed[{extra}]'"
     text = " ".join(str(error).split())
     if type(error).__module__.startswith("pocketfed."):

@@ -235,57 +235,46 @@ def export(
     model_dir: Annotated[Path, typer.Argument(help="A model folder.")],
     out: Annotated[Path, typer.Option(help="The file or folder to write; written whole and checked, or not at all.")],
     to: Annotated[
-        str, typer.Option(help="executorch: a .pte for XNNPACK. huggingface: a folder for transformers.")
+        str,
+        typer.Option(help="onnx, openvino, executorch: to predict with. huggingface: a folder for transformers."),
     ] = "executorch",
-    labels: Annotated[
-        str, typer.Option(help="What the classifier tells apart: A,B,C, or a data set to read them from.")
+    plan: Annotated[
+        str, typer.Option(help="predict, or train: the training step, for executorch alone, where it is the default.")
     ] = "",
-    train: Annotated[str, typer.Option("--train", "--set", help="The trainable set.")] = "lora:8",
-    batch: Annotated[int, typer.Option(min=1, help="Examples a step; fixed in the file.")] = 4,
-    length: Annotated[int, typer.Option(min=3, help="Tokens an example; fixed in the file.")] = 64,
+    scheme: Annotated[
+        str, typer.Option(help="predict: float32, int8 (weights), int8-dynamic (onnx), int8-static (onnx, openvino).")
+    ] = "float32",
+    calibrate: Annotated[
+        Path | None, typer.Option(help="int8-static: texts like those it will read, one a line.")
+    ] = None,
+    labels: Annotated[
+        str, typer.Option(help="train: what the classifier tells apart: A,B,C, or a data set to read them from.")
+    ] = "",
+    train: Annotated[str, typer.Option("--train", "--set", help="train: the trainable set.")] = "lora:8",
+    batch: Annotated[int | None, typer.Option(min=1, help="executorch: texts at a time; fixed in the file.")] = None,
+    length: Annotated[int | None, typer.Option(min=3, help="executorch: tokens a text; fixed in the file.")] = None,
     task: Annotated[
-        str, typer.Option(help="huggingface: what the classifier does: classification, regression, tokens, spans.")
+        str, typer.Option(help="What the head does: classification, regression, tokens, spans; by default as labelled.")
     ] = "",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Write a model for another runtime: a training plan for ExecuTorch, or the model as Hugging Face has it."""
+    """Write a model for another runtime: to predict with, a training step for ExecuTorch, or as Hugging Face has it."""
+    from pocketfed.cli import exports
+
+    plan = plan or ("train" if to == "executorch" else "predict")
     if to == "huggingface":
-        _export_huggingface(model_dir, out, task, json)
-        return
-    import importlib.util
-
-    if to != "executorch":
-        raise CommandError(f"--to {to!r} is nothing to export to; choose executorch or huggingface")
-    if importlib.util.find_spec("executorch") is None:
-        raise ModuleNotFoundError(name="executorch")
-    from pocketfed.coordinator.artifacts import trainable_classifier
-    from pocketfed.model.executorch_export import export_executorch
-
-    model, quantized = trainable_classifier(model_dir, labels, train, seed)
-    made = export_executorch(model, out, batch=batch, length=length, quantized=quantized)
-    if json:
-        report = {"file": str(out), "bytes": made.bytes, "parameters": made.parameters, "error": made.error}
-        print_json({**report, "trainable_set": train, "batch": batch, "length": length, "int8": quantized})
-        return
-    print(
-        f"{out}: {format_bytes(made.bytes)}, trains {train} ({made.parameters:,} parameters) on {batch} x {length} tokens; "
-        f"its gradient is within {made.error:.1e} of autograd's"
-    )
-
-
-def _export_huggingface(model_dir: Path, out: Path, task: str, json: bool) -> None:
-    import dataclasses
-
-    from pocketfed.model.huggingface_export import export_huggingface
-
-    made = export_huggingface(model_dir, out, task)
-    if json:
-        print_json({**dataclasses.asdict(made), "folder": str(made.folder)})
-        return
-    print(f"{out}: {made.architecture}, {made.parameters:,} parameters")
-    for note in made.notes:
-        print(f"Note: {note}.")
+        exports.to_huggingface(model_dir, out, task, json)
+    elif plan == "predict":
+        exports.prediction(model_dir, out, to, scheme, calibrate, task, batch or 1, length or 128, json)
+    elif plan == "train" and to == "executorch":
+        exports.training_step(model_dir, out, labels, train, batch or 4, length or 64, seed, json)
+    elif plan == "train":
+        raise CommandError(
+            f"a training step is not exported to {to!r}; devices get it as a plan, see pocketfed publish"
+        )
+    else:
+        raise CommandError(f"--plan {plan!r} is nothing to export; choose predict or train")
 
 
 def key_values(pairs: list[str]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def export_executorch(model: TextClassifier, path: Path, *, batch: int, length: 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Tracing and executorch, at its import too, warn and log about themselves."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -145,7 +145,7 @@ def _squeeze(x: Tensor, dims: int | Sequence[int]) -> Tensor:
     return x.reshape([size for d, size in enumerate(x.shape) if size != 1 or d not in given])
 
 
-def _pad(x: Tensor, widths: Sequence[int], value: float = 0) -> Tensor:
+def pad_or_crop(x: Tensor, widths: Sequence[int], value: float = 0) -> Tensor:
     """The portable kernel refuses to crop, which is how MobileBERT shifts a sequence by one token."""
     for i in range(len(widths) // 2):
         dim, (before, after) = x.dim() - 1 - i, widths[2 * i : 2 * i + 2]
@@ -164,7 +164,7 @@ _REWRITES: dict[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
-    aten.constant_pad_nd.default: _pad,
+    aten.constant_pad_nd.default: pad_or_crop,
 }
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _SAME = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
@@ -195,7 +195,7 @@ def trace_step(model: TextClassifier, batch: int, length: int, quantized: bool) 
         loss, correct, gradient, *_ = step(leaves, {n: widened(held, n) for n in frozen}, ids, mask, labels, once, none)
         return loss, correct, gradient
 
-    with _quiet():
+    with quietly():
         traced = make_fx(flat_step, decomposition_table=core_aten_decompositions() | _REWRITES, tracing_mode="fake")(
             *_example(model, batch, length, 0), *stored.values()
         )
@@ -273,7 +273,7 @@ def _drop_what_does_nothing(graph: fx.Graph) -> None:
 
 def _lower(step: fx.GraphModule, inputs: tuple[Tensor, ...], model: TextClassifier) -> tuple[bytes, int]:
     """The program's bytes, and how many delegates it has."""
-    with _quiet():
+    with quietly():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from torch.fx.passes.infra.partitioner import Partition
@@ -370,7 +370,7 @@ def verify_executorch(model: TextClassifier, path: Path, batch: int, length: int
 
 def load_method(path: Path, name: str) -> Any:
     """A method of a program, in ExecuTorch's Python runtime."""
-    with _quiet():
+    with quietly():
         from executorch.runtime import Runtime
 
         return Runtime.get().load_program(path).load_method(name)

@@ -670,9 +670,15 @@ def _argmax(low: Lowering, node: torch.fx.Node, args: Arguments) -> Value:
 @rule(aten.split_with_sizes.default)
 def _split(low: Lowering, node: torch.fx.Node, args: Arguments) -> tuple[Value, ...]:
     axis = args[2] if len(args) > 2 else 0
-    name = low.emit("Split", low.name(args[0]), low.constant(args[1], np.int64), outputs=len(args[1]), axis=axis)
+    shapes = [low.shape(m.shape) for m in node.meta["val"]]
+    flat = low.flat(args[0]) if axis % len(args[0].shape) == len(args[0].shape) - 1 else None
+    source, axis = (flat, 1) if flat is not None else (args[0], axis)  # the matrix behind the view, as it is
+    name = low.emit("Split", low.name(source), low.constant(args[1], np.int64), outputs=len(args[1]), axis=axis)
     names = [name, *(f"{name}:{i}" for i in range(1, len(args[1])))]
-    return tuple(Value(low.shape(m.shape), m.dtype, n) for m, n in zip(node.meta["val"], names, strict=True))
+    parts = (
+        Value((*source.shape[:axis], s[-1]) if flat else s, source.dtype, n) for s, n in zip(shapes, names, strict=True)
+    )
+    return tuple(low.reshape(part, s) for part, s in zip(parts, shapes, strict=True))
 
 
 @rule(aten.arange.start_step)

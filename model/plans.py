@@ -52,6 +52,7 @@ from pocketfed.model.lowering import (
 )
 from pocketfed.model.parameters import Parameter, Vector, total_size
 from pocketfed.model.quantization import dequantize, is_kept, is_quantized_name, quantize_per_channel
+from pocketfed.model.rewriting import CONTRIB, rewritten, uses_contrib
 from pocketfed.model.runtime import load_onnxruntime
 
 BACKBONE_FILE = "backbone.bin"
@@ -218,7 +219,7 @@ def train_step(model: TextClassifier, stage: str = "forward") -> Step:
     return step
 
 
-def _decompositions() -> dict[Any, Any]:
+def decompositions() -> dict[Any, Any]:
     table = dict(core_aten_decompositions())
     for kept in (
         torch.ops.aten.embedding_dense_backward.default,
@@ -230,7 +231,7 @@ def _decompositions() -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     import warnings
 
     with warnings.catch_warnings():
@@ -285,11 +286,11 @@ def _trace(model: TextClassifier, layout: Sequence[Parameter], step: Step, input
 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quietly(), FakeTensorMode(allow_non_fake_inputs=True):
         fake_leaves = [torch.zeros(p.shape) for p in layout]
         fake_inputs = [torch.zeros(shape, dtype=dtype) for dtype, shape, _ in declared.values()]
         fake_frozen = [torch.zeros(p.shape) for p in frozen.values()]
-        traced = make_fx(flat_step, decomposition_table=_decompositions(), tracing_mode="real")(
+        traced = make_fx(flat_step, decomposition_table=decompositions(), tracing_mode="real")(
             *fake_leaves, *fake_inputs, *fake_frozen
         )
     return _Trace(traced.graph, layout, frozen, length, declared)
@@ -316,8 +317,10 @@ def _write(
     read = {name: tensor for (name, tensor), n in zip(trace.frozen.items(), places, strict=True) if n.users}
     frozen = _frozen_values(trace.frozen, read, backbone, low, initializers)
     values = lower(graph, [*_leaves(trace.layout, low), *given, *frozen], low)
-    results = [_publish(low, value, name) for value, name in zip(values, outputs, strict=True)]
+    results = [publish(low, value, name) for value, name in zip(values, outputs, strict=True)]
     nodes = prune(low.nodes, [r.name for r in results])
+    if list(outputs) == ["logits"]:
+        nodes = prune(rewritten(nodes, initializers, low.constant(1, np.float32)), list(outputs))
     used = used_names(nodes)
     kept = [t for t in [*constants_of(low), *initializers.values()] if t.name in used]
     defaults = {"weights": np.ones(1, np.float32), "label_smoothing": np.zeros((), np.float32)}
@@ -328,7 +331,7 @@ def _write(
         takes.insert(0, helper.make_tensor_value_info("theta", TensorProto.FLOAT, [total_size(trace.layout)]))
     model = helper.make_model(
         helper.make_graph(nodes, "plan", takes, results, kept),
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET)] + [helper.make_opsetid(CONTRIB, 1)] * uses_contrib(nodes),
         ir_version=10,
         producer_name="pocketfed",
     )
@@ -379,7 +382,7 @@ def _frozen_values(
             yield Value(low.shape(tensor.shape), tensor.dtype, name)
 
 
-def _publish(low: Lowering, value: Value, name: str) -> onnx.ValueInfoProto:
+def publish(low: Lowering, value: Value, name: str) -> onnx.ValueInfoProto:
     low.nodes.append(helper.make_node("Identity", [low.name(value)], [name], name=name))
     dtype = TensorProto.INT64 if value.dtype == torch.int64 else TensorProto.FLOAT
     symbols = {(1, 0): "batch", (0, 1): "length"}

@@ -229,7 +229,9 @@ def test_without_executorch_the_command_says_what_to_install(
         "pocketfed: export needs executorch, which is not installed; run: pip install 'pocketfed[executorch]'\n"
     )
     assert command(["export", "student", "--to", "coreml", "--out", str(tmp_path / "step.pte")], monkeypatch) == 1
-    assert "'coreml' is nothing to export to; choose executorch or huggingface" in capsys.readouterr().err
+    assert (
+        "'coreml' is nothing to export to; choose onnx, openvino, executorch or huggingface" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 8), (2, 0), (2, 17)])

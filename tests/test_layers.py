@@ -38,7 +38,8 @@ ONLY_IN = {
     "sqlalchemy": ("coordinator/", "dashboard/"), "alembic": ("coordinator/",),
     "torch": ("model/", "client_sdk/torch_trainer.py", "coordinator/artifacts.py"),
     "onnx": ("model/", "client_sdk/torch_trainer.py"), "tokenizers": ("model/",),
-    "executorch": ("model/executorch_export.py",), "ray": ("simulations/flower_ray.py",),
+    "executorch": ("model/executorch_export.py", "model/executorch_predict.py"),
+    "openvino": ("model/engines.py", "model/exporting.py"), "ray": ("simulations/flower_ray.py",),
     "cryptography": ("coordinator/signing.py", "coordinator/tls.py"), "nacl": ("client_sdk/trust.py", "client_sdk/sealing.py"),
     "onnxruntime": ("model/runtime.py",), "typer": ("cli/",), "rich": ("cli/output.py",),
     "pickle": (), "dill": (), "joblib": (), "marshal": (), "shelve": (), "cloudpickle": (),
@@ -46,7 +47,7 @@ ONLY_IN = {
 TORCH_AT_TOP = ("model/", "client_sdk/torch_trainer.py")
 AT_TOP_ONLY_IN = {
     "torch": TORCH_AT_TOP, "onnx": TORCH_AT_TOP, "tokenizers": (), "executorch": (), "cryptography": (), "nacl": (), "rich": (),
-    "onnxruntime": (), "ray": (),
+    "openvino": (), "onnxruntime": (), "ray": (),
 }  # fmt: skip
 NUMPY_ONLY = (
     "model/parameters.py",
