@@ -30,6 +30,7 @@ from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.costs import EnergyModel, cost_of
+from pocketfed.simulations.device_states import DeviceStates, states_beside
 from pocketfed.simulations.findings import Findings, Material, find
 from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
@@ -329,6 +330,8 @@ def _simulate(
         grid = grids.make_grid(config.backend, store, run_id, nodes, material)
         setting.opened.callback(grid.close)
         grid.remembers = setting.is_kept
+        if setting.is_kept and store.file is not None:
+            grid.states = DeviceStates(states_beside(store.file), run_id)
         virtual = None
         if setting.fleet is not None:
             lengths = [len(row) for row in train_examples.rows]
@@ -357,6 +360,8 @@ def _simulate(
                 virtual.assignments.forget if virtual else lambda assignment_ids: None,
                 should_stop=should_stop,
             )
+        if grid.states is not None:
+            grid.states.committed()
         if virtual:
             rounds = [virtual.told(result) for result in rounds]  # also those of before it was stopped
             virtual.finish()
