@@ -36,6 +36,7 @@ from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
 from pocketfed.simulations.partition_picture import draw_partition
+from pocketfed.simulations.prefix import PrefixCaches
 from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, digest_of_fleet, plain, run_to_drive
 from pocketfed.simulations.served import hold_out
 from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
@@ -200,6 +201,7 @@ def simulate(
     lines: Collection[str] = (),
     resume: Resume = "unfinished",
     kept: Path | None = None,
+    caches: PrefixCaches | None = None,
 ) -> SimulationResult:
     """Run a simulation; the same configuration gives the same bits.
 
@@ -211,6 +213,7 @@ def simulate(
         lines: of baselines.LINES, what to compare the result with.
         resume: which run of the same configuration goes on: one that is "unfinished", "any", or there "must" be one.
         kept: a folder of what runs can share (see `findings.find`).
+        caches: what frozen parts made of texts, where several simulations of a process share it.
 
     Raises:
         SimulationError, BackendError, DataError, PartitionError, ConfigError, the coordinator's: what is wrong with the request.
@@ -250,6 +253,7 @@ def simulate(
                 fleet,
                 clock,
                 opened,
+                caches or opened.enter_context(contextlib.closing(PrefixCaches(Path(scratch)))),
             )
             return _simulate(setting, on_round, on_step, should_stop, lines, kept)
 
@@ -273,6 +277,7 @@ class _Setting:
     fleet: Fleet | None
     clock: VirtualClock
     opened: contextlib.ExitStack
+    caches: PrefixCaches
 
     @cached_property
     def data(self) -> dict[str, Any]:
@@ -290,7 +295,6 @@ def _simulate(
 ) -> SimulationResult:
     from pocketfed.coordinator.artifacts import read_artifact
     from pocketfed.simulations import grids
-    from pocketfed.simulations.prefix import open_prefix_cache
 
     config, store, dataset, artifact = setting.config, setting.store, setting.dataset, setting.artifact
     with store.read() as session:
@@ -301,10 +305,7 @@ def _simulate(
             "give another --database"
         )
     trainable_set = next(iter(artifact.manifest.sets))
-    cache = open_prefix_cache(artifact, trainable_set, setting.scratch)
-    if cache is not None:
-        setting.opened.callback(cache.close)
-    trainer = PlanTrainer(artifact, trainable_set, cache=cache)
+    trainer = PlanTrainer(artifact, trainable_set, cache=setting.caches.cache_for(artifact, trainable_set))
     on_step("tokenizing")
     max_length = config.run.local.max_length
     train_examples = encode_examples(trainer, dataset.train, max_length)
