@@ -114,6 +114,8 @@ class Course:
 
     def measured(self, accuracy: float) -> None:
         self.rounds.append((time.perf_counter(), self.tree.look(), accuracy))
+        seconds, cpu = (late - early for late, early in zip(self.rounds[-1], self.began, strict=False))
+        print(f"round {len(self.rounds)}: {accuracy:.4f} after {seconds:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr)
 
     def reached(self, target: float) -> tuple[float, float] | None:
         """Seconds and CPU seconds until the first round that had it."""
@@ -266,6 +268,7 @@ def run_flower(variant: str, a: argparse.Namespace, devices: int, course: Course
         )
 
     flwr_compat.enter_run(1)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default its workers stand back for all else on the machine
     start_ray(a.actors, object_store_memory=512 << 20)  # with its tries; Flower finds it running
     actors = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, client, num_supernodes=devices, backend_config=actors)

@@ -324,7 +324,7 @@ def _settle(session: Session, row: Round, done: Attempt) -> int:
         if found.kind == "train":
             accepted += status == "aggregated"
             row.failed += status not in ("aggregated", "discarded")
-    this = sa.bindparam("row_id")
+    this: sa.BindParameter[str] = sa.bindparam("row_id")
     for statement, rows in (
         (sa.update(Assignment).where(Assignment.id == this), settled),
         (sa.update(Update).where(Update.assignment_id == this), judged),

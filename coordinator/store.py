@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy import ForeignKey, String, UniqueConstraint
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.orm.attributes import PASSIVE_NO_INITIALIZE, get_history
+from sqlalchemy.orm.attributes import get_history
+from sqlalchemy.orm.base import PASSIVE_NO_INITIALIZE
 
 CHUNK_BYTES = 1 << 20
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -520,7 +521,8 @@ def _move(row: Run | Round | Assignment, is_new: bool) -> dict[str, Any] | None:
     if not is_new and not repeated and not status.added:
         return None
     if status.deleted and not repeated:
-        name = " ".join(str(value) for value in sa.inspect(row).identity or ())
+        inspected: Any = sa.inspect(row)
+        name = " ".join(str(value) for value in inspected.identity or ())
         check_move(row.__tablename__, name, status.deleted[0], row.status)
     if isinstance(row, Run):
         return history_entry(row.id, row.status, row.reason)
