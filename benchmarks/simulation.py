@@ -6,14 +6,16 @@
 
 Every variant of every size runs in a fresh process, A B C, A B C, ...; a table is printed at the end. Without data the demo's made-up
 commands are used. Ours trains `--train` and sends that; Flower's ClientApp is its Hugging Face quickstart: a plain loop over all
-weights, and all weights sent. Seconds begin when the data is read and the model built, and end with the round's measurement of the
-test split; what a backend needs to start (Ray's processes, the pool's, the plans) is in the first round's. Memory and CPU are those of the
-whole tree of processes, looked at twice a second: memory shared by processes is counted once (PSS). Needs 'pocketfed[benchmarks,ray]'.
+weights, and all weights sent. Seconds begin when the start has been measured and end with a round's measurement of the test
+split; the training plans, the pool's start and Flower's actors fall into the first round, Ray's own start into none. Memory and CPU are
+those of the whole tree of processes, looked at twice a second: memory shared by processes is counted once (PSS). Needs
+'pocketfed[benchmarks,ray]'.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -22,7 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ COLUMNS = {
     "rounds_per_s": "rounds a s",
     "ms_device_round": "ms a device-round",
     "seconds_to_target": "s to the target",
+    "cpu_s_to_target": "CPU s to the target",
     "accuracy": "accuracy",
     "peak_mb": "peak MB",
     "cpu_s": "CPU s",
@@ -51,7 +55,7 @@ class Tree:
     def __init__(self) -> None:
         self.peak_mb = 0.0
         self._cpu: dict[tuple[int, str], float] = {}  # (pid, when it began) -> seconds
-        self._ended = threading.Event()
+        self._looking, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -61,7 +65,13 @@ class Tree:
             if self._ended.wait(0.5):
                 return
 
-    def look(self) -> None:
+    def look(self) -> float:
+        """Returns the CPU seconds until now."""
+        with self._looking:
+            self._look()
+            return sum(self._cpu.values())
+
+    def _look(self) -> None:
         stats = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -86,66 +96,89 @@ class Tree:
 
     def stop(self) -> float:
         """Returns the CPU seconds."""
-        self.look()
         self._ended.set()
         self._thread.join()
-        return sum(self._cpu.values())
+        return self.look()
+
+
+@dataclass
+class Course:
+    """When a run began, and when each of its rounds was measured: seconds, CPU seconds of the tree, accuracy."""
+
+    tree: Tree
+    began: tuple[float, float] = (0.0, 0.0)
+    rounds: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        self.began = (time.perf_counter(), self.tree.look())
+
+    def measured(self, accuracy: float) -> None:
+        self.rounds.append((time.perf_counter(), self.tree.look(), accuracy))
+        seconds, cpu = (late - early for late, early in zip(self.rounds[-1], self.began, strict=False))
+        print(f"round {len(self.rounds)}: {accuracy:.4f} after {seconds:.1f} s, {cpu:.1f} s of CPU", file=sys.stderr)
+
+    def reached(self, target: float) -> tuple[float, float] | None:
+        """Seconds and CPU seconds until the first round that had it."""
+        for moment, cpu, accuracy in self.rounds:
+            if accuracy >= target:
+                return moment - self.began[0], cpu - self.began[1]
+        return None
 
 
 def run_variant(variant: str, a: argparse.Namespace, devices: int) -> dict[str, Any]:
     """One run in this process."""
-    tree = Tree()
-    ended: list[tuple[float, float]] = []  # when, accuracy
-    begun = [0.0]
-    runner = run_flower if variant == "flower" else run_ours
-    bytes_up = runner(variant, a, devices, begun, lambda accuracy: ended.append((time.perf_counter(), accuracy)))
-    cpu = tree.stop()
-    moments = [begun[0], *(moment for moment, _ in ended)]
+    course = Course(Tree())
+    bytes_up = (run_flower if variant == "flower" else run_ours)(variant, a, devices, course)
+    cpu = course.tree.stop()
+    moments = [course.began[0], *(moment for moment, _, _ in course.rounds)]
     seconds = [late - early for early, late in itertools.pairwise(moments)]
     rest = seconds[1:] or seconds
-    reached = [moment - begun[0] for moment, accuracy in ended if accuracy >= a.target]
+    reached = course.reached(a.target)
     return {
         "variant": variant,
+        "train": "all" if variant == "flower" else trained_by(a),
         "devices": devices,
         "seed": a.seed,
-        "rounds": len(ended),
+        "rounds": len(course.rounds),
         "seconds_first_round": round(seconds[0], 3),
         "seconds_round": round(statistics.median(rest), 3),
         "rounds_per_s": round(1 / statistics.median(rest), 4),
         "ms_device_round": round(statistics.median(rest) / devices * 1e3, 3),
         "seconds_to_target": round(reached[0], 3) if reached else None,
-        "accuracies": [round(accuracy, 4) for _, accuracy in ended],
-        "accuracy": round(ended[-1][1], 4),
-        "peak_mb": round(tree.peak_mb, 1),
+        "cpu_s_to_target": round(reached[1], 2) if reached else None,
+        "accuracies": [round(accuracy, 4) for _, _, accuracy in course.rounds],
+        "accuracy": round(course.rounds[-1][2], 4),
+        "peak_mb": round(course.tree.peak_mb, 1),
         "cpu_s": round(cpu, 1),
         "bytes_up": bytes_up,
     }
 
 
-def run_ours(
-    backend: str, a: argparse.Namespace, devices: int, begun: list[float], measured: Callable[[float], None]
-) -> int:
-    """Returns the bytes that all devices sent."""
+def trained_by(a: argparse.Namespace) -> str:
+    return str(a.train) if Path(a.model).exists() else "full"
+
+
+def run_ours(backend: str, a: argparse.Namespace, devices: int, course: Course) -> int:
+    """Returns the bytes that all devices sent. It ends with the round that reaches the target."""
     from pocketfed.coordinator.config import LocalTraining, RunConfig
-    from pocketfed.coordinator.progress import RoundResult
+    from pocketfed.coordinator.progress import Interrupted, RoundResult
     from pocketfed.simulations.run import SimulationConfig, simulate
 
-    def note(step: str) -> None:
-        if step == "training":
-            begun[0] = time.perf_counter()
+    sent = [0]
 
     def remember(result: RoundResult) -> None:
+        sent[0] += result.bytes_up
         if result.number:
-            measured(result.accuracy or 0.0)
+            course.measured(result.accuracy or 0.0)
         else:
-            begun[0] += result.seconds  # measuring what the run starts from is no part of a round
+            course.begin()  # measuring what the run starts from is no part of a round
 
     local = LocalTraining(a.epochs, a.batch, a.learning_rate, max_length=a.length)
     run = RunConfig(rounds=a.rounds, min_devices=1, seed=a.seed, local=local)
-    train = a.train if Path(a.model).exists() else "full"
-    config = SimulationConfig(a.data, a.model, devices, a.partition, train, run, backend=backend)
-    result = simulate(config, on_round=remember, on_step=note)
-    return sum(r.bytes_up for r in result.rounds)
+    config = SimulationConfig(a.data, a.model, devices, a.partition, trained_by(a), run, backend=backend)
+    with contextlib.suppress(Interrupted):  # the target was reached: what comes after is not asked for
+        simulate(config, on_round=remember, should_stop=lambda: course.reached(a.target) is not None)
+    return sent[0]
 
 
 # ---- stock Flower ------------------------------------------------------------------------------------------------------
@@ -172,9 +205,7 @@ def prepared(model: str, data: str, length: int, seed: int, devices: int, partit
     return net, held, read_test()
 
 
-def run_flower(
-    variant: str, a: argparse.Namespace, devices: int, begun: list[float], measured: Callable[[float], None]
-) -> int:
+def run_flower(variant: str, a: argparse.Namespace, devices: int, course: Course) -> int:
     """Flower's own simulation as it comes: FedAvg, its Ray backend with one processor a client. Returns the bytes sent."""
     from pocketfed.coordinator import flwr_compat  # before flwr: it silences it
 
@@ -185,6 +216,8 @@ def run_flower(
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
+
+    from pocketfed.simulations.flower_ray import start_ray
 
     given = (a.model, str(a.data), a.length, a.seed, devices, a.partition)
     folder, epochs, batch, rate, seed = (
@@ -214,12 +247,11 @@ def run_flower(
     def evaluate(number: int, arrays: ArrayRecord) -> MetricRecord:
         net.load_state_dict(arrays.to_torch_state_dict())
         net.eval()
-        before = time.perf_counter()
         accuracy = peers._accuracy(net, test)
         if number:
-            measured(accuracy)
+            course.measured(accuracy)
         else:
-            begun[0] += time.perf_counter() - before
+            course.begin()
         return MetricRecord({"accuracy": accuracy})
 
     @server.main()  # type: ignore[untyped-decorator]
@@ -227,14 +259,21 @@ def run_flower(
         strategy = FedAvg(
             fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=devices, min_available_nodes=devices
         )
-        strategy.start(grid, ArrayRecord(net.state_dict()), num_rounds=a.rounds, timeout=36000, evaluate_fn=evaluate)
+        strategy.start(
+            grid,
+            ArrayRecord(net.state_dict()),
+            num_rounds=a.flower_rounds or a.rounds,
+            timeout=36000,
+            evaluate_fn=evaluate,
+        )
 
     flwr_compat.enter_run(1)
-    actors = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": a.actors}}
-    begun[0] = time.perf_counter()
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default its workers stand back for all else on the machine
+    start_ray(a.actors, object_store_memory=512 << 20)  # with its tries; Flower finds it running
+    actors = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
     run_simulation(server, client, num_supernodes=devices, backend_config=actors)
     sent = sum(value.numel() * value.element_size() for value in net.state_dict().values())
-    return sent * devices * a.rounds
+    return sent * devices * len(course.rounds)
 
 
 # ---- command -----------------------------------------------------------------------------------------------------------
@@ -265,6 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--partition", default="iid")
     parser.add_argument("--devices", default="100", help="sizes, e.g. 100,1000,10000")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--flower-rounds", type=int, default=0, help="of stock Flower, which does not end at the target"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="local ones")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)

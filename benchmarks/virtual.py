@@ -64,6 +64,7 @@ def drive(
             nodes = {device_named(session, name).id: name for name in local}
         run_id, rounds = create_run(store, config), list[RoundResult]()
         grid = InProcessGrid(store, run_id, make_client_app(lambda: trainer, of), nodes, 0)
+        grid.remembers = False  # nobody goes on with it
 
         def remember(result: RoundResult) -> None:
             rounds.append(result)

@@ -76,7 +76,8 @@ class ArtifactTrainer(ABC):
         if self._cache is None or not self.set.prefix:
             return
         self._cache.begin()
-        missing = [row for row in {key_of(row): row for row in rows}.values() if self._cache.get(row) is None]
+        unknown = {key_of(row): row for row in rows if self._cache.get(row) is None}
+        missing = list(unknown.values())
         for group in equal_lengths(missing, PREFIX_TOKENS):
             if should_stop():
                 raise TrainingStopped("stopped while the frozen part of the model read the examples")

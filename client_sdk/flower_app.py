@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -22,6 +24,26 @@ THETA = "theta"
 FORM = "update."  # before the names of UpdateForm's fields in a message's config
 KEPT = "kept"  # in a context's state
 Local = Callable[[Context], tuple[str, Examples]]
+
+
+class TrainedArray(Array):  # type: ignore[misc]
+    """A device's trained parameters, added and serialized when they are asked for.
+
+    `delta` is for a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
+    """
+
+    def __init__(self, start: Vector, delta: Vector) -> None:
+        self.dtype, self.shape, self.stype = "float32", start.shape, "numpy.ndarray"
+        self.start, self.delta = start, delta
+
+    def numpy(self) -> Vector:
+        trained: Vector = self.start + self.delta
+        return trained
+
+    @property
+    def data(self) -> bytes:
+        serialized: bytes = Array(self.numpy()).data
+        return serialized
 
 
 def make_client_app(trainer: Callable[[], Trainer], local: Local, seeded_noise: bool = False) -> ClientApp:
@@ -63,14 +85,20 @@ def answering(
 
 def read_task(message: Message, name: str, seeded_noise: bool = False, theta: Vector | None = None) -> Task:
     """What a message asks of the device of that name. theta: what its arrays hold, where that has been read already."""
-    config = dict(message.content["config"])
+    config = dict(message.content["config"].items())  # of a Mapping it would look up each name
     kind: Kind = "train" if message.metadata.message_type.startswith("train") else "evaluate"
-    start = message.content["arrays"][THETA].numpy() if theta is None else theta
-    form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, v in config.items() if k.startswith(FORM)})
-    number, how = int(config["server-round"]), TrainConfig.from_mapping(config)
     arrays = message.content["arrays"]
+    start = arrays[THETA].numpy() if theta is None else theta
+    number = int(config.pop("server-round"))
+    how, form = _configured(tuple((k, type(v), tuple(v) if isinstance(v, list) else v) for k, v in config.items()))
     control = arrays[CONTROL].numpy() if CONTROL in arrays else None
     return Task(kind, start, how, number, name, form, seeded_noise, control)
+
+
+@lru_cache(maxsize=32)  # a round's devices are told the same; types: 1 and 1.0 are equal, but not the same
+def _configured(told: tuple[tuple[str, type, Any], ...]) -> tuple[TrainConfig, UpdateForm]:
+    form = UpdateForm.from_mapping({k.removeprefix(FORM): v for k, _, v in told if k.startswith(FORM)})
+    return TrainConfig.from_mapping({k: v for k, _, v in told}), form
 
 
 def reply_message(message: Message, context: Context, task: Task, reply: Reply) -> Message:
@@ -78,14 +106,11 @@ def reply_message(message: Message, context: Context, task: Task, reply: Reply) 
     content = {"metrics": MetricRecord({"num-examples": reply.num_examples, **reply.metrics})}
     if task.kind == "evaluate":
         return Message(RecordDict(content), reply_to=message)
-    kept: dict[str, Vector] = dataclasses.asdict(reply.kept)
+    kept = {field.name: getattr(reply.kept, field.name) for field in dataclasses.fields(reply.kept)}
     if any(values.size for values in kept.values()):
         context.state[KEPT] = _record(kept)
-    trained = Array(task.theta + reply.delta)
-    # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
-    trained.__dict__["delta"] = reply.delta
     arrays = ArrayRecord()
-    arrays[THETA] = trained  # not in the constructor: that would make another Array
+    arrays[THETA] = TrainedArray(task.theta, reply.delta)  # not in the constructor: that would make another Array
     told = ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()})
     return Message(RecordDict(content | {"arrays": arrays, "update": told}), reply_to=message)
 

@@ -93,8 +93,10 @@ class Outgoing:
     residual: Vector
 
 
-def make_outgoing(form: UpdateForm, shared: Vector, residual: Vector, noise: np.random.Generator) -> Outgoing:
-    """The shared part of a trained difference, in the run's form.
+def make_outgoing(
+    form: UpdateForm, shared: Vector, residual: Vector, noise: np.random.Generator | None = None
+) -> Outgoing:
+    """The shared part of a trained difference, in the run's form. `noise` is needed where the form has some.
 
     What is sent is never longer than `clip_norm`, but for noise: it is the sum with the residual that is clipped, and what
     clipping cuts off is gone, not postponed. Noise comes after clipping, before any rounding.
@@ -103,6 +105,8 @@ def make_outgoing(form: UpdateForm, shared: Vector, residual: Vector, noise: np.
     vector = shared + residual if residual.size else shared
     vector = clip(vector, form.clip_norm)
     if form.noise:
+        if noise is None:
+            raise ConfigurationError("the form has noise and no generator was given; give one")
         drawn = noise.standard_normal(vector.size) * (form.noise * form.clip_norm)
         vector = (vector + drawn).astype(np.float32)
     data, said = _coded(codec, vector)

@@ -175,7 +175,9 @@ def _declared(metrics: Mapping[str, float], form: UpdateForm) -> dict[str, float
     return {name: value for name, value in metrics.items() if name in form.metrics}
 
 
-def _noise(task: Task) -> np.random.Generator:
-    """From the machine's entropy: whoever knows the run's seed must not know the noise."""
+def _noise(task: Task) -> np.random.Generator | None:
+    """From the machine's entropy: whoever knows the run's seed must not know the noise. None where there is to be none."""
+    if not task.form.noise:
+        return None
     seeded = derive_seed(task.config.seed, task.round, f"{task.device}/noise")
     return np.random.Generator(np.random.PCG64(seeded if task.seeded_noise else secrets.randbits(128)))

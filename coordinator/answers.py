@@ -1,4 +1,4 @@
-"""Writing down what many devices have answered at once, in the rows that the gRPC servicers would have made."""
+"""Writing down what many devices are asked and have answered at once, in the rows that one after another would make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import OPEN
-from pocketfed.coordinator.store import Assignment, Blob, Device, History, StoreError, Update
+from pocketfed.coordinator.store import Assignment, Blob, Device, History, StoreError, Update, history_entry
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,16 @@ class Answer:
     @property
     def status(self) -> str:
         return "failed" if self.told is None else "uploaded"
+
+
+def offer_all(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
+    """New assignments (all of a row's columns but those with a default) and their history, a statement each."""
+    if not rows:
+        return
+    told = ("round", "attempt", "id", "offered_at")
+    history = [history_entry(row["run_id"], "offered", None, *(row[name] for name in told)) for row in rows]
+    session.connection().execute(sa.insert(Assignment), rows)
+    session.connection().execute(sa.insert(History), history)
 
 
 def write_answers(session: Session, answers: Sequence[Answer]) -> None:
@@ -73,15 +83,9 @@ def _settled(answer: Answer, parameters_bytes: int) -> dict[str, Any]:
 
 
 def _history(answer: Answer, row: Any) -> dict[str, Any]:
-    return {
-        "at": answer.ended,
-        "run_id": row.run_id,
-        "round": row.round,
-        "attempt": row.attempt,
-        "assignment_id": answer.assignment_id,
-        "status": answer.status,
-        "reason": answer.error,
-    }
+    return history_entry(
+        row.run_id, answer.status, answer.error, row.round, row.attempt, answer.assignment_id, answer.ended
+    )
 
 
 def real_device(session: Session) -> str | None:

@@ -16,15 +16,17 @@ import sqlalchemy as sa
 from pocketfed.coordinator import flwr_compat
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.aggregation import Delta
+from pocketfed.coordinator.answers import offer_all
 from pocketfed.coordinator.assignments import OPEN, Assignments
 from pocketfed.coordinator.forms import Form, read_form
 from pocketfed.coordinator.store import Artifact, Assignment, Device, Run, Store, Update, get_blob, now, put_blob
 from pocketfed.coordinator.strategy import THETA, DeltaArray
+from pocketfed.coordinator.strategy_base import arrays_of
 from pocketfed.model.parameters import CONTROL, Vector, decode_vector, encode_start
 
 UNREADABLE = 400  # Error.code of a reply whose update is not what it should be: quarantined
@@ -167,8 +169,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         with self.store.read() as session:
             row = session.get_one(Assignment, row_id)
             theta = decode_vector(THETA, get_blob(session, row.parameters), self._size(session))
-        arrays = ArrayRecord({THETA: Array(theta)})
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord(dict(row.config))})
+        content = RecordDict({"arrays": arrays_of(theta), "config": ConfigRecord(dict(row.config))})
         kind = MessageType.TRAIN if row.kind == "train" else MessageType.EVALUATE
         return flwr_compat.name_message(self.create_message(content, kind, row.device_id, ""), row_id)
 
@@ -219,6 +220,7 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         busy = self.working() if self.cohort.buffered else {}
         ordered = sorted(messages, key=lambda m: names[m.metadata.dst_node_id])
         self._read = None  # a strategy may have put other parameters into the same record
+        offered: list[dict[str, Any]] = []
         with self.store.write() as session:
             known = self._known(session)
             digests: dict[int, str] = {}
@@ -228,8 +230,9 @@ class RecordedGrid(Grid):  # type: ignore[misc]
                 if row_id not in known:
                     if message.metadata.dst_node_id in busy:
                         continue
-                    self._offer(session, row_id, message, digests)
+                    offered.append(self._offer(session, row_id, message, digests))
                 sent[row_id] = flwr_compat.name_message(message, row_id)
+            offer_all(session, offered)
         self._sent |= sent
         return list(sent)
 
@@ -248,27 +251,27 @@ class RecordedGrid(Grid):  # type: ignore[misc]
         number, node = int(message.content["config"]["server-round"]), message.metadata.dst_node_id
         return assignment_id(self.run_id, number, self.cohort.attempt, node, _kind(message))
 
-    def _offer(self, session: Session, row_id: str, message: Message, digests: dict[int, str]) -> None:
-        config = dict(message.content["config"])
+    def _offer(self, session: Session, row_id: str, message: Message, digests: dict[int, str]) -> dict[str, Any]:
+        """The row of an assignment; the parameters it names are stored."""
+        config = dict(message.content["config"].items())
         arrays = message.content["arrays"]
         if id(arrays) not in digests:  # strategies share one record among all messages
             control = arrays[CONTROL].numpy() if CONTROL in arrays else None
             digests[id(arrays)] = put_blob(session, encode_start(arrays[THETA].numpy(), control))
-        row = Assignment(
-            id=row_id,
-            run_id=self.run_id,
-            round=int(config["server-round"]),
-            attempt=self.cohort.attempt,
-            device_id=message.metadata.dst_node_id,
-            kind=_kind(message),
-            config=config,
-            parameters=digests[id(arrays)],
-        )
-        if self.cohort.deadline_s is not None:
-            row.deadline = now() + timedelta(seconds=self.cohort.deadline_s)
-        if self.offer_s is not None:
-            row.lease_until = now() + timedelta(seconds=self.offer_s)
-        session.add(row)
+        at = now()
+        return {
+            "id": row_id,
+            "run_id": self.run_id,
+            "round": int(config["server-round"]),
+            "attempt": self.cohort.attempt,
+            "device_id": message.metadata.dst_node_id,
+            "kind": _kind(message),
+            "config": config,
+            "parameters": digests[id(arrays)],
+            "offered_at": at,
+            "deadline": None if self.cohort.deadline_s is None else at + timedelta(seconds=self.cohort.deadline_s),
+            "lease_until": None if self.offer_s is None else at + timedelta(seconds=self.offer_s),
+        }
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return list(self.replies({i: self._sent[i] for i in message_ids}))

@@ -14,7 +14,7 @@ import numpy as np
 from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences flwr before flwr is imported
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import Strategy
 
 from pocketfed.coordinator.config import RunConfig
@@ -45,7 +45,7 @@ from pocketfed.coordinator.screening import Tally, screen, screen_measured, with
 from pocketfed.coordinator.standing import recall, set_aside
 from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage, now
 from pocketfed.coordinator.strategy import THETA, make_strategy
-from pocketfed.coordinator.strategy_base import Ours
+from pocketfed.coordinator.strategy_base import Ours, arrays_of
 from pocketfed.coordinator.strategy_state import capture, decode_state, encode_state, restore
 from pocketfed.coordinator.validation import Limits
 from pocketfed.model.parameters import Vector
@@ -222,7 +222,7 @@ def _sample(run: Driven, number: int, attempt: int) -> Mapping[int, str]:
 
 def _train_round(run: Driven, number: int, theta: Vector) -> tuple[Vector, str | None, Tally, dict[str, float]]:
     """What the cohort made of theta, why it is not usable (then theta comes back), the tally and the devices' metrics."""
-    arrays = ArrayRecord({THETA: Array(theta)})
+    arrays = arrays_of(theta)
     messages = run.strategy.configure_train(number, arrays, local_config(run.config), run.grid)
     tally = Tally()
     sent = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
@@ -280,7 +280,7 @@ def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dic
     """On the coordinator's test set; on the devices' own examples where that is asked for, as device_<name>."""
     measured = dict(run.evaluate(theta)) if run.evaluate else {}
     if run.config.evaluate_on_devices and reason is None:
-        arrays = ArrayRecord({THETA: Array(theta)})
+        arrays = arrays_of(theta)
         messages = run.strategy.configure_evaluate(number, arrays, local_config(run.config), run.grid)
         replies = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
         usable = with_common_metrics(screen_measured(replies, run.config.max_examples))

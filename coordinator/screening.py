@@ -141,11 +141,12 @@ def _read(reply: Message, start: Vector, size: int) -> Delta | Refusal:
     array = record.get(THETA)
     if isinstance(array, DeltaArray) and len(record) == 1:
         return array.delta
-    arrays = {name: value.numpy() for name, value in record.items()}
+    exact = array.__dict__.get("delta") if len(record) == 1 and array is not None else None
+    # What has made the trained parameters in this process: those need not be read.
+    arrays = {name: value.numpy() for name, value in record.items()} if exact is None else {THETA: exact}
     refusal = check_form(arrays, THETA, size)
     if refusal is not None:
         return refusal
-    exact = getattr(array, "delta", None)
     with np.errstate(over="ignore", invalid="ignore"):
         return Delta(arrays[THETA] - start if exact is None else exact, size)
 

@@ -16,6 +16,8 @@ import sqlalchemy as sa
 from sqlalchemy import ForeignKey, String, UniqueConstraint
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm.attributes import get_history
+from sqlalchemy.orm.base import PASSIVE_NO_INITIALIZE
 
 CHUNK_BYTES = 1 << 20
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -514,21 +516,42 @@ def _remember_moves(session: Session, _context: Any) -> None:
 
 def _move(row: Run | Round | Assignment, is_new: bool) -> dict[str, Any] | None:
     """The history's row for what has become of one, None if its status is as before."""
-    inspected: Any = sa.inspect(row)
-    state = inspected.attrs
-    before, repeated = state.status.history.deleted, isinstance(row, Round) and state.attempt.history.deleted
-    if not is_new and not repeated and not state.status.history.added:
+    status = get_history(row, "status", PASSIVE_NO_INITIALIZE)
+    repeated = isinstance(row, Round) and get_history(row, "attempt", PASSIVE_NO_INITIALIZE).deleted
+    if not is_new and not repeated and not status.added:
         return None
-    if before and not repeated and row.status not in MOVES[row.__tablename__].get(before[0], ()):
+    if status.deleted and not repeated:
+        inspected: Any = sa.inspect(row)
         name = " ".join(str(value) for value in inspected.identity or ())
-        raise StoreError(f"{row.__tablename__[:-1]} {name} is {before[0]} and cannot become {row.status}")
-    entry: dict[str, Any] = {"at": now(), "run_id": row.id if isinstance(row, Run) else row.run_id}
-    entry |= {"round": None, "attempt": None, "assignment_id": None, "status": row.status}
+        check_move(row.__tablename__, name, status.deleted[0], row.status)
+    if isinstance(row, Run):
+        return history_entry(row.id, row.status, row.reason)
     if isinstance(row, Round):
-        entry |= {"round": row.number, "attempt": row.attempt}
-    if isinstance(row, Assignment):
-        entry |= {"round": row.round, "attempt": row.attempt, "assignment_id": row.id}
-    return entry | {"reason": row.error if isinstance(row, Assignment) else row.reason}
+        return history_entry(row.run_id, row.status, row.reason, row.number, row.attempt)
+    return history_entry(row.run_id, row.status, row.error, row.round, row.attempt, row.id)
+
+
+def check_move(table: str, name: str, before: str, after: str) -> None:
+    """
+    Raises:
+        StoreError: MOVES has no such step.
+    """
+    if after not in MOVES[table].get(before, ()):
+        raise StoreError(f"{table[:-1]} {name} is {before} and cannot become {after}")
+
+
+def history_entry(
+    run_id: int,
+    status: str,
+    reason: str | None,
+    number: int | None = None,
+    attempt: int | None = None,
+    assignment_id: str | None = None,
+    at: datetime | None = None,
+) -> dict[str, Any]:
+    """A row of the history, for whoever writes many rows by one statement; `at` is now unless given."""
+    entry: dict[str, Any] = {"at": at or now(), "run_id": run_id, "round": number, "attempt": attempt}
+    return entry | {"assignment_id": assignment_id, "status": status, "reason": reason}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

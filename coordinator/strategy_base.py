@@ -48,6 +48,23 @@ class DeltaArray(Array):  # type: ignore[misc]
         return serialized
 
 
+class HeldArray(Array):  # type: ignore[misc]
+    """Values as they are, serialized when somebody asks for their bytes: who is in this process never does."""
+
+    def __init__(self, values: Vector) -> None:
+        self.dtype, self.shape, self.stype = str(values.dtype), values.shape, "numpy.ndarray"
+        self.values = values
+
+    def numpy(self) -> Vector:
+        copied: Vector = self.values.copy()  # a reader may change its own
+        return copied
+
+    @property
+    def data(self) -> bytes:
+        serialized: bytes = Array(self.values).data
+        return serialized
+
+
 class Ours(Strategy):  # type: ignore[misc]
     """What our strategies share: they ask the whole cohort, and take metrics' means weighted by examples.
 
@@ -131,6 +148,13 @@ def read_update(reply: Message) -> tuple[Vector, Delta, MetricRecord]:
         trained = array.numpy()
         array = DeltaArray(np.zeros(trained.shape, np.float32), Delta(trained, trained.size))
     return array.start, array.delta, reply.content["metrics"]
+
+
+def arrays_of(theta: Vector) -> ArrayRecord:
+    """What a round's messages start from."""
+    arrays = ArrayRecord()
+    arrays[THETA] = HeldArray(theta)  # not in the constructor: that would make a plain Array of it
+    return arrays
 
 
 def moved(start: Vector, difference: NDArray[np.float64]) -> ArrayRecord:

@@ -311,7 +311,7 @@ def _describe(trial: Dataset, share: int, config: AdviseConfig) -> dict[str, Any
 
 def _try(name: str, folder: Path, dataset: Dataset, held_out: int, config: AdviseConfig) -> Candidate:
     """Build the artifact and train; where that took too much memory, a local round again in the memory allowed."""
-    from pocketfed.simulations.run import prepare_artifact
+    from pocketfed.simulations.preparing import prepare_artifact
 
     # The whole split, for an untrained student's vocabulary: its size is part of what `full` sends.
     artifact = prepare_artifact(config.model, dataset, name, folder, config.seed, config.max_length)

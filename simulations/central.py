@@ -11,7 +11,7 @@ from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples, TrainConfig, evaluate, train
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import majority_accuracy, read_dataset
-from pocketfed.simulations.run import encode_examples, prepare_artifact
+from pocketfed.simulations.preparing import encode_examples, prepare_artifact
 
 
 def train_centrally(

@@ -16,7 +16,7 @@ from pocketfed.coordinator.config import RunConfig, apply_overrides, lay
 from pocketfed.simulations.baselines import parse_lines
 from pocketfed.simulations.costs import EnergyModel
 from pocketfed.simulations.resuming import plain
-from pocketfed.simulations.run import SimulationConfig
+from pocketfed.simulations.simulation import SimulationConfig
 
 CONFIGS = Path(__file__).with_name("configs")
 MOST_CELLS = 100_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -20,6 +21,7 @@ from pocketfed.simulations.backends import BackendError
 from pocketfed.simulations.grids import InProcessGrid, Material, answer_of
 from pocketfed.simulations.sharing import open_shared, share
 
+TRIES = 3
 AHEAD = 2  # messages under way, times the number of actors
 
 
@@ -59,6 +61,7 @@ class RayGrid(InProcessGrid):
             yield reply
 
     def close(self) -> None:
+        super().close()
         self._threads.shutdown(cancel_futures=True)
         self._backend.terminate()
 
@@ -67,21 +70,44 @@ def start_backend(count: int) -> Any:
     """Flower's backend with `count` actors on this machine, or those of a running cluster.
 
     Raises:
-        BackendError: Ray did not start; it gives itself 30 s.
+        BackendError: Ray did not start.
     """
+    start_ray(count)
+    return flwr_compat.ray_backend({"client_resources": {"num_cpus": 1, "num_gpus": 0}})
+
+
+def start_ray(count: int, **given: Any) -> None:
+    """Ray with `count` processors in this process, which Flower's backend finds running; or a cluster of before.
+
+    Ray gives itself 30 s, which no setting of it changes and a crowded machine may exceed: what the first try has brought
+    into memory, the next finds there.
+
+    Args:
+        given: further arguments of `ray.init`.
+
+    Raises:
+        BackendError: it did not start, TRIES times.
+    """
+    import ray
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray will have it; else it warns
-    here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": count}
-    options = {"log_to_driver": False, "configure_logging": False, **here}
-    config = {"client_resources": {"num_cpus": 1, "num_gpus": 0}, "init_args": options}
-    try:
-        return flwr_compat.ray_backend(config)
-    except Exception as error:  # Ray raises bare ones
-        import ray
-
-        ray.shutdown()  # what has started of it
-        first = str(error).split(". ")[0]
-        raise BackendError(f"Ray did not start: {first}; try again on a quieter machine, or set RAY_ADDRESS") from None
+    joined = bool(os.environ.get("RAY_ADDRESS"))
+    here = given | ({} if joined else {"num_cpus": count})
+    path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])  # as Flower's backend has it
+    options = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False, **here}
+    for left in reversed(range(1 if joined else TRIES)):
+        try:
+            ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, **options)
+            return
+        except Exception as error:  # Ray raises bare ones
+            ray.shutdown()  # what has started of it
+            if left:
+                continue
+            first = str(error).split(". ")[0]
+            raise BackendError(
+                f"Ray did not start: {first}; try again on a quieter machine, or set RAY_ADDRESS"
+            ) from None
 
 
 def open_app(folder: str) -> Callable[[Message, Context], Message]:

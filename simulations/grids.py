@@ -30,6 +30,7 @@ from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import check_form
 from pocketfed.model.parameters import Vector
 from pocketfed.simulations.backends import parse_backend
+from pocketfed.simulations.device_states import DeviceStates
 
 KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
 BUNCH = 256  # answers written in one transaction
@@ -112,7 +113,11 @@ class InProcessGrid(RecordedGrid):
         self.app, self.devices, self.artifact_bytes = app, dict(devices), artifact_bytes
         self._contexts: dict[int, Context] = {}
         self._hold_artifact: set[int] = set()
-        self.remembers = True  # what stays on devices goes into every checkpoint: for nothing where nobody comes back
+        self._touched: set[int] = set()  # nodes that were given something since the last checkpoint
+        self.remembers = (
+            True  # what stays on devices is kept with every checkpoint: for nothing where nobody comes back
+        )
+        self.states: DeviceStates | None = None  # where; if nowhere, within the checkpoint
 
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self.devices.items() if node not in self.set_aside}
@@ -139,6 +144,8 @@ class InProcessGrid(RecordedGrid):
 
     def close(self) -> None:
         """Let go of what the devices ran in."""
+        if self.states is not None:
+            self.states.close()
 
     def _recorded(self, asked: Sequence[tuple[str, Message]]) -> Iterator[Message]:
         """The replies, each in the store before it is given; many in one transaction."""
@@ -185,14 +192,24 @@ class InProcessGrid(RecordedGrid):
 
     def capture(self) -> dict[str, Any]:
         """What stays on the devices (residuals, private values), and where rounds are buffered, what is under way."""
-        states = {str(node): _filled(context.state) for node, context in self._contexts.items() if self.remembers}
-        held = {node: state for node, state in states.items() if state}
+        held: dict[str, Any] = {}
+        if self.remembers and self.states is not None:
+            self.states.write({node: _filled(self._contexts[node].state) for node in sorted(self._touched)})
+            held = {"kept": dict(self.states.named)} if self.states.named else {}
+        elif self.remembers:
+            states = {str(node): _filled(context.state) for node, context in self._contexts.items()}
+            filled = {node: state for node, state in states.items() if state}
+            held = {"states": filled} if filled else {}
+        self._touched = set()
         ends = {row_id: [end, asked_in] for row_id, (end, _, asked_in) in self._ends.items()}
-        return ({"states": held} if held else {}) | ({"clock": self._clock, "ends": ends} if ends else {})
+        return held | ({"clock": self._clock, "ends": ends} if ends else {})
 
     def recall(self, held: Mapping[str, Any]) -> None:
-        for node, records in held.get("states", {}).items():
-            self._context(int(node)).state = RecordDict(
+        beside = self.states.recall(held.get("kept", {})) if self.states is not None else ()
+        within = {int(node): records for node, records in held.get("states", {}).items()}
+        self._touched = set(within)
+        for node, records in (*beside, *within.items()):
+            self._context(node).state = RecordDict(
                 {name: v if isinstance(v, ArrayRecord) else KINDS[kind](v) for name, (kind, v) in records.items()}
             )
         self._clock = held.get("clock", 0.0)
@@ -223,6 +240,7 @@ class InProcessGrid(RecordedGrid):
 
     def context_of(self, message: Message) -> Context:
         """Of the device that a message is for: what stays there from round to round."""
+        self._touched.add(message.metadata.dst_node_id)
         return self._context(message.metadata.dst_node_id)
 
     def _context(self, node: int) -> Context:
@@ -236,7 +254,7 @@ class InProcessGrid(RecordedGrid):
         self._hold_artifact.add(node)
         if reply.has_error():
             return Answer(row_id, node, begun, now(), artifact, str(reply.error.reason)[:500])
-        metrics = dict(reply.content["metrics"])
+        metrics = dict(reply.content["metrics"].items())
         told = {"num_examples": metrics.pop("num-examples"), "metrics": metrics}
         update = reply.content.get("update", {"bytes": 0, "digest": ""})
         told |= {"bytes": update["bytes"], "digest": update["digest"]}

@@ -11,6 +11,7 @@ from pocketfed.client_sdk.trainer import Ids
 
 MEMORY_BYTES = 512 << 20
 DISK_BYTES = 16 << 30
+SEVERAL = 4  # caches of one process; what was used longest ago goes
 
 
 class TieredCache:
@@ -70,3 +71,31 @@ def open_prefix_cache(
     shape = (chosen.hidden_size, chosen.keeps_tokens)
     path = folder / f"prefix-{prefix_key(artifact, trainable_set)[:32]}.db"
     return TieredCache(MemoryCache(memory_bytes, *shape), DiskCache(path, disk_bytes, *shape, "float32"))
+
+
+class PrefixCaches:
+    """Of several simulations: those that freeze the same blocks of the same model share one cache, whatever their data.
+
+    Args:
+        folder: for what memory has no room for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held: dict[str, TieredCache] = {}
+
+    def cache_for(self, artifact: Artifact, trainable_set: str) -> TieredCache | None:
+        if not artifact.manifest.set_named(trainable_set).prefix:
+            return None
+        key = prefix_key(artifact, trainable_set)
+        found = self._held.pop(key, None) or open_prefix_cache(artifact, trainable_set, self.folder)
+        if found is not None:
+            self._held[key] = found  # the last: used just now
+        while len(self._held) > SEVERAL:
+            self._held.pop(next(iter(self._held))).close()
+        return found
+
+    def close(self) -> None:
+        for cache in self._held.values():
+            cache.close()
+        self._held = {}

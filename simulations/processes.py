@@ -88,6 +88,7 @@ class PoolGrid(InProcessGrid):
         return reply_message(message, self.context_of(message), task, reply)
 
     def close(self) -> None:
+        super().close()
         for worker in self._workers:
             worker.close()
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +19,14 @@ from pocketfed.simulations.resuming import flat
 FORMAT = 1
 PACKAGES = ("pocketfed", "numpy", "onnxruntime", "flwr", "torch", "tokenizers", "SQLAlchemy")
 LINE_NAMES = {"central": "all data in one place", "local": "each device alone, mean", "previous": "the model before"}
+# How an assignment can end without an update: the phase it was in, and why (simulations/virtual.py).
+DROPPED = {
+    "download": ("download", "the device was lost or had to go"),
+    "training": ("training", "the device was lost, had to go or could not train"),
+    "upload": ("upload", "the device was lost or had to go"),
+    "deadline": ("any", "the round's deadline came first"),
+    "surplus": ("any", "the round had enough updates"),
+}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -91,6 +100,7 @@ def write_report(run: Mapping[str, Any], folder: Path, partition_svg: str = "") 
     tables = {
         "Final figures": _figures([run]),
         "Costs": _costs(run),
+        "Why devices dropped": _dropped(run),
         "Data and model": _facts(run),
         "Configuration": _pairs(flat(run["config"])),
         "Environment": _pairs(flat(run["environment"])),
@@ -233,6 +243,19 @@ def _costs(run: Mapping[str, Any]) -> Table:
         ["the estimate", model],
     ]
     return ["", "value"], rows
+
+
+def _dropped(run: Mapping[str, Any]) -> Table:
+    """With a fleet: assignments that ended without an update, of all rounds, by phase and reason."""
+    rounds, counted = run["rounds"], Counter[str]()
+    for r in rounds:
+        counted.update(r.get("dropped") or {})
+    asked = sum(r["devices"] + r["failed"] for r in rounds)
+    rows = [
+        [*DROPPED.get(why, (clean(why), "")), figure(counted[why]), f"{counted[why] / asked:.1%}" if asked else ""]
+        for why in sorted(counted, key=lambda why: ([*DROPPED, why].index(why), why))
+    ]
+    return ["phase", "why", "assignments", "of all asked"], rows
 
 
 def _facts(run: Mapping[str, Any]) -> Table:

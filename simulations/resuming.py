@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pocketfed.coordinator.leadership import claim
@@ -29,6 +30,15 @@ def digest_of(dataset: Dataset) -> str:
         digest.update(f"{len(split)}\n".encode())
         for example in split:
             digest.update(repr(example).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def digest_of_model(folder: Path) -> str:
+    """SHA-256 of a model folder's weights, configuration and vocabulary, wherever it lies."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".txt")):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from pocketfed.model.rows import append_row, whole_rows
 from pocketfed.simulations.charts import Series, chart
 from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
 from pocketfed.simulations.fleet_files import load_fleet
+from pocketfed.simulations.prefix import PrefixCaches
 from pocketfed.simulations.report import describe, quoted, write_page, write_report
-from pocketfed.simulations.resuming import digest_of, digest_of_fleet, plain
+from pocketfed.simulations.resuming import digest_of, digest_of_fleet, digest_of_model, plain
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
 
 RESULTS = "results.jsonl"
@@ -42,16 +45,21 @@ def tasks_of(cells: Sequence[Cell], data_root: Path | None = None) -> list[Task]
     Raises:
         ExperimentError, RunConfigError, DataError, FleetError: a cell that cannot be run.
     """
+    from pocketfed.model.shipped import located, starts_untrained
     from pocketfed.model.tasks import read_dataset
 
-    digests: dict[Path, str] = {}
+    digests: dict[Path, str] = {}  # of data and models
     tasks = []
     for cell in cells:
         config = config_of(cell.values, data_root)
         if config.data not in digests:
             digests[config.data] = digest_of(read_dataset(config.data))
-        # What the data and the fleet are counts, not where they lie.
+        model = located(config.model)
+        if not starts_untrained(config.model) and model not in digests:
+            digests[model] = digest_of_model(model)
+        # What the data, the model and the fleet are counts, not where they lie.
         made_of = settings_of(config) | {"data": digests[config.data], "name": ""}
+        made_of["model"] = digests.get(model, config.model)
         if config.fleet:
             made_of["fleet"] = digest_of_fleet(load_fleet(config.fleet, config.devices, config.run.seed))
         tasks.append(Task(cell, config, hashlib.sha256(canonical(made_of).encode()).hexdigest()[:16]))
@@ -73,28 +81,35 @@ def run_sweep(
     """
     folder.mkdir(parents=True, exist_ok=True)
     elsewhere = 0
-    for task in tasks:
-        with holding(folder / f"{task.key}.lock") as mine:  # a lock ends with its process, however that ends
-            if task.key in {row["key"] for row in read_rows(folder)}:
-                continue
-            if not mine:
-                elsewhere += 1
-                continue
-            on_begin(task)
-            place = folder / "runs" / task.key
-            place.mkdir(parents=True, exist_ok=True)
-            database = str(place / "run.db")
-            result = simulate(
-                task.config, database, should_stop=should_stop, lines=lines, resume="any", kept=folder / "lines"
-            )
-            title = ", ".join(f"{k} {v}" for k, v in task.cell.labels.items()) or task.config.run.name
-            run = describe(result, settings_of(task.config), title)
-            write_report(run, place, result.partition_svg)
-            row = {"key": task.key, "labels": dict(task.cell.labels), **row_of(result, run)}
-            append_row(folder / RESULTS, plain(row))
-            for file in place.glob("run.db*"):
-                file.unlink()
-            on_row(task, row)
+    with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch, closing(PrefixCaches(Path(scratch))) as caches:
+        for task in tasks:
+            with holding(folder / f"{task.key}.lock") as mine:  # a lock ends with its process, however that ends
+                if task.key in {row["key"] for row in read_rows(folder)}:
+                    continue
+                if not mine:
+                    elsewhere += 1
+                    continue
+                on_begin(task)
+                place = folder / "runs" / task.key
+                place.mkdir(parents=True, exist_ok=True)
+                database = str(place / "run.db")
+                result = simulate(
+                    task.config,
+                    database,
+                    should_stop=should_stop,
+                    lines=lines,
+                    resume="any",
+                    kept=folder / "lines",
+                    caches=caches,
+                )
+                title = ", ".join(f"{k} {v}" for k, v in task.cell.labels.items()) or task.config.run.name
+                run = describe(result, settings_of(task.config), title)
+                write_report(run, place, result.partition_svg)
+                row = {"key": task.key, "labels": dict(task.cell.labels), **row_of(result, run)}
+                append_row(folder / RESULTS, plain(row))
+                for file in place.glob("run.*db*"):
+                    file.unlink()
+                on_row(task, row)
     return elsewhere
 
 

@@ -31,7 +31,7 @@ from pocketfed.simulations import batched, grids
 from pocketfed.simulations.backends import BackendError, parse_backend
 from pocketfed.simulations.batched import gradients, grouped, stack
 from pocketfed.simulations.grids import Material, make_grid
-from pocketfed.simulations.prefix import open_prefix_cache, prefix_key
+from pocketfed.simulations.prefix import SEVERAL, PrefixCaches, open_prefix_cache, prefix_key
 from pocketfed.simulations.processes import pack_reply, pack_task, unpack_reply, unpack_task
 from pocketfed.simulations.run import encode_examples
 from pocketfed.simulations.sharing import open_shared, share
@@ -304,6 +304,24 @@ def test_the_prefix_reads_every_text_once_for_all_devices_rounds_and_epochs_also
     assert again is not None
     assert sum(again.get(material.examples.rows[i]) is not None for i in held) > 0  # the next simulation finds them
     again.close()
+
+
+def test_simulations_that_freeze_the_same_blocks_share_what_those_made_of_a_text(
+    simulated: Simulated, tmp_path: Path
+) -> None:
+    with contextlib.closing(PrefixCaches(tmp_path)) as caches:
+        first = caches.cache_for(simulated.artifact, "head")
+        assert first is not None
+        assert caches.cache_for(simulated.artifact, "head") is first
+        assert caches.cache_for(simulated.artifact, "norms") is None  # it freezes none
+        first.put(np.array([5, 6]), np.ones(simulated.artifact.manifest.set_named("head").hidden_size, np.float32))
+        for name in map(str, range(SEVERAL)):  # other models
+            files = dict(simulated.artifact.manifest.files)
+            files["backbone.bin"] = dataclasses.replace(files["backbone.bin"], sha256=name * 64)
+            manifest = dataclasses.replace(simulated.artifact.manifest, files=files)
+            caches.cache_for(dataclasses.replace(simulated.artifact, manifest=manifest), "head")
+        assert first.memory.bytes == 0  # it was closed: no more than SEVERAL are held
+        assert caches.cache_for(simulated.artifact, "head") is not first
 
 
 def test_a_cache_is_of_one_prefix_and_one_backbone_and_full_it_keeps_what_it_has(

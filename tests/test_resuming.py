@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from pocketfed.coordinator.config import LocalTraining, RunConfig, UpdateForm
 from pocketfed.coordinator.leadership import claim
-from pocketfed.coordinator.progress import RoundResult, simulated_runs, unfinished_runs
-from pocketfed.coordinator.store import Device, Store, latest_release
+from pocketfed.coordinator.progress import Interrupted, RoundResult, simulated_runs, unfinished_runs
+from pocketfed.coordinator.store import Checkpoint, Device, Round, Store, get_blob, latest_release
 from pocketfed.model.tasks import Dataset
+from pocketfed.simulations.device_states import states_beside
 from pocketfed.simulations.resuming import SimulationError, digest_of, left_in
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
 
@@ -96,6 +99,39 @@ def test_a_simulation_killed_within_a_round_goes_on_to_the_same_bits(tiny_folder
     again = simulate(config, database, resume="must")  # it has finished: nothing is trained again
     assert told(again) == told(result)
     assert simulate(config, database).run_id == result.run_id + 1  # whoever does not say so begins anew
+
+
+def kept_beside(database: Path) -> dict[int, int]:
+    """device -> version of its row."""
+    with contextlib.closing(sqlite3.connect(states_beside(database))) as connection:
+        return dict(connection.execute("SELECT device, version FROM states ORDER BY device, version"))
+
+
+def test_a_round_writes_the_residuals_of_its_own_devices_and_none_into_the_checkpoint(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_folder, update=UpdateForm(codec="topk:0.1"), cohort=2, rounds=3)
+    database = tmp_path / "runs.db"
+    result = simulate(config, str(database))
+    with contextlib.closing(Store(str(database))) as store, store.read() as session:
+        rounds = session.scalars(sa.select(Round).where(Round.number > 0).order_by(Round.number)).all()
+        newest = {device: row.number for row in rounds for device in row.cohort or ()}
+        state = get_blob(session, session.get_one(Checkpoint, result.run_id).state)
+    assert len({tuple(row.cohort or ()) for row in rounds}) > 1  # not the same two each time
+    assert kept_beside(database) == dict(sorted(newest.items()))  # one row a device, of the round it was last asked in
+    assert len(state) < 4 * result.theta.size  # not even one residual
+
+
+def test_what_devices_kept_has_to_lie_beside_the_database(tiny_folder: Path, tmp_path: Path) -> None:
+    config, database = config_for(tiny_folder, update=UpdateForm(codec="topk:0.1")), tmp_path / "runs.db"
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, str(database), stop_after(2))
+    beside = states_beside(database)
+    beside.rename(tmp_path / "aside.db")
+    with pytest.raises(Interrupted, match=r"runs\.devices\.db lacks what 4 devices of run 1 kept; put it back"):
+        simulate(config, str(database))
+    (tmp_path / "aside.db").rename(beside)
+    assert told(simulate(config, str(database), resume="must")) == told(simulate(config))
 
 
 def test_what_cannot_go_on_is_refused_in_a_sentence(tiny_folder: Path, tmp_path: Path) -> None:

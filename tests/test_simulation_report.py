@@ -275,6 +275,23 @@ def test_a_report_needs_nothing_but_itself_and_escapes_every_name(
     assert list(tmp_path.glob("*.partial")) == []
 
 
+def test_a_report_says_in_which_phase_and_why_devices_dropped(
+    config: SimulationConfig, result: SimulationResult, tmp_path: Path
+) -> None:
+    run = describe(result, settings_of(config), RUN.name)
+    write_report(run, tmp_path / "always there")
+    assert "Why devices dropped" not in (tmp_path / "always there" / "report.html").read_text()
+    told = {"devices": 3, "failed": 5}
+    dropped = [None, {"upload": 1, "training": 3, "surplus": 1}, {"training": 1}]
+    rounds = [r | told | {"dropped": why} for r, why in zip(run["rounds"], dropped, strict=True)]
+    write_report(run | {"rounds": rounds}, tmp_path)
+    assert """| training | the device was lost, had to go or could not train | 4 | 16.7% |
+| upload | the device was lost or had to go | 1 | 4.2% |
+| any | the round had enough updates | 1 | 4.2% |
+""" in (tmp_path / "report.md").read_text()
+    assert "could not train" in read_page(tmp_path / "report.html").text
+
+
 def test_runs_are_laid_over_each_other_with_what_differs(
     config: SimulationConfig, result: SimulationResult, tmp_path: Path
 ) -> None:

@@ -170,6 +170,18 @@ def test_a_run_is_named_by_what_its_fleet_is(tiny_folder: Path, tmp_path: Path) 
         key("a.toml", "speed = 1\n")
 
 
+def test_a_run_is_named_by_what_its_model_is_and_not_by_where_it_lies(tiny_folder: Path, tmp_path: Path) -> None:
+    def key(name: str, weights: bytes) -> str:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights)
+        (folder / "README.md").write_text(name)
+        return tasks_of([Cell({}, {**SMALL, "data": str(tiny_folder), "model": str(folder)})])[0].key
+
+    assert key("a", b"1") == key("b", b"1") != key("a", b"2")
+
+
 def test_a_row_that_was_torn_by_a_kill_costs_that_row_alone(tmp_path: Path) -> None:
     append_row(tmp_path / "results.jsonl", {"key": "a", "labels": {}})
     with (tmp_path / "results.jsonl").open("a") as file:
