@@ -22,6 +22,7 @@ from pocketfed.coordinator.store import (
     Artifact,
     Assignment,
     Audit,
+    Baseline,
     Device,
     History,
     Lease,
@@ -48,6 +49,7 @@ FAILURES = (
 PHASES = ("downloading", "training", "training", "uploading")
 REFUSALS = ("norm: 48.20 is above the limit 10.00", "not_finite: theta holds a value that is not finite")
 COHORTS = ("pilot", "staff", None)  # of enrolment keys
+TIERS = ("new", "usual", "usual", "old", None)  # as apps say
 SDKS = ("0.3.0", "0.3.0", "0.3.0", "0.2.1", "0.1.0")
 EVALUATED = 5  # the newest rounds whose result the devices measured
 BYTES_DOWN, BYTES_UP = 24_000, 25_100  # bytes of a trainable set each way
@@ -80,6 +82,7 @@ def fill(
                     token_hash=f"{number:064d}",
                     sdk_version=SDKS[number % len(SDKS)],
                     cohort=COHORTS[number % len(COHORTS)],
+                    tier=TIERS[number % len(TIERS)],
                     present_until=None if seen is None else seen + timedelta(seconds=30),
                     examples=rng.randrange(40, 400),
                     enrolled_at=at - timedelta(days=3),
@@ -129,6 +132,9 @@ def fill(
                     late=run_id == 1,
                     measured=number > last - EVALUATED,
                 )
+            for kind, accuracy, loss in (("central", 0.981, 0.09), ("local", 0.614, 1.31)):
+                for metric, value in (("accuracy", accuracy), ("loss", loss)):
+                    session.add(Baseline(run_id=run_id, kind=kind, metric=metric, value=value))
         session.add(
             Release(
                 channel="stable",
@@ -323,6 +329,7 @@ def _round(
                     "digest": f"{device:064x}",
                     "metrics": {"loss": rng.uniform(0.2, 2.0), "seconds": 0.6 * took},
                     "norm": rng.lognormvariate(0.2, 0.25) * (8 if refused else 1),
+                    "cosine": None if number < 2 else max(-1.0, min(1.0, rng.gauss(-0.2 if refused else 0.35, 0.15))),
                     "reason": rng.choice(REFUSALS) if refused else None,
                     "received_at": begin + timedelta(seconds=took),
                 }

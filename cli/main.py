@@ -15,7 +15,7 @@ EXTRAS = {
     "demo": "simulation", "export": "executorch", "advise": "simulation",
     "db": "coordinator", "certs": "coordinator", "keys": "coordinator",
     "enrolment-key": "coordinator", "devices": "coordinator", "release": "coordinator", "operator": "coordinator",
-    "audit": "coordinator",
+    "audit": "coordinator", "baseline": "coordinator",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ LEAST_ROLE = {
     "look": "viewer",
     "publish": "operator", "promote": "operator", "rollback": "operator", "pause": "operator",
     "run.start": "operator", "run.stop": "operator", "device.revoke": "operator",
+    "baseline.record": "operator",
 }  # fmt: skip
 MIN_PASSWORD, MAX_PASSWORD = 10, 1000
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}  # 16 MB and about 50 ms a guess

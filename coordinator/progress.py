@@ -310,7 +310,7 @@ def _settle(session: Session, row: Round, done: Attempt) -> int:
                 status = assignment.status
             assignment.status, assignment.error = status, why
             if update and assignment.kind == "train":
-                update.reason, update.norm = why, norm
+                update.reason, update.norm, update.cosine = why, norm, done.tally.cosines.get(assignment.id)
         assignment.counted_in = row.number
         assignment.finished_at = assignment.finished_at or now()
         row.bytes_down += assignment.bytes_down

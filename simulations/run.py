@@ -30,7 +30,7 @@ from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, Example, read_dataset
 from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.costs import EnergyModel, cost_of
-from pocketfed.simulations.findings import Findings, Material, find
+from pocketfed.simulations.findings import Findings, Material, find, keep_lines
 from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
@@ -324,7 +324,10 @@ def _simulate(
         if rounds:
             on_step(f"going on with run {run_id} after round {rounds[-1].number} of {config.run.rounds}")
         with store.write() as session:
-            nodes = enrol_virtual(session, config.run.channel, {n: len(part) for n, part in setting.parts.items()})
+            sizes = {n: len(part) for n, part in setting.parts.items()}
+            drawn = setting.fleet.devices if setting.fleet is not None else ()
+            tiers = {name: device.tier for name, device in zip(sizes, drawn, strict=False)}
+            nodes = enrol_virtual(session, config.run.channel, sizes, tiers)
         material = grids.Material(trainer, train_examples, setting.parts, setting.scratch)
         grid = grids.make_grid(config.backend, store, run_id, nodes, material)
         setting.opened.callback(grid.close)
@@ -388,6 +391,8 @@ def _simulate(
         kept,
         on_step,
     )
+    if setting.is_kept and found.lines:
+        keep_lines(store, run_id, found.lines)
     model = built.manifest["model"] | {
         "trainable_set": trainable_set,
         "trainable_parameters": trainer.size,

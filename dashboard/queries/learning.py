@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, Round, Update
+from pocketfed.coordinator.store import Assignment, Baseline, Device, Round, Update
 
 MIN_COHORT = 5  # devices; of fewer no cohort's numbers are shown
 NEWEST = 30  # rounds that are looked at
@@ -59,6 +59,15 @@ def spreads(
         for (cohort, number), values in sorted(groups.items())
         if len(values) >= floor
     ]
+
+
+def baselines(session: Session, run_ids: Sequence[int]) -> dict[tuple[int, str], dict[str, float]]:
+    """(run, kind) -> metric -> value, of what runs are compared with: central, local, previous."""
+    query = sa.select(Baseline).where(Baseline.run_id.in_(run_ids)).order_by(Baseline.run_id, Baseline.kind)
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for row in session.scalars(query.limit(1_000)):
+        found.setdefault((row.run_id, row.kind), {})[row.metric] = row.value
+    return found
 
 
 def spread(cohort: str, number: int, values: Sequence[float], higher_is_better: bool) -> Spread:

@@ -42,12 +42,15 @@ def _updates(opened: Store, run_id: int) -> None:
         else:
             st.success("No update of this run was quarantined.")
     with right:
-        st.subheader("Length beside weight")
+        pointed = any(p.cosine is not None for p in points)
+        st.subheader("Length beside direction" if pointed else "Length beside weight")
         if points:
             st.altair_chart(charts.scatter(points), width="stretch")
             st.caption(
-                "The newest 20 rounds. An update's cosine to the mean is not recorded: updates are deleted once their "
-                "round has committed. Weight stands in its place, which screening bounds beside the norm."
+                "The newest 20 rounds, as the coordinator's screening measured them. Left of 0 an update pulled against "
+                "where the round before had gone; honest devices with unlike data do, too, so nothing is refused for it."
+                if pointed
+                else "The newest 20 rounds. No cosine is known: it is measured from a run's second round on."
             )
         else:
             st.info("No norm is known yet.")
