@@ -47,6 +47,7 @@ DASHES = {
 }  # fmt: skip
 CURVE_COLOURS = dict(zip(DASHES, (BLUE, CYAN, ORANGE, TEAL, MAGENTA, GREY), strict=True))
 NAMES = alt.Axis(labelLimit=230, ticks=False, domain=False)  # an axis of names needs no line
+MOST_DRAWN = 250  # rounds of a run; of more, only every so many: a screen has no room for them, and a browser no time
 POINTS_UP_TO = 60  # rounds; beyond that, dots are a smear
 
 

@@ -17,6 +17,7 @@ from pocketfed.dashboard.charts.base import (
     DASHES,
     EVALUATED,
     LEVELS,
+    MOST_DRAWN,
     ON_DEVICES,
     POINTS_UP_TO,
     SERIES,
@@ -46,6 +47,7 @@ def learning_frame(
             what the run began with. None: no level lines.
     """
     lines: list[dict[str, Any]] = []
+    rounds = thinned(rounds)
     devices = {m: {(run, n): v for run, n, v in values} for m, values in (on_devices or {}).items()}
     for r in rounds:
         for measure, curve, value in (
@@ -59,6 +61,22 @@ def learning_frame(
     columns = ["run", "number", "megabytes", "seconds", "devices", "measure", "curve", "value"]
     frame = pd.DataFrame(lines, columns=columns)
     return frame[np.isfinite(frame["value"].astype(float))]
+
+
+def thinned(rounds: Sequence[RoundLine], most: int = MOST_DRAWN) -> list[RoundLine]:
+    """Of runs with more rounds than `most`: the first, every so many after it, and the newest that are there."""
+    by_run: dict[int, list[RoundLine]] = {}
+    for r in rounds:
+        by_run.setdefault(r.run_id, []).append(r)
+    kept = []
+    for mine in by_run.values():
+        step, known = (
+            -(-len(mine) // most),
+            [i for i, r in enumerate(mine) if r.accuracy is not None or r.loss is not None],
+        )
+        ends = {len(mine) - 1, *known[-1:]}
+        kept += [r for i, r in enumerate(mine) if i % step == 0 or i in ends]
+    return kept
 
 
 def _place(r: RoundLine, names: Mapping[int, str]) -> dict[str, Any]:

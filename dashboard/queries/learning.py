@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,9 @@ def spreads(
     and of more than `most` values the oldest round, which is not there as a whole.
     """
     last = session.scalar(sa.select(sa.func.max(Round.number)).where(Round.run_id == run_id)) or 0
-    value = Update.metrics[name].as_float()
+    value: sa.ColumnElement[float] = Update.metrics[name].as_float()
+    if session.get_bind().dialect.name == "sqlite":  # JSON that holds a NaN is none to it, and would end the query
+        value = sa.case((sa.func.json_valid(Update.metrics) == 1, value), else_=None)
     query = (
         sa.select(Device.cohort, Assignment.round, value.label("value"))
         .select_from(Assignment)
@@ -53,6 +56,8 @@ def spreads(
         rows = [row for row in rows if row.round > rows[-1].round]
     groups = dict[tuple[str, int], list[float]]()
     for row in rows:
+        if not math.isfinite(row.value):
+            continue
         groups.setdefault((row.cohort or "", row.round), []).append(float(row.value))
     return [
         spread(cohort, number, values, higher_is_better=name == "accuracy")

@@ -74,7 +74,6 @@ def _kinds(opened: Store) -> None:
     with opened.read() as session:
         versions, cohorts = queries.fleet.versions(session), queries.fleet.cohorts(session)
         tiers = queries.fleet.tiers(session)
-        seen = queries.fleet.last_seen(session, now())
     st.subheader("By version of the SDK")
     st.altair_chart(charts.counted(versions, "version"), width="stretch")
     st.subheader("By cohort")
@@ -86,8 +85,6 @@ def _kinds(opened: Store) -> None:
         st.caption("A tier is the word that a device's app has for its kind; nothing follows from it.")
     else:
         st.info("No device tells a tier: apps may (`Device(tier=…)`, `pocketfed device --tier`).")
-    st.subheader("Last seen")
-    st.altair_chart(charts.counted(seen, "when"), width="stretch")
 
 
 def _refusals(opened: Store) -> None:
@@ -95,6 +92,7 @@ def _refusals(opened: Store) -> None:
         run_id = queries.runs.newest_run_id(session)
         refused = queries.fleet.refused_for(session, run_id) if run_id else {}
         failed = queries.fleet.failures(session, run_id) if run_id else []
+        seen = queries.fleet.last_seen(session, now())
     st.subheader("Work given back, by condition")
     if refused:
         st.altair_chart(charts.counted(refused, "condition", "Times named (count)"), width="stretch")
@@ -115,6 +113,8 @@ def _refusals(opened: Store) -> None:
         frame.table(rows, {"Reason": st.column_config.TextColumn(width="large")})
     else:
         st.success("No device of the newest run has failed.")
+    st.subheader("Last seen")
+    st.altair_chart(charts.counted(seen, "when"), width="stretch")
 
 
 def _availability(opened: Store) -> None:
