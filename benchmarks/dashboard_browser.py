@@ -186,8 +186,8 @@ def hour(database: str, refreshes: int, every_s: float = 0.2) -> None:
         address = f"http://127.0.0.1:{port}"
         screenshot.wait_until_healthy(process, address)
         with screenshot.browsing() as one, screenshot.browsing() as two:
-            screenshot.visit(one, address)
-            screenshot.visit(two, f"{address}/round")
+            one.get(address)
+            two.get(f"{address}/round")
             for line in process.stdout:
                 parts = line.split()
                 if len(parts) != 2 or not parts[0].isdigit():
