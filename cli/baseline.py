@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
 
-from pocketfed.cli.access import _open, _rows
+from pocketfed.cli.access import _rows
 from pocketfed.cli.fleet import Database, Json
 from pocketfed.cli.output import UsageError
 
@@ -28,10 +29,14 @@ def record(
     """Keep what was measured elsewhere beside a run; what was kept of that kind before is replaced."""
     from pocketfed.coordinator.baselines import record_baseline
     from pocketfed.coordinator.operators import acting, local_admin
+    from pocketfed.coordinator.store import Store
 
     if accuracy is None and loss is None:
         raise UsageError("a baseline is a number; give --accuracy, --loss or both")
-    with _open(database) as store, acting(store, local_admin(), "baseline.record", f"run {run} {kind}") as session:
+    with (
+        contextlib.closing(Store(database, must_exist=True)) as store,
+        acting(store, local_admin(), "baseline.record", f"run {run} {kind}") as session,
+    ):
         record_baseline(session, run, kind, {"accuracy": accuracy, "loss": loss})
 
 
@@ -39,8 +44,9 @@ def record(
 def list_(run: Run, database: Database, json: Json = False) -> None:
     """Show what is kept beside a run."""
     from pocketfed.coordinator.baselines import baselines_of
+    from pocketfed.coordinator.store import Store
 
-    with _open(database) as store, store.read() as session:
+    with contextlib.closing(Store(database, create=False)) as store, store.read() as session:
         found = baselines_of(session, run)
     _rows(
         f"beside run {run}",

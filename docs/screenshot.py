@@ -59,9 +59,9 @@ def start_of_command() -> tuple[int, list[str]]:
 
 
 @contextlib.contextmanager
-def serving(database: str) -> Iterator[str]:
+def serving(database: str, start: tuple[int, list[str]] | None = None) -> Iterator[str]:
     """The dashboard on a free port, as its own process; yields its address and ends it afterwards."""
-    port, words = start_of_command()
+    port, words = start or start_of_command()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             words, env=environment(database), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL

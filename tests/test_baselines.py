@@ -103,6 +103,9 @@ def test_a_simulation_keeps_its_lines_and_its_devices_tiers_and_a_command_replac
     assert "give --accuracy, --loss or both" in pocketfed("baseline", "record", 1, "local", *where)[1]
     code, said = pocketfed("baseline", "record", 9, "local", "--loss", 1, *where)
     assert (code, "holds no run 9" in said) == (1, True)
+    missing = tmp_path / "missing.db"
+    code, said = pocketfed("baseline", "record", 1, "local", "--loss", 1, "--database", missing)
+    assert (code, "there is no database" in said, missing.exists()) == (1, True, False)
     with store.read() as session:
         acts = [(a.act, a.target, a.outcome) for a in audit_lines(session) if a.act == "baseline.record"]
     assert acts == [("baseline.record", "run 9 local", "failed"), ("baseline.record", "run 1 central", "done")]

@@ -101,7 +101,7 @@ def _level_lines(
                         yield {**_place(end, names), "devices": 0, "measure": measure, "curve": curve, "value": value}
 
 
-def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int = 260) -> Any:
+def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int = 280) -> Any:
     """Accuracy or loss against rounds, megabytes or seconds: a colour a run and dashes a curve; of one run, both a curve."""
     title, field = AXES[axis]
     shown = frame[frame["measure"] == measure]
@@ -160,7 +160,7 @@ def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int
         .encode(tooltip=tooltip)
     )
     rows = -(-len(curves) // 2) * (len(curves) > 1) + -(-len(runs) // 2) * (len(runs) > 1)
-    return alt.layer(line, points).properties(height=height + 24 * rows)
+    return alt.layer(line, points).properties(height=height + 34 * rows)
 
 
 def spreads(found: Sequence[Spread], measure: str, height: int = 280) -> Any:
