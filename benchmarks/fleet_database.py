@@ -22,6 +22,7 @@ from pocketfed.coordinator.store import (
     Artifact,
     Assignment,
     Audit,
+    Baseline,
     Device,
     History,
     Lease,
@@ -48,6 +49,7 @@ FAILURES = (
 PHASES = ("downloading", "training", "training", "uploading")
 REFUSALS = ("norm: 48.20 is above the limit 10.00", "not_finite: theta holds a value that is not finite")
 COHORTS = ("pilot", "staff", None)  # of enrolment keys
+TIERS = ("new", "usual", "usual", "old", None)  # as apps say
 SDKS = ("0.3.0", "0.3.0", "0.3.0", "0.2.1", "0.1.0")
 EVALUATED = 5  # the newest rounds whose result the devices measured
 BYTES_DOWN, BYTES_UP = 24_000, 25_100  # bytes of a trainable set each way
@@ -80,6 +82,7 @@ def fill(
                     token_hash=f"{number:064d}",
                     sdk_version=SDKS[number % len(SDKS)],
                     cohort=COHORTS[number % len(COHORTS)],
+                    tier=TIERS[number % len(TIERS)],
                     present_until=None if seen is None else seen + timedelta(seconds=30),
                     examples=rng.randrange(40, 400),
                     enrolled_at=at - timedelta(days=3),
@@ -129,6 +132,9 @@ def fill(
                     late=run_id == 1,
                     measured=number > last - EVALUATED,
                 )
+            for kind, accuracy, loss in (("central", 0.981, 0.09), ("local", 0.614, 1.31)):
+                for metric, value in (("accuracy", accuracy), ("loss", loss)):
+                    session.add(Baseline(run_id=run_id, kind=kind, metric=metric, value=value))
         session.add(
             Release(
                 channel="stable",
@@ -153,6 +159,27 @@ def fill(
         _trial(session, random.Random(seed + 1), at, versions[1], parameters, devices)
         _operations(session, random.Random(seed + 2), at, devices, rounds)
     store.close()
+
+
+def advance(database: str, seed: int = 0) -> int:
+    """One round more of the run that is under way: the one that was under way is done. Returns the new one's number."""
+    store = Store(database)
+    with store.write() as session:
+        last = session.scalars(sa.select(Round).where(Round.run_id == 2).order_by(Round.number.desc()).limit(1)).one()
+        mine = (Assignment.run_id == 2, Assignment.round == last.number)
+        waiting = (*mine, Assignment.status == "uploaded")
+        session.execute(sa.update(Assignment).where(*waiting).values(status="aggregated", counted_in=last.number))
+        before = session.scalar(sa.select(Round.parameters).where(Round.run_id == 2, Round.number == 0)) or ""
+        cohort = session.scalar(sa.select(sa.func.count()).select_from(Assignment).where(*mine)) or 0
+        last.status, last.accuracy, last.loss, last.finished_at = "finished", 0.96, 0.13, now()
+        last.parameters, last.seconds = before, 29.0
+        session.flush()
+        rng, number = random.Random(seed + last.number), last.number + 1
+        _round(
+            session, rng, 2, number, now(), cohort, before, under_way=True, ceiling=0.97, late=False, measured=False
+        )  # fmt: skip
+    store.close()
+    return number
 
 
 def _config(name: str, rounds: int, seed: int, run_id: int, cohort: int) -> dict[str, Any]:
@@ -323,6 +350,7 @@ def _round(
                     "digest": f"{device:064x}",
                     "metrics": {"loss": rng.uniform(0.2, 2.0), "seconds": 0.6 * took},
                     "norm": rng.lognormvariate(0.2, 0.25) * (8 if refused else 1),
+                    "cosine": None if number < 2 else max(-1.0, min(1.0, rng.gauss(-0.2 if refused else 0.35, 0.15))),
                     "reason": rng.choice(REFUSALS) if refused else None,
                     "received_at": begin + timedelta(seconds=took),
                 }

@@ -247,9 +247,16 @@ def operator_set(
 
     from pocketfed.coordinator.operators import acting, local_admin, set_operator
 
-    password = password_file.read_text().rstrip("\n") if password_file else getpass(f"password of {name}: ")
-    with _open(database) as store, acting(store, local_admin(), "operator.set", f"{name} {role}") as session:
-        set_operator(session, name, role, password)
+    if password_file:
+        password = password_file.read_text().rstrip("\r\n")
+    else:
+        password = getpass(f"password of {name}: ")
+        if getpass("once more: ") != password:
+            raise CommandError("the two passwords are not the same; nothing was changed, try again")
+    with _open(database) as store:
+        with acting(store, local_admin(), "operator.set", f"{name} {role}") as session:
+            set_operator(session, name, role, password)
+        print(f"{name} may log in as {role} to {store.name}")
 
 
 @operator.command("disable")

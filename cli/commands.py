@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, database, evaluate, fleet, health, model, release, simulate
+from pocketfed.cli import access, advise, baseline, database, evaluate, fleet, health, model, release, simulate
 from pocketfed.cli.device import SUMMARY
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -27,6 +27,7 @@ app.command()(simulate.simulate)
 app.command()(advise.advise)
 app.command()(fleet.dashboard)
 app.command()(simulate.demo)
+app.add_typer(baseline.app, name="baseline")
 app.add_typer(database.app, name="db")
 app.command()(access.certs)
 app.add_typer(access.keys, name="keys")

@@ -26,7 +26,7 @@ variable or setting is wrong, 1 when it cannot go on; standard output has what t
 """
 PREFIX = "POCKETFED_"
 DEFAULTS = {
-    "name": None, "channel": "stable", "enrolment_key": "", "enrolment_key_file": None, "ca": None, "publisher": "",
+    "name": None, "channel": "stable", "tier": "", "enrolment_key": "", "enrolment_key_file": None, "ca": None, "publisher": "",
     "allow_plaintext_off_loopback": False, "max_memory_mb": 0.0, "holdout": 0.2, "status_file": None, "log_level": "warning",
 }  # fmt: skip
 REQUIRED = ("coordinator", "data", "home")
@@ -50,6 +50,11 @@ def parser() -> Parser:
     add("--home", metavar="FOLDER", type=Path, help="A folder for this device alone. Required.")
     add("--name", metavar="TEXT", help="Unique in the fleet; by default a random one.")
     add("--channel", metavar="TEXT", help="Whose releases to follow. [default: stable]")
+    add(
+        "--tier",
+        metavar="TEXT",
+        help="A word for what kind of device this is, to be counted by. [default: none is told]",
+    )
     add("--enrolment-key", metavar="TEXT", help="Where the coordinator asks for one.")
     add("--enrolment-key-file", metavar="FILE", type=Path, help="Read the enrolment key from here instead.")
     add("--ca", metavar="FILE", type=Path, help="The CA of the coordinator's certificate (`ca.pem` of `certs`).")
@@ -174,6 +179,7 @@ def run(options: argparse.Namespace, stopping: threading.Event) -> None:
         options.home,
         name=options.name,
         channel=options.channel,
+        tier=options.tier,
         enrolment_key=options.enrolment_key,
         max_memory_mb=options.max_memory_mb,
         holdout=options.holdout,

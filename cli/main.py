@@ -15,7 +15,7 @@ EXTRAS = {
     "demo": "simulation", "export": "torch", "advise": "simulation",
     "db": "coordinator", "certs": "coordinator", "keys": "coordinator",
     "enrolment-key": "coordinator", "devices": "coordinator", "release": "coordinator", "operator": "coordinator",
-    "audit": "coordinator",
+    "audit": "coordinator", "baseline": "coordinator",
 }  # fmt: skip
 
 EXTRA_OF = {"openvino": "openvino", "executorch": "executorch"}  # engines that only `export --to` needs

@@ -58,6 +58,7 @@ class Device:
         home: a folder for this device alone; everything the SDK writes lies in it.
         name: unique in the fleet, kept in home; by default a random one.
         channel: whose releases to follow.
+        tier: a word for what kind of device this is ("low", "high"); the coordinator counts devices by it. By default nothing is told.
         enrolment_key: where the coordinator asks for one.
         conditions: when it may train and transfer; by default always.
         readings: tells what the sensors say, asked at most once a second, from the background thread; by default we look.
@@ -90,6 +91,7 @@ class Device:
         *,
         name: str | None = None,
         channel: str = "stable",
+        tier: str = "",
         enrolment_key: str = "",
         conditions: Conditions | None = None,
         readings: Callable[[], Readings] | None = None,
@@ -110,6 +112,8 @@ class Device:
         clock: Clock | None = None,
     ) -> None:
         check_holdout(holdout)
+        if len(tier) > 50 or not tier.isprintable():
+            raise ConfigurationError(f"tier is {tier[:60]!r}; give at most 50 printable characters, or none")
         refuse_after_fork()
         clock, asked = clock or Clock(), conditions or Conditions()
         self.home = Path(home).expanduser()
@@ -144,7 +148,7 @@ class Device:
         self._voice, self._usage = Voice(self.name, on_status, on_progress), usage
         parts = Parts(
             self.home, identity, self._link, self._trust, self._models, self._local, self._watch, usage, self._voice,
-            clock, self._setup, keeping, Consent(self.home, accept),
+            clock, self._setup, keeping, Consent(self.home, accept), tier,
         )  # fmt: skip
         self._participation = Participation(parts, fallback_margin, checkpoint_s)
         self._thread: threading.Thread | None = None

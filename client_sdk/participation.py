@@ -74,6 +74,7 @@ class Parts:
     lock: threading.RLock
     keeping: Keeping
     consent: Consent
+    tier: str
 
 
 class Participation:
@@ -90,7 +91,7 @@ class Participation:
         self._usage, self._voice, self._clock, self._home = parts.usage, parts.voice, parts.clock, parts.home
         self._say = parts.voice.say
         self._outbox = Outbox(parts.home / "update.kept")
-        self._keeping, self._consent = parts.keeping, parts.consent
+        self._keeping, self._consent, self._tier = parts.keeping, parts.consent, parts.tier
         self._fallback_margin, self._checkpoint_s = fallback_margin, checkpoint_s
         self.stopping = threading.Event()
         self._woken = threading.Event()  # by stop(), or by the app that says that something has changed
@@ -193,6 +194,7 @@ class Participation:
             refused_release=refused,
             refusal=why[:500],
             report=fleet.ReleaseReport(**report) if report else None,
+            tier=self._tier,
         )
         reply = self._link.end_check_in(call)
         if report:

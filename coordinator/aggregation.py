@@ -160,6 +160,33 @@ def norm(vector: Vector) -> float:
     return math.sqrt(sum(float(wide[i : i + DOT].dot(wide[i : i + DOT])) for i in range(0, len(wide), DOT)))
 
 
+class Compass:
+    """A direction (P,) that updates are compared with."""
+
+    def __init__(self, direction: Vector, length: float) -> None:
+        self._direction, self._length = direction, length
+
+    @classmethod
+    def of(cls, direction: Vector | None) -> Compass | None:
+        """None where there is no direction: nothing, all zeros, or values that are no numbers."""
+        length = 0.0 if direction is None else norm(direction)
+        return cls(direction, length) if direction is not None and 0 < length < math.inf else None
+
+    def cosine(self, vector: Vector, length: float) -> float | None:
+        """-1 to 1; None where float32 cannot hold the product. length: the vector's norm, above 0.
+
+        >>> Compass.of(np.array([3, 4], np.float32)).cosine(np.array([8, 6], np.float32), 10.0)
+        0.96
+        """
+        whole = len(vector) // DOT * DOT
+        pieces, rest = vector[:whole].reshape(-1, 1, DOT), vector[whole:]
+        other = self._direction[:whole].reshape(-1, DOT, 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = np.matmul(pieces, other)  # (pieces, 1, 1): a dot product each
+            total = float(products.sum(dtype=np.float64)) + float(rest.dot(self._direction[whole:]))
+        return max(-1.0, min(1.0, total / (length * self._length))) if math.isfinite(total) else None
+
+
 class RunningMean:
     """Σ weight · update / Σ weight (McMahan et al. 2017, algorithm 1), one update after another.
 

@@ -93,9 +93,14 @@ def real_device(session: Session) -> str | None:
     return session.scalar(sa.select(Device.name).where(Device.token_hash != "").order_by(Device.id).limit(1))
 
 
-def enrol_virtual(session: Session, channel: str, examples: Mapping[str, int]) -> dict[int, str]:
-    """Devices that nobody can log in as, with so many examples each: id -> name, in the order given."""
-    held = {"channel": channel, "examples": 0, "token_hash": ""}
+def enrol_virtual(
+    session: Session, channel: str, examples: Mapping[str, int], tiers: Mapping[str, str] | None = None
+) -> dict[int, str]:
+    """Devices that nobody can log in as, with so many examples each: id -> name, in the order given.
+
+    tiers: what kind of device each is, where that is known.
+    """
+    held, kinds = {"channel": channel, "examples": 0, "token_hash": ""}, tiers or {}
     known: dict[str, int] = {}
     for _ in range(2):
         known = {row.name: row.id for row in session.execute(sa.select(Device.name, Device.id)) if row.name in examples}
@@ -103,5 +108,6 @@ def enrol_virtual(session: Session, channel: str, examples: Mapping[str, int]) -
         if missing:
             session.connection().execute(sa.insert(Device), missing)
     holds = sa.update(Device).where(Device.id == sa.bindparam("row_id"))
-    session.connection().execute(holds, [{"row_id": known[n], "examples": count} for n, count in examples.items()])
+    rows = [{"row_id": known[n], "examples": count, "tier": kinds.get(n)} for n, count in examples.items()]
+    session.connection().execute(holds, rows)
     return {known[name]: name for name in examples}

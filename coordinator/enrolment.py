@@ -252,6 +252,7 @@ def mark_seen(session: Session, seen: Sequence[Seen]) -> None:
             "now": moment,
             "labelled": min(s.told.examples, 2**31 - 1),
             "version": printable(s.told.sdk_version, 50),
+            "kind": printable(s.told.tier, 50).strip() or None,
         }
         for s in seen
         if s.told is not None
@@ -260,7 +261,7 @@ def mark_seen(session: Session, seen: Sequence[Seen]) -> None:
     table, until = cast(sa.Table, Device.__table__), sa.bindparam("until", type_=UtcDateTime)
     if came:
         told = {"last_seen_at": sa.bindparam("now", type_=UtcDateTime), "examples": sa.bindparam("labelled")}
-        told |= {"present_until": until, "sdk_version": sa.bindparam("version")}
+        told |= {"present_until": until, "sdk_version": sa.bindparam("version"), "tier": sa.bindparam("kind")}
         session.connection().execute(sa.update(table).where(table.c.id == device).values(told), came)
     if gone:
         session.connection().execute(sa.update(table).where(table.c.id == device).values(present_until=until), gone)

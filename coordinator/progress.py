@@ -313,7 +313,8 @@ def _settle(session: Session, row: Round, done: Attempt) -> int:
             if found.status != "uploaded":  # the device had given up, and says the tally so too
                 status = found.status
             if found.bytes is not None and found.kind == "train":
-                judged.append({"row_id": found.id, "reason": why, "norm": norm})
+                cosine = done.tally.cosines.get(found.id)
+                judged.append({"row_id": found.id, "reason": why, "norm": norm, "cosine": cosine})
         if status != found.status:
             check_move("assignments", found.id, found.status, status)
             moved.append(history_entry(row.run_id, status, why, found.round, found.attempt, found.id))

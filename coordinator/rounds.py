@@ -42,7 +42,7 @@ from pocketfed.coordinator.progress import (
 from pocketfed.coordinator.retention import forget_rounds
 from pocketfed.coordinator.sampling import sample_cohort
 from pocketfed.coordinator.screening import Tally, screen, screen_measured, with_common_metrics
-from pocketfed.coordinator.standing import recall, set_aside
+from pocketfed.coordinator.standing import last_step, recall, set_aside
 from pocketfed.coordinator.store import OUTAGES, Store, StoreError, is_outage, now
 from pocketfed.coordinator.strategy import THETA, make_strategy
 from pocketfed.coordinator.strategy_base import Ours, arrays_of
@@ -226,7 +226,8 @@ def _train_round(run: Driven, number: int, theta: Vector) -> tuple[Vector, str |
     messages = run.strategy.configure_train(number, arrays, local_config(run.config), run.grid)
     tally = Tally()
     sent = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
-    replies = screen(sent, theta, run.limits, tally, recall(run.store, run.id, number))
+    known, step = recall(run.store, run.id, number), last_step(run.store, run.id, theta)
+    replies = screen(sent, theta, run.limits, tally, known, step)
     # Flower's strategies look at the replies more than once; ours folds them in as they come.
     given = replies if _streams(run.strategy) else with_common_metrics(replies)
     aggregated, metrics = run.strategy.aggregate_train(number, given)

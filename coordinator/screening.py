@@ -14,7 +14,7 @@ from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences
 # isort: split
 from flwr.app import ArrayRecord, Message
 
-from pocketfed.coordinator.aggregation import Delta, norm
+from pocketfed.coordinator.aggregation import Compass, Delta, norm
 from pocketfed.coordinator.grid import UNREADABLE
 from pocketfed.coordinator.strategy import THETA, DeltaArray
 from pocketfed.coordinator.validation import (
@@ -37,9 +37,10 @@ WARM_UP = 32  # updates a median is taken over before any of them is judged by i
 
 @dataclass
 class Tally:
-    """What became of a round's assignments: id -> (status, reason, norm)."""
+    """What became of a round's assignments: id -> (status, reason, norm). cosines: id -> to the run's last step."""
 
     statuses: dict[str, tuple[str, str | None, float | None]] = field(default_factory=dict)
+    cosines: dict[str, float] = field(default_factory=dict)
     clipped: int = 0
     capped: int = 0
 
@@ -59,7 +60,12 @@ class _Inspected:
 
 
 def screen(
-    replies: Iterable[Message], start: Vector, limits: Limits, tally: Tally, history: History | None = None
+    replies: Iterable[Message],
+    start: Vector,
+    limits: Limits,
+    tally: Tally,
+    history: History | None = None,
+    step: Vector | None = None,
 ) -> Iterator[Message]:
     """Only the replies that may touch the model: the long ones clipped, their weights capped. What became of each is
     tallied. They come as `DeltaArray`s, so that a strategy that can reads updates rather than parameters.
@@ -67,9 +73,12 @@ def screen(
     Args:
         start: theta (P,) that the round began with.
         history: of the run; what is missing to WARM_UP updates is taken from this round's own first ones.
+        step: (P,) how the round before moved theta. Each update's cosine to it is tallied, for people: nothing is
+            refused by it, since honest devices with unlike data may well pull apart.
     """
     history = history or History()
-    inspected = _inspect_all(replies, start, limits.size, tally, dict(history.digests or {}))
+    compass = Compass.of(step)
+    inspected = _inspect_all(replies, start, limits.size, tally, dict(history.digests or {}), compass)
     missing = WARM_UP - len(history.norms)
     known, first = reference(history), deque[_Inspected]()
     while missing > 0 and (found := next(inspected, None)) is not None:
@@ -97,7 +106,7 @@ def _agree(found: Iterable[_Inspected], limits: Limits, history: History) -> tup
 
 
 def _inspect_all(
-    replies: Iterable[Message], start: Vector, size: int, tally: Tally, digests: dict[str, int]
+    replies: Iterable[Message], start: Vector, size: int, tally: Tally, digests: dict[str, int], compass: Compass | None
 ) -> Iterator[_Inspected]:
     """Everything about a reply but its norm. digests: of updates seen in earlier rounds; this round's are added."""
     here: set[str] = set()
@@ -119,6 +128,10 @@ def _inspect_all(
                 copied = Refusal("repeated", f"the very same bytes were handed in in round {digests[digest]}")
                 found = dataclasses.replace(found, refusal=copied)
             here.add(digest)
+        if compass is not None and found.delta is not None and found.norm:
+            cosine = compass.cosine(found.delta.raw(), found.norm)
+            if cosine is not None:
+                tally.cosines[row_id] = cosine
         yield found
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Round, Run, Store, Update
+from pocketfed.coordinator.store import Assignment, Round, Run, Store, Update, get_blob
 from pocketfed.coordinator.validation import WINDOW, History
+from pocketfed.model.parameters import Vector, decode_vector
 
+LOOKED_BACK = 9  # rounds: those that failed leave theta as it was
 REFUSED = "RunRefused"  # how a device's reason begins where its app does not want the run
 
 
@@ -31,6 +33,16 @@ def recall(store: Store, run_id: int, number: int) -> History:
         tuple(row.num_examples for row in rows),
         {row.digest: row.round for row in rows if row.digest},
     )
+
+
+def last_step(store: Store, run_id: int, theta: Vector) -> Vector | None:
+    """How the run's newest round that moved theta (P,) moved it; None before there was one, or where it is forgotten."""
+    kept = sa.select(Round.parameters).where(Round.run_id == run_id, Round.parameters.is_not(None))
+    with store.read() as session:
+        found = list(dict.fromkeys(session.scalars(kept.order_by(Round.number.desc()).limit(LOOKED_BACK))))
+        if len(found) < 2 or found[1] is None:
+            return None
+        return theta - decode_vector("theta", get_blob(session, found[1]), len(theta))
 
 
 def offences(session: Session, run_id: int) -> dict[int, int]:

@@ -182,6 +182,9 @@ class Device(Base):
     revoked_at: Mapped[datetime | None]
     shared_at: Mapped[datetime | None]  # when its credential was last seen in use at two places at once
     release_id: Mapped[int | None]  # what it runs, as it says
+    tier: Mapped[str | None] = mapped_column(
+        String(50)
+    )  # what kind of device it is, as its app says; nothing follows from it
 
 
 class Run(Base):
@@ -274,6 +277,7 @@ class Update(Base):
     digest: Mapped[str] = mapped_column(String(64), index=True)
     metrics: Mapped[dict[str, Any]]
     norm: Mapped[float | None]
+    cosine: Mapped[float | None]  # between it and the run's last step, as screening found it
     reason: Mapped[str | None] = mapped_column(String(500))  # why it was quarantined
     received_at: Mapped[datetime] = mapped_column(default=now)
 
@@ -286,6 +290,17 @@ class Metric(Base):
     round: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(100), primary_key=True)
     value: Mapped[float]
+
+
+class Baseline(Base):
+    """A number of what a run is compared with; kind: one of baselines.KINDS."""
+
+    __tablename__ = "baselines"
+    run_id: Mapped[int] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(20), primary_key=True)
+    metric: Mapped[str] = mapped_column(String(100), primary_key=True)
+    value: Mapped[float]
+    at: Mapped[datetime] = mapped_column(default=now)
 
 
 class Checkpoint(Base):

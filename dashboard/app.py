@@ -37,8 +37,9 @@ def main() -> None:
     st.set_page_config(
         page_title="pocketfed", page_icon=MARK, layout="wide", menu_items={"About": "pocketfed: a fleet at a glance"}
     )
-    # Streamlit leaves six lines free above a page; a glance has no use for them
-    st.html("<style>.stMainBlockContainer{padding-top:3.2rem;padding-bottom:3rem}</style>")
+    # Streamlit leaves six lines free above a page, and five characters beside it; a glance has no use for them
+    free = "padding:3.2rem clamp(1rem,3vw,2.5rem) 3rem"
+    st.html(f"<style>.stMainBlockContainer{{{free}}}</style>")
     st.logo(NAME, size="large", icon_image=MARK)
     pages = [
         st.Page(VIEWS / f"{name}.py", title=title, icon=icon, url_path=name, default=name == "now")

@@ -93,7 +93,9 @@ def cards(*entries: tuple[str, str, str]) -> None:
         f'<div style="font-size:.85rem;opacity:.75;min-height:1.2em">{html.escape(note)}</div></div>'
         for label, value, note in entries
     )
-    columns = "repeat(auto-fit,minmax(min(150px,100%),1fr))"
+    most = len(entries) if len(entries) <= 6 else -(-len(entries) // 2)  # in a row, so that none stands alone
+    widest = f"calc((100% - {12 * (most - 1)}px) / {most})"
+    columns = f"repeat(auto-fit,minmax(max(min(150px,100%),{widest}),1fr))"
     st.html(f'<div style="display:grid;grid-template-columns:{columns};gap:12px">{drawn}</div>')
 
 
@@ -168,9 +170,9 @@ def offset(total: int, key: str, noun: str) -> int:
     return (int(number) - 1) * PAGE_ROWS
 
 
-def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, Any]) -> None:
-    """A table of as many lines as it has, twelve at most in sight; `columns` says how some are shown."""
-    height = 38 + 35 * min(max(len(rows), 1), 12)
+def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, Any], most: int = 12) -> None:
+    """A table of as many lines as it has, `most` of them in sight; `columns` says how some are shown."""
+    height = 38 + 35 * min(max(len(rows), 1), most)
     frame = pd.DataFrame(list(rows))
     st.dataframe(frame, hide_index=True, width="stretch", column_config=columns, height=height, placeholder="–")
 

@@ -94,6 +94,7 @@ def duration(seconds: float | None) -> str:
     """
     if seconds is None:
         return "–"
+    seconds = max(seconds, 0.0)  # clocks are set back
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -50,18 +50,24 @@ def missing() -> str | None:
     )
 
 
-@contextlib.contextmanager
-def serving(database: str) -> Iterator[str]:
-    """The dashboard on a free port, as its own process; yields its address and ends it afterwards."""
+def start_of_command() -> tuple[int, list[str]]:
+    """A free port, and the command that serves there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = int(probe.getsockname()[1])
+    return port, command(port)
+
+
+@contextlib.contextmanager
+def serving(database: str, start: tuple[int, list[str]] | None = None) -> Iterator[str]:
+    """The dashboard on a free port, as its own process; yields its address and ends it afterwards."""
+    port, words = start or start_of_command()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command(port), env=environment(database), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            words, env=environment(database), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
         try:
-            _wait_until_healthy(process, f"http://127.0.0.1:{port}")
+            wait_until_healthy(process, f"http://127.0.0.1:{port}")
             yield f"http://127.0.0.1:{port}"
         except RuntimeError as error:
             log.seek(0)
@@ -75,7 +81,7 @@ def serving(database: str) -> Iterator[str]:
                 process.wait()
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
+def wait_until_healthy(process: subprocess.Popen[Any], address: str) -> None:
     for _ in range(START_S * 10):
         with contextlib.suppress(subprocess.TimeoutExpired):
             raise RuntimeError(f"the dashboard ended with code {process.wait(0.1)} instead of starting")

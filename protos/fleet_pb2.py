@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pocketfed.protos import distribution_pb2 as pocketfed_dot_protos_dot_distribution__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpocketfed/protos/fleet.proto\x12\x0cpocketfed.v1\x1a#pocketfed/protos/distribution.proto\"z\n\x0c\x45nrolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x13\n\x0bsdk_version\x18\x04 \x01(\t\x12\x15\n\renrolment_key\x18\x05 \x01(\t\x12\r\n\x05token\x18\x06 \x01(\t\"\x0c\n\nEnrolReply\"\xd6\x01\n\x0e\x43heckInRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0bsdk_version\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\r\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x12\n\nrelease_id\x18\x05 \x01(\x04\x12\x10\n\x08key_list\x18\x06 \x01(\x04\x12\x17\n\x0frefused_release\x18\x07 \x01(\x04\x12\x0f\n\x07refusal\x18\x08 \x01(\t\x12+\n\x06report\x18\t \x01(\x0b\x32\x1b.pocketfed.v1.ReleaseReport\"\xaf\x01\n\rReleaseReport\x12\x12\n\nrelease_id\x18\x01 \x01(\x04\x12\x11\n\tbefore_id\x18\x02 \x01(\x04\x12\x10\n\x08\x65xamples\x18\x03 \x01(\r\x12\x0f\n\x07\x63orrect\x18\x04 \x01(\r\x12\x16\n\x0e\x63orrect_before\x18\x05 \x01(\r\x12\x10\n\x08loss_sum\x18\x06 \x01(\x01\x12\x17\n\x0floss_sum_before\x18\x07 \x01(\x01\x12\x11\n\twent_back\x18\x08 \x01(\x08\"\xb6\x01\n\x0c\x43heckInReply\x12.\n\nassignment\x18\x01 \x01(\x0b\x32\x18.pocketfed.v1.AssignmentH\x00\x12\"\n\x04wait\x18\x02 \x01(\x0b\x32\x12.pocketfed.v1.WaitH\x00\x12&\n\x07release\x18\x03 \x01(\x0b\x32\x15.pocketfed.v1.Release\x12\"\n\x04keys\x18\x04 \x01(\x0b\x32\x14.pocketfed.v1.SignedB\x06\n\x04what\"-\n\x04Wait\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf6\x02\n\nAssignment\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.pocketfed.v1.Assignment.Kind\x12\x0b\n\x03run\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x18\n\x10\x61rtifact_version\x18\x05 \x01(\t\x12\x15\n\rtrainable_set\x18\x06 \x01(\t\x12\x19\n\x11parameters_digest\x18\x07 \x01(\t\x12\x18\n\x10parameters_bytes\x18\x08 \x01(\x04\x12)\n\x06\x63onfig\x18\t \x01(\x0b\x32\x19.pocketfed.v1.TrainConfig\x12\x0f\n\x07lease_s\x18\n \x01(\x01\x12\x12\n\ndeadline_s\x18\x0b \x01(\x01\x12&\n\x04\x66orm\x18\x0c \x01(\x0b\x32\x18.pocketfed.v1.UpdateForm\"5\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\"\x82\x01\n\nUpdateForm\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x11\n\tclip_norm\x18\x02 \x01(\x01\x12\r\n\x05noise\x18\x03 \x01(\x01\x12\x0f\n\x07private\x18\x04 \x03(\t\x12\x0f\n\x07metrics\x18\x05 \x03(\t\x12\x0e\n\x06\x66rozen\x18\x06 \x03(\t\x12\x11\n\tlora_rank\x18\x07 \x01(\r\"\xc2\x02\n\x0bTrainConfig\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x11\n\toptimizer\x18\x04 \x01(\t\x12\x10\n\x08momentum\x18\x05 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x06 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x07 \x01(\x01\x12\x13\n\x0bproximal_mu\x18\x08 \x01(\x01\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_length\x18\n \x01(\r\x12\x11\n\tmax_steps\x18\x0b \x01(\r\x12\x10\n\x08schedule\x18\x0c \x01(\t\x12\x0e\n\x06warmup\x18\r \x01(\x01\x12\x17\n\x0flabel_smoothing\x18\x0e \x01(\x01\x12\x0f\n\x07holdout\x18\x0f \x01(\x01\x12\x10\n\x08patience\x18\x10 \x01(\r\"\xbe\x01\n\x10HeartbeatRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x33\n\x05phase\x18\x02 \x01(\x0e\x32$.pocketfed.v1.HeartbeatRequest.Phase\x12\x10\n\x08progress\x18\x03 \x01(\x01\"L\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44OWNLOADING\x10\x01\x12\x0c\n\x08TRAINING\x10\x02\x12\r\n\tUPLOADING\x10\x03\"#\n\x0eHeartbeatReply\x12\x11\n\tcancelled\x18\x01 \x01(\x08\",\n\x13UploadStatusRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\"S\n\x11UploadStatusReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12&\n\x07receipt\x18\x02 \x01(\x0b\x32\x15.pocketfed.v1.Receipt\"R\n\nUploadPart\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.pocketfed.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xda\x01\n\x0cUploadHeader\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x14\n\x0cnum_examples\x18\x05 \x01(\x04\x12\x38\n\x07metrics\x18\x06 \x03(\x0b\x32\'.pocketfed.v1.UploadHeader.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"B\n\x07Receipt\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"7\n\x0e\x44\x65\x63lineRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0c\x44\x65\x63lineReply2\xaf\x03\n\x05\x46leet\x12=\n\x05\x45nrol\x12\x1a.pocketfed.v1.EnrolRequest\x1a\x18.pocketfed.v1.EnrolReply\x12\x43\n\x07\x43heckIn\x12\x1c.pocketfed.v1.CheckInRequest\x1a\x1a.pocketfed.v1.CheckInReply\x12I\n\tHeartbeat\x12\x1e.pocketfed.v1.HeartbeatRequest\x1a\x1c.pocketfed.v1.HeartbeatReply\x12U\n\x0fGetUploadStatus\x12!.pocketfed.v1.UploadStatusRequest\x1a\x1f.pocketfed.v1.UploadStatusReply\x12;\n\x06Upload\x12\x18.pocketfed.v1.UploadPart\x1a\x15.pocketfed.v1.Receipt(\x01\x12\x43\n\x07\x44\x65\x63line\x12\x1c.pocketfed.v1.DeclineRequest\x1a\x1a.pocketfed.v1.DeclineReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cpocketfed/protos/fleet.proto\x12\x0cpocketfed.v1\x1a#pocketfed/protos/distribution.proto\"z\n\x0c\x45nrolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\r\x12\x13\n\x0bsdk_version\x18\x04 \x01(\t\x12\x15\n\renrolment_key\x18\x05 \x01(\t\x12\r\n\x05token\x18\x06 \x01(\t\"\x0c\n\nEnrolReply\"\xe4\x01\n\x0e\x43heckInRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x13\n\x0bsdk_version\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\r\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x12\n\nrelease_id\x18\x05 \x01(\x04\x12\x10\n\x08key_list\x18\x06 \x01(\x04\x12\x17\n\x0frefused_release\x18\x07 \x01(\x04\x12\x0f\n\x07refusal\x18\x08 \x01(\t\x12+\n\x06report\x18\t \x01(\x0b\x32\x1b.pocketfed.v1.ReleaseReport\x12\x0c\n\x04tier\x18\n \x01(\t\"\xaf\x01\n\rReleaseReport\x12\x12\n\nrelease_id\x18\x01 \x01(\x04\x12\x11\n\tbefore_id\x18\x02 \x01(\x04\x12\x10\n\x08\x65xamples\x18\x03 \x01(\r\x12\x0f\n\x07\x63orrect\x18\x04 \x01(\r\x12\x16\n\x0e\x63orrect_before\x18\x05 \x01(\r\x12\x10\n\x08loss_sum\x18\x06 \x01(\x01\x12\x17\n\x0floss_sum_before\x18\x07 \x01(\x01\x12\x11\n\twent_back\x18\x08 \x01(\x08\"\xb6\x01\n\x0c\x43heckInReply\x12.\n\nassignment\x18\x01 \x01(\x0b\x32\x18.pocketfed.v1.AssignmentH\x00\x12\"\n\x04wait\x18\x02 \x01(\x0b\x32\x12.pocketfed.v1.WaitH\x00\x12&\n\x07release\x18\x03 \x01(\x0b\x32\x15.pocketfed.v1.Release\x12\"\n\x04keys\x18\x04 \x01(\x0b\x32\x14.pocketfed.v1.SignedB\x06\n\x04what\"-\n\x04Wait\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xf6\x02\n\nAssignment\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.pocketfed.v1.Assignment.Kind\x12\x0b\n\x03run\x18\x03 \x01(\x04\x12\r\n\x05round\x18\x04 \x01(\r\x12\x18\n\x10\x61rtifact_version\x18\x05 \x01(\t\x12\x15\n\rtrainable_set\x18\x06 \x01(\t\x12\x19\n\x11parameters_digest\x18\x07 \x01(\t\x12\x18\n\x10parameters_bytes\x18\x08 \x01(\x04\x12)\n\x06\x63onfig\x18\t \x01(\x0b\x32\x19.pocketfed.v1.TrainConfig\x12\x0f\n\x07lease_s\x18\n \x01(\x01\x12\x12\n\ndeadline_s\x18\x0b \x01(\x01\x12&\n\x04\x66orm\x18\x0c \x01(\x0b\x32\x18.pocketfed.v1.UpdateForm\"5\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05TRAIN\x10\x01\x12\x0c\n\x08\x45VALUATE\x10\x02\"\x82\x01\n\nUpdateForm\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x11\n\tclip_norm\x18\x02 \x01(\x01\x12\r\n\x05noise\x18\x03 \x01(\x01\x12\x0f\n\x07private\x18\x04 \x03(\t\x12\x0f\n\x07metrics\x18\x05 \x03(\t\x12\x0e\n\x06\x66rozen\x18\x06 \x03(\t\x12\x11\n\tlora_rank\x18\x07 \x01(\r\"\xc2\x02\n\x0bTrainConfig\x12\x0e\n\x06\x65pochs\x18\x01 \x01(\r\x12\x12\n\nbatch_size\x18\x02 \x01(\r\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x11\n\toptimizer\x18\x04 \x01(\t\x12\x10\n\x08momentum\x18\x05 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x06 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x07 \x01(\x01\x12\x13\n\x0bproximal_mu\x18\x08 \x01(\x01\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_length\x18\n \x01(\r\x12\x11\n\tmax_steps\x18\x0b \x01(\r\x12\x10\n\x08schedule\x18\x0c \x01(\t\x12\x0e\n\x06warmup\x18\r \x01(\x01\x12\x17\n\x0flabel_smoothing\x18\x0e \x01(\x01\x12\x0f\n\x07holdout\x18\x0f \x01(\x01\x12\x10\n\x08patience\x18\x10 \x01(\r\"\xbe\x01\n\x10HeartbeatRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x33\n\x05phase\x18\x02 \x01(\x0e\x32$.pocketfed.v1.HeartbeatRequest.Phase\x12\x10\n\x08progress\x18\x03 \x01(\x01\"L\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44OWNLOADING\x10\x01\x12\x0c\n\x08TRAINING\x10\x02\x12\r\n\tUPLOADING\x10\x03\"#\n\x0eHeartbeatReply\x12\x11\n\tcancelled\x18\x01 \x01(\x08\",\n\x13UploadStatusRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\"S\n\x11UploadStatusReply\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\x12&\n\x07receipt\x18\x02 \x01(\x0b\x32\x15.pocketfed.v1.Receipt\"R\n\nUploadPart\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.pocketfed.v1.UploadHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xda\x01\n\x0cUploadHeader\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x14\n\x0cnum_examples\x18\x05 \x01(\x04\x12\x38\n\x07metrics\x18\x06 \x03(\x0b\x32\'.pocketfed.v1.UploadHeader.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"B\n\x07Receipt\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"7\n\x0e\x44\x65\x63lineRequest\x12\x15\n\rassignment_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0e\n\x0c\x44\x65\x63lineReply2\xaf\x03\n\x05\x46leet\x12=\n\x05\x45nrol\x12\x1a.pocketfed.v1.EnrolRequest\x1a\x18.pocketfed.v1.EnrolReply\x12\x43\n\x07\x43heckIn\x12\x1c.pocketfed.v1.CheckInRequest\x1a\x1a.pocketfed.v1.CheckInReply\x12I\n\tHeartbeat\x12\x1e.pocketfed.v1.HeartbeatRequest\x1a\x1c.pocketfed.v1.HeartbeatReply\x12U\n\x0fGetUploadStatus\x12!.pocketfed.v1.UploadStatusRequest\x1a\x1f.pocketfed.v1.UploadStatusReply\x12;\n\x06Upload\x12\x18.pocketfed.v1.UploadPart\x1a\x15.pocketfed.v1.Receipt(\x01\x12\x43\n\x07\x44\x65\x63line\x12\x1c.pocketfed.v1.DeclineRequest\x1a\x1a.pocketfed.v1.DeclineReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,43 +39,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLREPLY']._serialized_start=207
   _globals['_ENROLREPLY']._serialized_end=219
   _globals['_CHECKINREQUEST']._serialized_start=222
-  _globals['_CHECKINREQUEST']._serialized_end=436
-  _globals['_RELEASEREPORT']._serialized_start=439
-  _globals['_RELEASEREPORT']._serialized_end=614
-  _globals['_CHECKINREPLY']._serialized_start=617
-  _globals['_CHECKINREPLY']._serialized_end=799
-  _globals['_WAIT']._serialized_start=801
-  _globals['_WAIT']._serialized_end=846
-  _globals['_ASSIGNMENT']._serialized_start=849
-  _globals['_ASSIGNMENT']._serialized_end=1223
-  _globals['_ASSIGNMENT_KIND']._serialized_start=1170
-  _globals['_ASSIGNMENT_KIND']._serialized_end=1223
-  _globals['_UPDATEFORM']._serialized_start=1226
-  _globals['_UPDATEFORM']._serialized_end=1356
-  _globals['_TRAINCONFIG']._serialized_start=1359
-  _globals['_TRAINCONFIG']._serialized_end=1681
-  _globals['_HEARTBEATREQUEST']._serialized_start=1684
-  _globals['_HEARTBEATREQUEST']._serialized_end=1874
-  _globals['_HEARTBEATREQUEST_PHASE']._serialized_start=1798
-  _globals['_HEARTBEATREQUEST_PHASE']._serialized_end=1874
-  _globals['_HEARTBEATREPLY']._serialized_start=1876
-  _globals['_HEARTBEATREPLY']._serialized_end=1911
-  _globals['_UPLOADSTATUSREQUEST']._serialized_start=1913
-  _globals['_UPLOADSTATUSREQUEST']._serialized_end=1957
-  _globals['_UPLOADSTATUSREPLY']._serialized_start=1959
-  _globals['_UPLOADSTATUSREPLY']._serialized_end=2042
-  _globals['_UPLOADPART']._serialized_start=2044
-  _globals['_UPLOADPART']._serialized_end=2126
-  _globals['_UPLOADHEADER']._serialized_start=2129
-  _globals['_UPLOADHEADER']._serialized_end=2347
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=2301
-  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=2347
-  _globals['_RECEIPT']._serialized_start=2349
-  _globals['_RECEIPT']._serialized_end=2415
-  _globals['_DECLINEREQUEST']._serialized_start=2417
-  _globals['_DECLINEREQUEST']._serialized_end=2472
-  _globals['_DECLINEREPLY']._serialized_start=2474
-  _globals['_DECLINEREPLY']._serialized_end=2488
-  _globals['_FLEET']._serialized_start=2491
-  _globals['_FLEET']._serialized_end=2922
+  _globals['_CHECKINREQUEST']._serialized_end=450
+  _globals['_RELEASEREPORT']._serialized_start=453
+  _globals['_RELEASEREPORT']._serialized_end=628
+  _globals['_CHECKINREPLY']._serialized_start=631
+  _globals['_CHECKINREPLY']._serialized_end=813
+  _globals['_WAIT']._serialized_start=815
+  _globals['_WAIT']._serialized_end=860
+  _globals['_ASSIGNMENT']._serialized_start=863
+  _globals['_ASSIGNMENT']._serialized_end=1237
+  _globals['_ASSIGNMENT_KIND']._serialized_start=1184
+  _globals['_ASSIGNMENT_KIND']._serialized_end=1237
+  _globals['_UPDATEFORM']._serialized_start=1240
+  _globals['_UPDATEFORM']._serialized_end=1370
+  _globals['_TRAINCONFIG']._serialized_start=1373
+  _globals['_TRAINCONFIG']._serialized_end=1695
+  _globals['_HEARTBEATREQUEST']._serialized_start=1698
+  _globals['_HEARTBEATREQUEST']._serialized_end=1888
+  _globals['_HEARTBEATREQUEST_PHASE']._serialized_start=1812
+  _globals['_HEARTBEATREQUEST_PHASE']._serialized_end=1888
+  _globals['_HEARTBEATREPLY']._serialized_start=1890
+  _globals['_HEARTBEATREPLY']._serialized_end=1925
+  _globals['_UPLOADSTATUSREQUEST']._serialized_start=1927
+  _globals['_UPLOADSTATUSREQUEST']._serialized_end=1971
+  _globals['_UPLOADSTATUSREPLY']._serialized_start=1973
+  _globals['_UPLOADSTATUSREPLY']._serialized_end=2056
+  _globals['_UPLOADPART']._serialized_start=2058
+  _globals['_UPLOADPART']._serialized_end=2140
+  _globals['_UPLOADHEADER']._serialized_start=2143
+  _globals['_UPLOADHEADER']._serialized_end=2361
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_start=2315
+  _globals['_UPLOADHEADER_METRICSENTRY']._serialized_end=2361
+  _globals['_RECEIPT']._serialized_start=2363
+  _globals['_RECEIPT']._serialized_end=2429
+  _globals['_DECLINEREQUEST']._serialized_start=2431
+  _globals['_DECLINEREQUEST']._serialized_end=2486
+  _globals['_DECLINEREPLY']._serialized_start=2488
+  _globals['_DECLINEREPLY']._serialized_end=2502
+  _globals['_FLEET']._serialized_start=2505
+  _globals['_FLEET']._serialized_end=2936
 # @@protoc_insertion_point(module_scope)

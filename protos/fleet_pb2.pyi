@@ -29,7 +29,7 @@ class EnrolReply(_message.Message):
     def __init__(self) -> None: ...
 
 class CheckInRequest(_message.Message):
-    __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id", "key_list", "refused_release", "refusal", "report")
+    __slots__ = ("protocol", "sdk_version", "examples", "wait_s", "release_id", "key_list", "refused_release", "refusal", "report", "tier")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SDK_VERSION_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class CheckInRequest(_message.Message):
     REFUSED_RELEASE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     sdk_version: str
     examples: int
@@ -48,7 +49,8 @@ class CheckInRequest(_message.Message):
     refused_release: int
     refusal: str
     report: ReleaseReport
-    def __init__(self, protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., examples: _Optional[int] = ..., wait_s: _Optional[float] = ..., release_id: _Optional[int] = ..., key_list: _Optional[int] = ..., refused_release: _Optional[int] = ..., refusal: _Optional[str] = ..., report: _Optional[_Union[ReleaseReport, _Mapping]] = ...) -> None: ...
+    tier: str
+    def __init__(self, protocol: _Optional[int] = ..., sdk_version: _Optional[str] = ..., examples: _Optional[int] = ..., wait_s: _Optional[float] = ..., release_id: _Optional[int] = ..., key_list: _Optional[int] = ..., refused_release: _Optional[int] = ..., refusal: _Optional[str] = ..., report: _Optional[_Union[ReleaseReport, _Mapping]] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class ReleaseReport(_message.Message):
     __slots__ = ("release_id", "before_id", "examples", "correct", "correct_before", "loss_sum", "loss_sum_before", "went_back")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,10 @@ from pocketfed.client_sdk.errors import TrainingError
 from pocketfed.client_sdk.outgoing import UpdateForm
 from pocketfed.client_sdk.perform import split_of
 from pocketfed.client_sdk.trainer import Examples, Trainer
+from pocketfed.coordinator.baselines import record_baseline
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.progress import RoundResult
+from pocketfed.coordinator.store import Store
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Example
 from pocketfed.simulations import baselines
@@ -98,6 +101,19 @@ def find(
         own = stick.measure(trainer, lambda device: None, start) if stick else None
         found["previous"] = Line(rounds[0].accuracy, rounds[0].loss, own)
     return Findings(served, found, costs)
+
+
+def keep_lines(store: Store, run_id: int, lines: Mapping[str, Line]) -> None:
+    """Beside the run, for the dashboard."""
+    with store.write() as session:
+        for kind, line in lines.items():
+            told: dict[str, float | None] = {"accuracy": line.accuracy, "loss": line.loss}
+            if line.epochs:
+                told["epochs"] = line.epochs
+            if line.devices:
+                told["devices"] = line.devices
+            finite = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
+            record_baseline(session, run_id, kind, finite)
 
 
 def _central(material: Material, run: RunConfig, start: Vector, stick: Yardstick | None, kept: Path | None) -> Line:

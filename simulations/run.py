@@ -24,7 +24,7 @@ from pocketfed.model.tasks import Dataset, read_dataset
 from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.costs import cost_of
 from pocketfed.simulations.device_states import DeviceStates, states_beside
-from pocketfed.simulations.findings import Material, find
+from pocketfed.simulations.findings import Material, find, keep_lines
 from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
@@ -239,6 +239,8 @@ def _simulate(
         kept,
         on_step,
     )
+    if setting.is_kept and found.lines:
+        keep_lines(store, run_id, found.lines)
     made = {"trainable_set": trainable_set, "trainable_parameters": trainer.size, "artifact": built.version}
     title = f"{dataset.name}, {config.partition}"
     return SimulationResult(
@@ -266,8 +268,10 @@ def _open_grid(
 
     config, store = setting.config, setting.store
     sizes = {name: len(part) for name, part in setting.parts.items()}
+    drawn = setting.fleet.devices if setting.fleet is not None else ()
+    tiers = {name: device.tier for name, device in zip(sizes, drawn, strict=False)}
     with store.write() as session:
-        nodes = enrol_virtual(session, config.run.channel, sizes)
+        nodes = enrol_virtual(session, config.run.channel, sizes, tiers)
     material = grids.Material(trainer, examples, setting.parts, setting.scratch)
     grid = grids.make_grid(config.backend, store, run_id, nodes, material)
     setting.opened.callback(grid.close)

@@ -10,6 +10,7 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import contextlib
 import itertools
 import json
 import random
@@ -131,9 +132,42 @@ def unprivileged() -> tuple[Callable[[], None] | None, int]:
     return become, user.pw_uid
 
 
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a cluster of its own, without network: its socket lies in a temporary folder."""
+class Cluster:
+    """A PostgreSQL of its own, without network: its socket lies in `folder`."""
+
+    def __init__(self, folder: str, become: Callable[[], None] | None, programs: tuple[str, str]) -> None:
+        self.folder, self._become, (self._initdb, self._pg_ctl) = folder, become, programs
+        self.url = f"postgresql+psycopg://pocketfed@/postgres?host={folder}"
+
+    def _call(self, *command: str) -> None:
+        done = subprocess.run(
+            command,
+            preexec_fn=self._become,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
+        if done.returncode:
+            pytest.skip(f"{command[0]} does not work here: {done.stdout[-300:]!r}")
+
+    def make(self) -> None:
+        self._call(
+            self._initdb, "-D", f"{self.folder}/data", "-U", "pocketfed", "--auth=trust", "--encoding=UTF8", "--no-sync"
+        )
+
+    def start(self) -> None:
+        options = f"-c listen_addresses='' -k {self.folder} -F"
+        log = f"{self.folder}/log"
+        self._call(self._pg_ctl, "-D", f"{self.folder}/data", "-w", "-l", log, "-o", options, "start")
+
+    def stop(self) -> None:
+        self._call(self._pg_ctl, "-D", f"{self.folder}/data", "-w", "-m", "immediate", "stop")
+
+
+@contextlib.contextmanager
+def made_cluster() -> Iterator[Cluster]:
+    """Started; stopped in the end."""
     pytest.importorskip("psycopg", reason="no PostgreSQL driver (psycopg) is installed")
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # not on the PATH there
     where = os.pathsep.join([os.environ.get("PATH", ""), *map(str, debian)])
@@ -145,21 +179,27 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     become, uid = unprivileged()
     with tempfile.TemporaryDirectory(prefix="pf-pg-") as folder:  # short: a socket's path has at most 107 characters
         os.chown(folder, uid, -1)
-        data = f"{folder}/data"
-
-        def call(*command: str) -> None:
-            done = subprocess.run(
-                command, preexec_fn=become, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
-            )
-            if done.returncode:
-                pytest.skip(f"{command[0]} does not work here: {done.stdout[-300:]!r}")
-
-        call(initdb, "-D", data, "-U", "pocketfed", "--auth=trust", "--encoding=UTF8", "--no-sync")
-        call(pg_ctl, "-D", data, "-w", "-l", f"{folder}/log", "-o", f"-c listen_addresses='' -k {folder} -F", "start")
+        made = Cluster(folder, become, (initdb, pg_ctl))
+        made.make()
+        made.start()
         try:
-            yield f"postgresql+psycopg://pocketfed@/postgres?host={folder}"
+            yield made
         finally:
-            call(pg_ctl, "-D", data, "-w", "-m", "immediate", "stop")
+            made.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a cluster that tests share."""
+    with made_cluster() as made:
+        yield made.url
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """One that a test may stop and start."""
+    with made_cluster() as made:
+        yield made
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -112,6 +112,26 @@ def test_enrolment_keys_and_devices_are_made_shown_and_revoked(database: Path) -
     )
 
 
+def test_a_password_is_asked_for_twice_and_a_files_line_end_is_no_part_of_it(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pocketfed.coordinator.operators import Actor, log_in
+    from pocketfed.coordinator.store import Store
+
+    typed = iter(["correct horse", "corect horse", "correct horse", "correct horse"])
+    monkeypatch.setattr(getpass, "getpass", lambda prompt: next(typed))
+    words = ("--role", "viewer", "--database", database)
+    assert "the two passwords are not the same" in refused("operator", "set", "vera", *words)
+    assert works("operator", "set", "vera", *words).startswith("vera may log in as viewer to sqlite:///")
+    (tmp_path / "password").write_bytes(b"correct horse\r\n")
+    works("operator", "set", "adam", "--password-file", tmp_path / "password", *words)
+    store = Store(str(database))
+    assert [log_in(store, name, "correct horse") for name in ("vera", "adam")] == [
+        Actor("vera", "viewer"), Actor("adam", "viewer"),
+    ]  # fmt: skip
+    store.close()
+
+
 def test_operators_are_set_from_a_file_and_disabled(database: Path, tmp_path: Path) -> None:
     (tmp_path / "password").write_text("correct horse\n")
     works(

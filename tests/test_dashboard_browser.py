@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException, WebDriverException
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -214,6 +216,101 @@ def roll_back_to_the_first(driver: webdriver.Chrome) -> None:
     choose(driver, "What", "rollback")
     choose(driver, "Which release", "1")
     field(driver, "Its number again, to confirm").send_keys("1", Keys.ENTER)
+
+
+# ---- without a mouse -------------------------------------------------------------------------------------------------
+
+
+def focused(driver: webdriver.Chrome) -> str:
+    """What the keyboard is on: its label, else its words."""
+    script = "const e = document.activeElement; return (e.getAttribute('aria-label') || e.innerText || '').trim()"
+    return str(driver.execute_script(script))
+
+
+def press(driver: webdriver.Chrome, *keys: str) -> None:
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+def tab_to(driver: webdriver.Chrome, name: str, most: int = 120) -> None:
+    """From where the keyboard is, by Tab alone, to what is called that (or ends so: an icon's name comes first)."""
+    met: list[str] = []
+    while not met or not (met[-1] == name or met[-1].endswith(f"\n{name}")):
+        assert len(met) < most, f"Tab does not come to {name!r}, only to {met}"
+        press(driver, Keys.TAB)
+        met.append(focused(driver))
+
+
+def file_in(folder: Path, ending: str) -> Path:
+    """What the browser has saved, once all of it is there."""
+    place = WebDriverWait(folder, LONG_S, poll_frequency=0.1).until(
+        lambda f: next((p for p in f.iterdir() if p.name.endswith(ending)), None)
+    )
+    assert isinstance(place, Path)
+    return place
+
+
+def test_without_a_mouse_an_operator_logs_in_changes_page_and_run_acts_and_saves_what_is_drawn(tmp_path: Path) -> None:
+    database, saved = tmp_path / "fleet.db", tmp_path / "saved"
+    saved.mkdir()
+    load("benchmarks/fleet_database.py").fill(str(database), devices=12, rounds=4, planned=6)
+    store = Store(str(database))
+    with store.write() as session:
+        set_operator(session, "olga", "operator", PASSWORD)
+        session.execute(sa.update(Run).where(Run.id == 2).values(status="finished"))  # nothing is drawn anew meanwhile
+        # a word that a spreadsheet would compute
+        session.execute(sa.update(Run).where(Run.id == 1).values(name="=1+1"))
+    with screenshot.serving(str(database)) as where, screenshot.browsing(1280, 1400) as driver:
+        driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(saved)})
+        driver.get(where)
+        says(driver, "Log in", "Password")
+        tab_to(driver, "Name")
+        press(driver, "olga")
+        tab_to(driver, "Password")
+        press(driver, PASSWORD, Keys.ENTER)
+        says(driver, "olga, operator", "Accuracy so far")
+
+        tab_to(driver, "Compare")
+        press(driver, Keys.ENTER)
+        says(driver, "What each cost", "#2 assistant intents")
+        points = [p.get_attribute("aria-label") for p in driver.find_elements(By.CSS_SELECTOR, POINT)]
+        tab_to(driver, "Download as PNG")
+        press(driver, Keys.ENTER)
+        assert file_in(saved, ".png").read_bytes().startswith(b"\x89PNG\r\n")
+        tab_to(driver, "Download the curves as CSV")
+        press(driver, Keys.ENTER)
+        with file_in(saved, "curves.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        told = {(row["run"], row["round"], f"{100 * float(row['accuracy']):.2f}%") for row in rows if row["accuracy"]}
+        drawn = {_parts(str(label)) for label in points if "; Accuracy: " in str(label)}
+        assert told == drawn
+        assert len(drawn) == 9  # rounds 0 to 4 of the one, 0 to 3 of the other
+
+        tab_to(driver, "Learning")
+        press(driver, Keys.ENTER)
+        says(driver, "On the devices' own examples", "Rounds")
+        tab_to(driver, "Run")
+        press(driver, "#1", Keys.ENTER)
+        WebDriverWait(driver, LONG_S, poll_frequency=0.1).until(lambda d: "run=1" in d.current_url)
+
+        tab_to(driver, "Models")
+        press(driver, Keys.ENTER)
+        says(driver, "Promote, pause, roll back")
+        tab_to(driver, "What")
+        press(driver, "rollback", Keys.ENTER)
+        tab_to(driver, "Which release")
+        press(driver, "1", Keys.ENTER)
+        tab_to(driver, "Its number again, to confirm")
+        press(driver, "1", Keys.ENTER)
+        says(driver, "Done: release 4 is live for 100 %")
+    with store.read() as session:
+        assert [(a.who, a.outcome) for a in audit_lines(session) if a.act == "rollback"] == [("olga", "done")]
+    store.close()
+
+
+def _parts(label: str) -> tuple[str, str, str]:
+    """Run, round and accuracy of a drawn point, as it is read aloud."""
+    told = dict(part.split(": ", 1) for part in label.split("; "))
+    return told["Run"], told["Round"], told["Accuracy"]
 
 
 def test_two_people_watch_a_live_run_drill_into_it_compare_and_only_the_operator_may_act(

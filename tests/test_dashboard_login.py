@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import doctest
+import hashlib
 import importlib.util
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from streamlit.testing.v1 import AppTest
 
-from pocketfed.coordinator.operators import Actor, audit_lines, disable_operator, hash_password, set_operator
+from pocketfed.coordinator.operators import Actor, audit_lines, disable_operator, hash_password, log_in, set_operator
 from pocketfed.coordinator.store import Operator, Release, Store
 from pocketfed.dashboard import acts, launch, login, opening
 
@@ -89,6 +91,28 @@ def test_a_viewer_logs_in_sees_the_page_and_is_named_and_both_tries_are_audited(
     assert app.title[0].value == "Now"
     assert "vera, viewer" in [t.value for t in app.sidebar.text]
     assert audited(store, "log-in") == [("vera", "", "done"), ("vera", "", "refused")]
+
+
+def test_while_a_password_is_hashed_others_write_and_what_they_changed_counts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scrypt, between = hashlib.scrypt, [lambda session: None]
+
+    def hashing(*given: Any, **how: Any) -> bytes:
+        writer = sqlite3.connect(str(store.file), timeout=0)  # waits for nobody
+        writer.execute("BEGIN IMMEDIATE")
+        between[0](writer)
+        writer.commit()
+        writer.close()
+        return scrypt(*given, **how)
+
+    monkeypatch.setattr(hashlib, "scrypt", hashing)
+    assert log_in(store, "vera", PASSWORD) == Actor("vera", "viewer")
+    between[0] = lambda writer: writer.execute("UPDATE operators SET role = 'operator' WHERE name = 'vera'")
+    assert log_in(store, "vera", PASSWORD) == Actor("vera", "operator")
+    between[0] = lambda writer: writer.execute("UPDATE operators SET disabled_at = '2025-01-01' WHERE name = 'vera'")
+    assert log_in(store, "vera", PASSWORD) is None
+    assert [outcome for _, _, outcome in audited(store, "log-in")] == ["refused", "done", "done"]
 
 
 def test_who_is_disabled_is_out_at_the_next_look(store: Store) -> None:

@@ -19,6 +19,7 @@ from pocketfed.coordinator.store import (
     Artifact,
     Assignment,
     Audit,
+    Baseline,
     Device,
     Presence,
     Release,
@@ -431,9 +432,58 @@ def test_what_a_device_claims_of_its_update_is_not_drawn_as_screenings_own(store
     with store.read() as session:
         drawn = charts.scatter(queries.security.points(session, 1, 1))
     assert drawn.data.to_dict("records") == [
-        {"round": 1, "norm": 2.0, "examples": 7, "fate": "counted or waiting"} for _ in range(2)
+        {"round": 1, "norm": 2.0, "examples": 7, "cosine": None, "fate": "counted or waiting"} for _ in range(2)
     ]
     assert drawn.to_dict()["encoding"]["x"]["field"] == "examples"
+
+
+def test_norm_is_drawn_against_the_cosine_that_screening_measured(store: Store) -> None:
+    add_run(store)
+    for device, cosine in enumerate((None, 0.5, -1.0), 1):
+        add_device(store, device)
+        status = "quarantined" if device == 3 else "aggregated"
+        add_assignment(store, device, status, update={"norm": 2.0, "cosine": cosine, "metrics": {"cosine": 1.0}})
+    with store.read() as session:
+        drawn = charts.scatter(queries.security.points(session, 1, 1))
+    told = [(row["cosine"], row["fate"]) for row in drawn.data.to_dict("records")]
+    assert told == [(0.5, "counted or waiting"), (-1.0, "quarantined")]
+    assert drawn.to_dict()["encoding"]["x"]["field"] == "cosine"
+
+
+def test_what_a_run_is_compared_with_is_drawn_as_level_lines_from_its_first_round_to_its_last(store: Store) -> None:
+    add_run(store)
+    for number, accuracy in enumerate((0.1, 0.4, 0.6)):
+        add_round(store, number, accuracy=accuracy, loss=2.0 - number)
+    with store.write() as session:
+        for kind, metric, value in (
+            ("central", "accuracy", 0.9),
+            ("local", "accuracy", 0.3),
+            ("central", "epochs", 4.0),
+        ):
+            session.add(Baseline(run_id=1, kind=kind, metric=metric, value=value))
+    with store.read() as session:
+        levels = queries.learning.baselines(session, [1, 7])
+        frame = charts.learning_frame(queries.runs.rounds(session, [1]), {1: "a"}, levels=levels)
+    assert levels == {(1, "central"): {"accuracy": 0.9, "epochs": 4.0}, (1, "local"): {"accuracy": 0.3}}
+    level = frame[(frame["measure"] == "accuracy") & ~frame["curve"].str.startswith("evaluation")]
+    assert list(zip(level["curve"], level["number"], level["value"], strict=True)) == [
+        ("all data in one place", 0, 0.9), ("all data in one place", 2, 0.9),
+        ("each device alone", 0, 0.3), ("each device alone", 2, 0.3),
+        ("the release before", 0, 0.1), ("the release before", 2, 0.1),
+    ]  # fmt: skip
+    spec = charts.learning(frame, "accuracy").to_dict()
+    drawn = spec["layer"][0]["encoding"]["strokeDash"]
+    assert drawn["scale"]["domain"][1:] == ["all data in one place", "each device alone", "the release before"]
+    assert drawn["legend"]["orient"] == "bottom"  # named, and outside of the plot
+
+
+def test_a_value_that_is_no_number_is_not_drawn(store: Store) -> None:
+    add_run(store)
+    add_round(store, 0, accuracy=0.5, loss=1.0)
+    add_round(store, 1, accuracy=0.6, loss=float("inf"))
+    with store.read() as session:
+        frame = charts.learning_frame(queries.runs.rounds(session, [1]), {1: "a"}, levels={})
+    assert list(frame["value"][(frame["measure"] == "loss") & (frame["curve"] == "evaluation")]) == [1.0]
 
 
 def test_the_audit_is_paged_newest_first_and_searched_literally(store: Store) -> None:
@@ -469,7 +519,9 @@ def test_devices_are_counted_by_presence_version_cohort_and_when_they_were_seen(
         add_device(store, device, seen_s_ago=ago)
     with store.write() as session:
         session.execute(
-            sa.update(Device).where(Device.id == 1).values(present_until=AT, cohort="pilot", sdk_version="1")
+            sa.update(Device)
+            .where(Device.id == 1)
+            .values(present_until=AT, cohort="pilot", sdk_version="1", tier="new")
         )
         session.add(Presence(hour=AT, devices=2))
         session.add(Presence(hour=AT - timedelta(days=8), devices=3))
@@ -478,6 +530,7 @@ def test_devices_are_counted_by_presence_version_cohort_and_when_they_were_seen(
         assert (present.enrolled, present.online, present.eligible) == (3, 1, 1)
         assert queries.fleet.versions(session) == {"": 2, "1": 1}
         assert queries.fleet.cohorts(session) == {"": 2, "pilot": 1}
+        assert queries.fleet.tiers(session) == {"": 2, "new": 1}
         seen = queries.fleet.last_seen(session, AT)
         assert queries.fleet.activity(session, AT) == [(AT, 2)]
     assert (seen["within a minute"], seen["within an hour"], seen["never"], seen["longer ago"]) == (1, 1, 1, 0)
@@ -557,7 +610,7 @@ def every_query(session: Session) -> None:
     models.artifacts(session), models.releases(session), models.release_events(session)
     models.running(session, "stable"), models.judged(session, 3), models.live(session, "stable")
     models.signatures(session, ["a"])
-    queries.learning.spreads(session, 1)
+    queries.learning.spreads(session, 1), queries.learning.baselines(session, [1]), fleet.tiers(session)
     security = queries.security
     security.quarantined(session, 1), security.refusals(session, 1), security.offenders(session, 1)
     security.points(session, 1, 1), security.failed_log_ins(session, AT), security.credentials(session)
@@ -651,8 +704,8 @@ def test_a_chart_of_one_run_holds_a_point_for_every_known_value(store: Store) ->
     assert list(frame["value"][frame["measure"] == "accuracy"]) == [0.1, 0.5]
     assert list(frame["value"][frame["measure"] == "loss"]) == [2.0, 1.0, 1.5]
     with store.read() as session:
-        begun = charts.learning_frame(queries.runs.rounds(session, [1]), {1: "first"}, beginning=True)
-    level = begun[begun["curve"] == "what the run began with"]
+        begun = charts.learning_frame(queries.runs.rounds(session, [1]), {1: "first"}, levels={})
+    level = begun[begun["curve"] == "the release before"]
     assert set(level["value"][level["measure"] == "accuracy"]) == {0.1}
     for axis, (title, _) in charts.AXES.items():
         spec = charts.learning(frame, "loss", axis).to_dict()

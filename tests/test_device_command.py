@@ -49,7 +49,7 @@ def test_every_option_can_be_given_in_the_environment(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("secret\n")
     texts = {
-        "coordinator": "c:1", "data": "d", "home": "h", "name": "ann", "channel": "beta", "enrolment_key_file": str(key),
+        "coordinator": "c:1", "data": "d", "home": "h", "name": "ann", "channel": "beta", "tier": "low", "enrolment_key_file": str(key),
         "ca": "ca.pem", "publisher": "ab" * 32, "allow_plaintext_off_loopback": "1", "max_memory_mb": "150.5", "holdout": "0.1",
         "status_file": "s.json", "log_level": "info",
     }  # fmt: skip

@@ -289,7 +289,13 @@ def tap(fleet: Fleet) -> Iterator[Tap]:
 # Every field that a device may ever set, by message; what is not here must not be sent.
 DECLARED = {
     "EnrolRequest": {"name", "channel", "protocol", "sdk_version", "token"},
-    "CheckInRequest": {"protocol", "sdk_version", "examples", "wait_s", "release_id"},
+    "CheckInRequest": {
+        "protocol",
+        "sdk_version",
+        "examples",
+        "wait_s",
+        "release_id",
+    },  # a tier only where the app gave one
     "HeartbeatRequest": {"assignment_id", "phase", "progress"},
     "UploadStatusRequest": {"assignment_id"},
     "UploadHeader": {"assignment_id", "total_bytes", "digest", "offset", "num_examples", "metrics"},

@@ -25,6 +25,7 @@ from pocketfed.coordinator.store import (
     MIGRATIONS,
     Assignment,
     Base,
+    Baseline,
     Chunk,
     Device,
     Release,
@@ -34,6 +35,7 @@ from pocketfed.coordinator.store import (
     Signature,
     Store,
     StoreError,
+    Update,
     put_blob,
 )
 from pocketfed.model.parameters import encode_vector
@@ -207,6 +209,41 @@ def test_releases_of_before_are_live_or_superseded_and_going_back_a_schema_gives
     store = Store(database)
     with store.read() as session:
         assert session.scalars(sa.select(Release.state).order_by(Release.id)).all() == ["superseded", "live", "live"]
+    store.close()
+
+
+def test_what_was_known_before_stays_when_the_schema_goes_on_to_baselines_and_back(database: str) -> None:
+    engine = database_of(database, "0006")
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "INSERT INTO updates (assignment_id, num_examples, bytes, digest, metrics, norm, received_at) "
+                "VALUES ('7-1-1-1-train', 5, 9, 'd', '{}', 2.5, :at)"
+            ),
+            {"at": AT},
+        )
+    before = tables(engine)
+    store = Store(database)
+    with store.write() as session:
+        assert session.execute(sa.select(Update.norm, Update.cosine)).one() == (2.5, None)
+        assert session.scalars(sa.select(Device.tier)).all() == [None, None]
+        session.add(Baseline(run_id=7, kind="central", metric="accuracy", value=0.5))
+        session.execute(sa.update(Update).values(cosine=-0.5))
+    store.close()
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0006")
+    assert tables(engine) == before
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT norm FROM updates")).scalar_one() == 2.5
+    engine.dispose()
+    store = Store(database)
+    with store.read() as session:
+        assert session.scalars(sa.select(Update.cosine)).all() == [None]
+        assert session.scalars(sa.select(Baseline)).all() == []
     store.close()
 
 

@@ -34,6 +34,7 @@ from pocketfed.coordinator.metrics import Metrics, MetricsError, serve_metrics
 from pocketfed.coordinator.server import CoordinatorServer, ServerConfig
 from pocketfed.coordinator.store import (
     Assignment,
+    Device,
     History,
     Run,
     Store,
@@ -133,6 +134,19 @@ def test_what_one_of_a_batch_does_wrong_is_not_the_others_fault_and_an_outage_is
     results, seen = batches(out, [1, 2, 3])
     assert [type(r) for r in results] == [OSError] * 3
     assert seen == [[1], [2, 3]]
+
+
+def test_a_tier_is_taken_down_at_check_in_as_a_short_line_and_one_that_is_told_no_more_is_gone(store: Store) -> None:
+    with CoordinatorServer(store, ServerConfig("127.0.0.1:0")) as server:
+        enrol(store, "phone", "stable", "", TOKEN)
+        seen = []
+        for tier in ("low", "\u202e\n" + "x" * 99, ""):
+            with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                request = fleet_pb2.CheckInRequest(protocol=1, tier=tier)
+                fleet_pb2_grpc.FleetStub(channel).CheckIn(request, metadata=METADATA, timeout=PATIENCE_S)
+            with store.read() as session:
+                seen.append(session.scalars(sa.select(Device.tier)).one())
+    assert seen == ["low", "x" * 48, None]
 
 
 def test_an_offer_wakes_those_it_is_for_and_nobody_else(store: Store) -> None:

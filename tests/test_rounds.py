@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from pocketfed.coordinator.artifacts import BuiltArtifact, publish_artifact
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.rounds import RoundResult, RunError, create_run, drive_run, starting_theta
-from pocketfed.coordinator.standing import last_refusal, recall
+from pocketfed.coordinator.standing import last_refusal, last_step, recall
 from pocketfed.coordinator.store import (
     Assignment,
     Device,
@@ -393,6 +393,50 @@ def test_what_earlier_rounds_accepted_is_recalled_from_the_store(fleet: Fleet) -
     assert told.examples == (12,) * 6
     assert told.digests == {u.digest: int(u.assignment_id.split("-")[1]) for u in good}
     assert set((recall(fleet.store, fleet.run_id, 2).digests or {}).values()) == {1}
+
+
+def test_from_the_second_round_on_the_store_knows_where_each_update_pointed(fleet: Fleet) -> None:
+    """Against how the round before moved theta: device-0 goes on as the fleet went, device-1 back."""
+    starts: list[Vector] = []
+
+    def call(message: Message, context: Context) -> Message:
+        start, name = message.content["arrays"]["theta"].numpy(), fleet.nodes[message.metadata.dst_node_id]
+        if not starts or not np.array_equal(starts[-1], start):
+            starts.append(start)
+        reply = fleet.app(message, context)
+        if len(starts) > 1 and name in ("device-0", "device-1"):
+            step = (start - starts[-2]) * np.float32(0.5 if name == "device-0" else -0.25)
+            reply.content["arrays"] = ArrayRecord({"theta": Array(start + step)})
+        return reply
+
+    fleet.call = call  # type: ignore[method-assign]
+    fleet.drive(rounds=3)
+    told = {(a.round, fleet.nodes[a.device_id]): a.id for a in fleet.rows(Assignment)}
+    cosines = {u.assignment_id: u.cosine for u in fleet.rows(Update)}
+    for device in fleet.nodes.values():
+        assert cosines[told[1, device]] is None  # there was no round before
+    for number in (2, 3):
+        assert cosines[told[number, "device-0"]] == pytest.approx(1.0, abs=1e-3)
+        assert cosines[told[number, "device-1"]] == pytest.approx(-1.0, abs=1e-3)
+        assert abs(cosines[told[number, "device-2"]]) < 0.99
+    assert len(starts) == 3
+
+
+def test_the_last_step_is_that_of_the_newest_round_that_moved_theta(fleet: Fleet) -> None:
+    fleet.drive(rounds=1)
+    theta, _ = starting_theta(fleet.store, fleet.run_id)
+    (start,) = [r.parameters for r in fleet.rows(Round) if r.number == 0]
+    with fleet.store.write() as session:
+        before = decode_vector("theta", get_blob(session, start), len(theta))
+        (done,) = [r for r in fleet.rows(Round) if r.number == 1]
+        session.add(Round(run_id=fleet.run_id, number=2, status="failed", parameters=done.parameters))
+        session.add(Round(run_id=fleet.run_id, number=3))
+    step = last_step(fleet.store, fleet.run_id, theta)
+    assert step is not None
+    assert np.array_equal(step, theta - before)
+    with fleet.store.write() as session:
+        session.execute(sa.update(Round).where(Round.number == 0).values(parameters=None))
+    assert last_step(fleet.store, fleet.run_id, theta) is None  # forgotten
 
 
 def test_what_was_clipped_and_capped_is_counted_among_the_rounds_metrics(fleet: Fleet) -> None:

@@ -18,7 +18,7 @@ from pocketfed.coordinator import flwr_compat
 # isort: split
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 
-from pocketfed.coordinator.aggregation import Delta
+from pocketfed.coordinator.aggregation import Compass, Delta
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.grid import UNREADABLE
 from pocketfed.coordinator.screening import WARM_UP, Tally, screen
@@ -105,6 +105,40 @@ def reply_of_arrays(name: str, arrays: Mapping[str, Any]) -> Message:
 def unreadable(name: str) -> Message:
     asked = flwr_compat.name_message(Message(RecordDict(), 1, MessageType.TRAIN), name)
     return Message(Error(UNREADABLE, "not safetensors bytes: too short"), reply_to=asked)
+
+
+def test_where_each_update_pointed_is_measured_against_the_last_step_and_refuses_nobody(tmp_path: Path) -> None:
+    step, across = np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)
+    step[:2], across[2] = (3.0, 4.0), 1.0
+    first = np.zeros(SIZE, np.float32)
+    first[0] = 2.0
+    given = [
+        trained("with", 2 * step),
+        spooled(tmp_path, "against", -step),
+        spooled(tmp_path, "across", across),
+        trained("leaning", first),
+        trained("bad", NAN),
+    ]
+    tally = Tally()
+    assert len(list(screen(given, START, LIMITS, tally, step=step))) == 4
+    assert {name: round(cosine, 6) for name, cosine in tally.cosines.items()} == {
+        "with": 1.0, "against": -1.0, "across": 0.0, "leaning": 0.6,
+    }  # fmt: skip
+    for unknown in (None, np.zeros(SIZE, np.float32), np.full(SIZE, math.nan, np.float32)):
+        tally = Tally()
+        assert len(list(screen([trained("d", step)], START, LIMITS, tally, step=unknown))) == 1
+        assert tally.cosines == {}
+
+
+def test_a_cosine_is_the_same_whatever_the_length_and_of_many_values_too() -> None:
+    rng = np.random.default_rng(5)
+    here, there = rng.standard_normal((2, 20_001)).astype(np.float32)
+    compass = Compass.of(here)
+    assert compass is not None
+    told = compass.cosine(there, float(np.linalg.norm(there)))
+    wide = here.astype(np.float64), there.astype(np.float64)
+    assert told == pytest.approx(wide[0] @ wide[1] / np.linalg.norm(wide[0]) / np.linalg.norm(wide[1]), abs=1e-6)
+    assert Compass.of(np.full(4, 3e38, np.float32)).cosine(np.full(4, 3e38, np.float32), 6e38) is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("strategy", ["StreamingFedAvg", "FedAvg", "StreamingMedian"])

@@ -38,9 +38,16 @@ AXES = {
     "time": ("Time spent in rounds (s)", "seconds"),
 }
 EVALUATED, TRAINING = "evaluation", "training, on the devices"
-ON_DEVICES, BEGAN = "evaluation, on the devices", "what the run began with"
-DASHES = {EVALUATED: [1, 0], ON_DEVICES: [8, 3], TRAINING: [5, 4], BEGAN: [2, 5]}  # curve -> its dashes
+ON_DEVICES = "evaluation, on the devices"
+LEVELS = {"central": "all data in one place", "local": "each device alone", "previous": "the release before"}
+# curve -> its dashes, and its colour where one run is shown (else a colour is a run)
+DASHES = {
+    EVALUATED: [1, 0], ON_DEVICES: [8, 3], TRAINING: [5, 4],
+    LEVELS["central"]: [12, 3], LEVELS["local"]: [7, 3, 2, 3], LEVELS["previous"]: [2, 4],
+}  # fmt: skip
+CURVE_COLOURS = dict(zip(DASHES, (BLUE, CYAN, ORANGE, TEAL, MAGENTA, GREY), strict=True))
 NAMES = alt.Axis(labelLimit=230, ticks=False, domain=False)  # an axis of names needs no line
+MOST_DRAWN = 250  # rounds of a run; of more, only every so many: a screen has no room for them, and a browser no time
 POINTS_UP_TO = 60  # rounds; beyond that, dots are a smear
 
 

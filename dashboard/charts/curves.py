@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
-from pocketfed.dashboard.charts.base import AXES, BEGAN, DASHES, EVALUATED, ON_DEVICES, POINTS_UP_TO, SERIES, TRAINING
+from pocketfed.dashboard.charts.base import (
+    AXES,
+    BLUE,
+    CURVE_COLOURS,
+    DASHES,
+    EVALUATED,
+    LEVELS,
+    MOST_DRAWN,
+    ON_DEVICES,
+    POINTS_UP_TO,
+    SERIES,
+    TRAINING,
+)
 from pocketfed.dashboard.queries.learning import Spread
 from pocketfed.dashboard.queries.runs import RoundLine
 from pocketfed.dashboard.words import plain
@@ -24,34 +37,72 @@ def learning_frame(
     rounds: Sequence[RoundLine],
     names: Mapping[int, str],
     on_devices: Mapping[str, Sequence[tuple[int, int, float]]] | None = None,
-    beginning: bool = False,
+    levels: Mapping[tuple[int, str], Mapping[str, float]] | None = None,
 ) -> pd.DataFrame:
-    """One line a round and curve: what was evaluated, the devices' own training loss, and where a run began.
+    """One line a round and curve: what was evaluated, the devices' own training loss, and what runs are compared with.
 
     Args:
-        on_devices: measure -> (run, round, value) of what devices found on their own examples. beginning: as a level line.
+        on_devices: measure -> (run, round, value) of what devices found on their own examples.
+        levels: (run, kind of LEVELS) -> measure -> value, for level lines; where no previous model is among them, it is
+            what the run began with. None: no level lines.
     """
     lines: list[dict[str, Any]] = []
+    rounds = thinned(rounds)
     devices = {m: {(run, n): v for run, n, v in values} for m, values in (on_devices or {}).items()}
-    began = {(r.run_id, m): v for r in rounds if r.number == 0 for m, v in (("accuracy", r.accuracy), ("loss", r.loss))}
     for r in rounds:
-        common = {
-            "run": run_label(r.run_id, names.get(r.run_id, "")), "number": r.number, "megabytes": r.total_bytes / 1e6,
-            "seconds": r.total_seconds, "devices": r.devices,
-        }  # fmt: skip
         for measure, curve, value in (
             ("accuracy", EVALUATED, r.accuracy), ("loss", EVALUATED, r.loss), ("loss", TRAINING, r.train_loss),
             *((m, ON_DEVICES, found.get((r.run_id, r.number))) for m, found in devices.items()),
-            *((m, BEGAN, began.get((r.run_id, m)) if beginning and r.number else None) for m in ("accuracy", "loss")),
         ):  # fmt: skip
             if value is not None:
-                lines.append({**common, "measure": measure, "curve": curve, "value": value})
+                lines.append({**_place(r, names), "measure": measure, "curve": curve, "value": value})
+    if levels is not None:
+        lines += _level_lines(rounds, names, levels)
     columns = ["run", "number", "megabytes", "seconds", "devices", "measure", "curve", "value"]
-    return pd.DataFrame(lines, columns=columns)
+    frame = pd.DataFrame(lines, columns=columns)
+    return frame[np.isfinite(frame["value"].astype(float))]
 
 
-def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int = 320) -> Any:
-    """Accuracy or loss against rounds, megabytes or seconds; a colour a run, dashes for what the devices measured."""
+def thinned(rounds: Sequence[RoundLine], most: int = MOST_DRAWN) -> list[RoundLine]:
+    """Of runs with more rounds than `most`: the first, every so many after it, and the newest that are there."""
+    by_run: dict[int, list[RoundLine]] = {}
+    for r in rounds:
+        by_run.setdefault(r.run_id, []).append(r)
+    kept = []
+    for mine in by_run.values():
+        step, known = (
+            -(-len(mine) // most),
+            [i for i, r in enumerate(mine) if r.accuracy is not None or r.loss is not None],
+        )
+        ends = {len(mine) - 1, *known[-1:]}
+        kept += [r for i, r in enumerate(mine) if i % step == 0 or i in ends]
+    return kept
+
+
+def _place(r: RoundLine, names: Mapping[int, str]) -> dict[str, Any]:
+    return {
+        "run": run_label(r.run_id, names.get(r.run_id, "")), "number": r.number, "megabytes": r.total_bytes / 1e6,
+        "seconds": r.total_seconds, "devices": r.devices,
+    }  # fmt: skip
+
+
+def _level_lines(
+    rounds: Sequence[RoundLine], names: Mapping[int, str], levels: Mapping[tuple[int, str], Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """From each run's first round to its last."""
+    for run_id in dict.fromkeys(r.run_id for r in rounds):
+        mine = [r for r in rounds if r.run_id == run_id]
+        began = {"accuracy": mine[0].accuracy, "loss": mine[0].loss} if mine[0].number == 0 else {}
+        for kind, curve in LEVELS.items():
+            told: Mapping[str, float | None] = levels.get((run_id, kind), began if kind == "previous" else {})
+            for measure, value in told.items():
+                if value is not None and measure in ("accuracy", "loss") and len(mine) > 1:
+                    for end in (mine[0], mine[-1]):
+                        yield {**_place(end, names), "devices": 0, "measure": measure, "curve": curve, "value": value}
+
+
+def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int = 280) -> Any:
+    """Accuracy or loss against rounds, megabytes or seconds: a colour a run and dashes a curve; of one run, both a curve."""
     title, field = AXES[axis]
     shown = frame[frame["measure"] == measure]
     runs = list(dict.fromkeys(shown["run"]))
@@ -72,18 +123,25 @@ def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int
         axis=alt.Axis(format=value_format, tickCount=6),
         scale=alt.Scale(zero=False, nice=True),
     )
-    color = alt.Color(
-        "run:N", title="Run", scale=alt.Scale(domain=runs, range=SERIES[: max(len(runs), 1)]),
-        legend=None if len(runs) < 2 else alt.Legend(
-            orient="top", title=None, labelLimit=300, columns=2, symbolType="stroke", symbolSize=300
-        ),
-    )  # fmt: skip
+    # outside of the plot, where it hides no curve
+    named = alt.Legend(orient="bottom", title=None, columns=2, labelLimit=260, symbolType="stroke", symbolSize=500)
     dash = alt.StrokeDash(
-        "curve:N", title="Measured on", scale=alt.Scale(domain=curves, range=[DASHES[c] for c in curves] or [[1, 0]]),
-        legend=None if len(curves) < 2 else alt.Legend(
-            orient="top-right", title=None, symbolType="stroke", symbolSize=500
-        ),
+        "curve:N", title=None, scale=alt.Scale(domain=curves, range=[DASHES[c] for c in curves] or [[1, 0]]),
+        legend=None if len(curves) < 2 else named,
     )  # fmt: skip
+    if len(runs) < 2:
+        colours = alt.Scale(domain=curves, range=[CURVE_COLOURS[c] for c in curves] or [BLUE])
+        color = alt.Color("curve:N", title=None, scale=colours, legend=None if len(curves) < 2 else named)
+    else:
+        top = alt.Legend(
+            orient="top",
+            title=None,
+            labelLimit=260,
+            columns=2 if len(runs) > 1 else 1,
+            symbolType="stroke",
+            symbolSize=300,
+        )
+        color = alt.Color("run:N", title=None, scale=alt.Scale(domain=runs, range=SERIES[: len(runs)]), legend=top)
     tooltip = [
         alt.Tooltip("run:N", title="Run"),
         alt.Tooltip("number:Q", title="Round", format="d"),
@@ -94,10 +152,15 @@ def learning(frame: pd.DataFrame, measure: str, axis: str = "round", height: int
         alt.Tooltip("seconds:Q", title="Time (s)", format=",.1f"),
     ]
     base = alt.Chart(shown).encode(x=x, y=y, color=color)
-    line = base.mark_line(strokeWidth=2.2, interpolate="linear").encode(strokeDash=dash)
+    line = base.mark_line(strokeWidth=2.2, interpolate="linear").encode(strokeDash=dash, tooltip=tooltip)
     few = len(shown) <= POINTS_UP_TO * max(len(runs) * len(curves), 1)
-    points = base.mark_point(filled=True, size=45 if few else 12, opacity=1 if few else 0).encode(tooltip=tooltip)
-    return alt.layer(line, points).properties(height=height)
+    points = (
+        base.transform_filter(alt.FieldOneOfPredicate("curve", [c for c in curves if c not in LEVELS.values()]))
+        .mark_point(filled=True, size=45 if few else 12, opacity=1 if few else 0)
+        .encode(tooltip=tooltip)
+    )
+    rows = -(-len(curves) // 2) * (len(curves) > 1) + -(-len(runs) // 2) * (len(runs) > 1)
+    return alt.layer(line, points).properties(height=height + 34 * rows)
 
 
 def spreads(found: Sequence[Spread], measure: str, height: int = 280) -> Any:
@@ -111,7 +174,7 @@ def spreads(found: Sequence[Spread], measure: str, height: int = 280) -> Any:
         x=alt.X("round:Q", title="Round", axis=alt.Axis(grid=False, tickMinStep=1, format="d")),
         color=alt.Color(
             "cohort:N", title=None, scale=alt.Scale(domain=cohorts, range=[SERIES[i % len(SERIES)] for i in range(len(cohorts))]),
-            legend=alt.Legend(orient="top", labelLimit=200, symbolType="stroke", symbolSize=300),
+            legend=alt.Legend(orient="top", labelLimit=200, symbolType="stroke", symbolSize=300, symbolOpacity=1),
         ),
         tooltip=[
             alt.Tooltip("cohort:N", title="Cohort"), alt.Tooltip("round:Q", title="Round", format="d"),

@@ -25,7 +25,7 @@ def series(lines: Sequence[VitalLine], fields: Mapping[str, str], title: str, sc
         .mark_line(strokeWidth=2)
         .encode(
             x=alt.X(
-                "at:T", title="Time (UTC)", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False, tickCount=6)
+                "at:T", title="Time (UTC)", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False, tickCount=6, format="%H:%M")
             ),
             y=alt.Y("value:Q", title=title, axis=alt.Axis(format="~s", tickCount=5)),
             color=alt.Color(
@@ -42,5 +42,5 @@ def series(lines: Sequence[VitalLine], fields: Mapping[str, str], title: str, sc
                 alt.Tooltip("value:Q", title=title, format=",.2f"),
             ],
         )
-        .properties(height=200)
+        .properties(height=220 + 30 * (len(names) > 1))
     )  # fmt: skip

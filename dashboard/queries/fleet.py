@@ -38,6 +38,7 @@ class DeviceLine:
     enrolled_at: datetime
     last_seen_at: datetime | None
     cohort: str | None
+    tier: str | None
     revoked: bool
     shared: bool  # its credential was seen in use at two places at once
 
@@ -134,7 +135,7 @@ def _device_line(device: Device, state: str, work: Assignment | None) -> DeviceL
         id=device.id, name=device.name, sdk_version=device.sdk_version, examples=device.examples, state=state,
         run_id=work.run_id if work else None, round=work.round if work else None,
         progress=work.progress if work else None, enrolled_at=device.enrolled_at, last_seen_at=device.last_seen_at,
-        cohort=device.cohort, revoked=device.revoked_at is not None, shared=device.shared_at is not None,
+        cohort=device.cohort, tier=device.tier, revoked=device.revoked_at is not None, shared=device.shared_at is not None,
     )  # fmt: skip
 
 
@@ -193,6 +194,13 @@ def cohorts(session: Session, limit: int = 12) -> dict[str, int]:
         row[0]: row[1]
         for row in session.execute(sa.select(name, count).group_by(name).order_by(count.desc(), name).limit(limit))
     }
+
+
+def tiers(session: Session, limit: int = 12) -> dict[str, int]:
+    """Devices by the word that their apps have for their kind, most first; "" for those that tell none."""
+    name, count = sa.func.coalesce(Device.tier, "").label("name"), sa.func.count().label("n")
+    query = sa.select(name, count).group_by(name).order_by(count.desc(), name).limit(limit)
+    return {row[0]: row[1] for row in session.execute(query)}
 
 
 def last_seen(session: Session, at: datetime) -> dict[str, int]:

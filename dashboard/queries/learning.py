@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from pocketfed.coordinator.store import Assignment, Device, Round, Update
+from pocketfed.coordinator.store import Assignment, Baseline, Device, Round, Update
 
 MIN_COHORT = 5  # devices; of fewer no cohort's numbers are shown
 NEWEST = 30  # rounds that are looked at
@@ -37,7 +38,9 @@ def spreads(
     and of more than `most` values the oldest round, which is not there as a whole.
     """
     last = session.scalar(sa.select(sa.func.max(Round.number)).where(Round.run_id == run_id)) or 0
-    value = Update.metrics[name].as_float()
+    value: sa.ColumnElement[float] = Update.metrics[name].as_float()
+    if session.get_bind().dialect.name == "sqlite":  # JSON that holds a NaN is none to it, and would end the query
+        value = sa.case((sa.func.json_valid(Update.metrics) == 1, value), else_=None)
     query = (
         sa.select(Device.cohort, Assignment.round, value.label("value"))
         .select_from(Assignment)
@@ -53,12 +56,23 @@ def spreads(
         rows = [row for row in rows if row.round > rows[-1].round]
     groups = dict[tuple[str, int], list[float]]()
     for row in rows:
+        if not math.isfinite(row.value):
+            continue
         groups.setdefault((row.cohort or "", row.round), []).append(float(row.value))
     return [
         spread(cohort, number, values, higher_is_better=name == "accuracy")
         for (cohort, number), values in sorted(groups.items())
         if len(values) >= floor
     ]
+
+
+def baselines(session: Session, run_ids: Sequence[int]) -> dict[tuple[int, str], dict[str, float]]:
+    """(run, kind) -> metric -> value, of what runs are compared with: central, local, previous."""
+    query = sa.select(Baseline).where(Baseline.run_id.in_(run_ids)).order_by(Baseline.run_id, Baseline.kind)
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    for row in session.scalars(query.limit(1_000)):
+        found.setdefault((row.run_id, row.kind), {})[row.metric] = row.value
+    return found
 
 
 def spread(cohort: str, number: int, values: Sequence[float], higher_is_better: bool) -> Spread:

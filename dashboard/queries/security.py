@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -47,6 +48,7 @@ class Point:
     norm: float
     examples: int
     status: str
+    cosine: float | None = None  # to how the round before moved the model; of rounds before there was one, unknown
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,9 @@ def offenders(session: Session, run_id: int, limit: int = 20) -> list[OffenderLi
 
 
 def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST) -> list[Point]:
-    """The newest rounds' updates: norm, weight, and whether they counted."""
+    """The newest rounds' updates: norm, weight, whether they counted, and where they pointed. As screening found them."""
     query = (
-        sa.select(Assignment.round, Update.norm, Update.num_examples, Assignment.status)
+        sa.select(Assignment.round, Update.norm, Update.num_examples, Assignment.status, Update.cosine)
         .select_from(Assignment)
         .join(Update, Update.assignment_id == Assignment.id)
         .where(Assignment.run_id == run_id, Assignment.round > newest_round - 20, Assignment.kind == "train")
@@ -125,7 +127,11 @@ def points(session: Session, run_id: int, newest_round: int, limit: int = NEWEST
         .limit(limit)
     )
     rows = session.execute(query)
-    return [Point(number, norm, examples, fate) for number, norm, examples, fate in rows if norm is not None]
+    return [
+        Point(number, norm, told, fate, cosine)
+        for number, norm, told, fate, cosine in rows
+        if norm is not None and math.isfinite(norm)
+    ]
 
 
 def failed_log_ins(

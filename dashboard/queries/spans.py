@@ -9,6 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 
+LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Bin:
@@ -40,7 +42,9 @@ def _postgresql(element: Any, compiler: Any, **options: Any) -> str:
 
 def histogram(session: Session, values: sa.Select[Any], bins: int = 24) -> list[Bin]:
     """Bars over the one column `value` of a query, from its least to its greatest. Empty where it has no row."""
-    base = values.subquery()
+    told = values.subquery()
+    # an infinity has no place among bars, and to PostgreSQL not-a-number is larger than all numbers
+    base = sa.select(told.c.value).where(told.c.value.between(-LARGEST, LARGEST)).subquery()
     low, high = session.execute(sa.select(sa.func.min(base.c.value), sa.func.max(base.c.value))).one()
     if low is None:
         return []

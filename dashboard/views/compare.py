@@ -52,6 +52,24 @@ def _asked() -> list[int]:
 def _curves(rounds: list[queries.runs.RoundLine], names: dict[int, str], axis: str) -> None:
     curves = charts.learning_frame(rounds, names)
     frame.side_by_side(curves, axis)
+    rows = [
+        {
+            "run": words.cell(charts.run_label(r.run_id, names[r.run_id])), "round": r.number, "status": r.status,
+            "accuracy": r.accuracy, "loss": r.loss, "training_loss": r.train_loss, "devices": r.devices,
+            "moved_mb": r.total_bytes / 1e6, "time_s": r.total_seconds,
+        }
+        for r in rounds
+    ]  # fmt: skip
+    file = pd.DataFrame(rows).to_csv(index=False)
+    st.download_button(
+        "Download the curves as CSV",
+        file,
+        "pocketfed-curves.csv",
+        "text/csv",
+        icon=":material/download:",
+        on_click="ignore",
+    )
+    st.caption("Above a chart, when the pointer or the keyboard is on it: its data, and “Download as PNG”.")
 
 
 def _cost(lines: list[queries.runs.RunLine]) -> None:
@@ -84,8 +102,14 @@ def _cost(lines: list[queries.runs.RunLine]) -> None:
     }
     frame.table(rows, columns)
     file = pd.DataFrame([{**row, "Run": words.cell(str(row["Run"]))} for row in rows]).to_csv(index=False)
-    st.download_button("Download as CSV", file, "pocketfed-runs.csv", "text/csv", on_click="ignore")
-    st.caption("A chart is saved as a picture (PNG, SVG) by the menu in its upper right corner.")
+    st.download_button(
+        "Download the costs as CSV",
+        file,
+        "pocketfed-runs.csv",
+        "text/csv",
+        icon=":material/download:",
+        on_click="ignore",
+    )
 
 
 def _settings(configs: Mapping[int, Mapping[str, Any]], names: dict[int, str]) -> None:

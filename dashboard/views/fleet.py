@@ -53,6 +53,7 @@ def _one(opened: Store) -> None:
         ("State", found.state, told),
         ("SDK", words.plain(found.sdk_version, 20) or "–", ""),
         ("Cohort", words.plain(found.cohort, 24) or "none", "of its enrolment key"),
+        ("Tier", words.plain(found.tier, 24) or "not told", "as its app says"),
         ("Last seen (UTC)", words.utc(found.last_seen_at) or "never", f"enrolled {words.utc(found.enrolled_at)}"),
     )
     if not work:
@@ -72,14 +73,18 @@ def _one(opened: Store) -> None:
 def _kinds(opened: Store) -> None:
     with opened.read() as session:
         versions, cohorts = queries.fleet.versions(session), queries.fleet.cohorts(session)
-        seen = queries.fleet.last_seen(session, now())
+        tiers = queries.fleet.tiers(session)
     st.subheader("By version of the SDK")
     st.altair_chart(charts.counted(versions, "version"), width="stretch")
     st.subheader("By cohort")
     st.altair_chart(charts.counted(cohorts, "cohort", without="no cohort"), width="stretch")
-    st.caption("Cohorts are those of enrolment keys. Devices tell no hardware, so there are no tiers to count.")
-    st.subheader("Last seen")
-    st.altair_chart(charts.counted(seen, "when"), width="stretch")
+    st.caption("Cohorts are those of enrolment keys.")
+    st.subheader("By tier")
+    if set(tiers) - {""}:
+        st.altair_chart(charts.counted(tiers, "tier"), width="stretch")
+        st.caption("A tier is the word that a device's app has for its kind; nothing follows from it.")
+    else:
+        st.info("No device tells a tier: apps may (`Device(tier=…)`, `pocketfed device --tier`).")
 
 
 def _refusals(opened: Store) -> None:
@@ -87,6 +92,7 @@ def _refusals(opened: Store) -> None:
         run_id = queries.runs.newest_run_id(session)
         refused = queries.fleet.refused_for(session, run_id) if run_id else {}
         failed = queries.fleet.failures(session, run_id) if run_id else []
+        seen = queries.fleet.last_seen(session, now())
     st.subheader("Work given back, by condition")
     if refused:
         st.altair_chart(charts.counted(refused, "condition", "Times named (count)"), width="stretch")
@@ -107,6 +113,8 @@ def _refusals(opened: Store) -> None:
         frame.table(rows, {"Reason": st.column_config.TextColumn(width="large")})
     else:
         st.success("No device of the newest run has failed.")
+    st.subheader("Last seen")
+    st.altair_chart(charts.counted(seen, "when"), width="stretch")
 
 
 def _availability(opened: Store) -> None:

@@ -44,15 +44,29 @@ def _curves(opened: Store, chosen: list[int], names: dict[int, str], axis: str) 
     with opened.read() as session:
         rounds = queries.runs.rounds(session, chosen)
         told = {m: queries.runs.metric(session, chosen, f"device_{m}") for m in ("accuracy", "loss")}
-    curves = charts.learning_frame(rounds, names, told, beginning=True)
+        levels = queries.learning.baselines(session, chosen)
+    curves = charts.learning_frame(rounds, names, told, levels)
     frame.side_by_side(curves, axis, ": it comes with the first evaluated round")
-    st.caption(
-        "What the run began with is the release before it. Lines of central and of local-only training are not in the "
-        "store: `pocketfed simulate` measures them."
-    )
+    st.caption(_compared({kind for _, kind in levels}))
     _spreads(opened, chosen[0])
     _further(opened, chosen, names)
     _table(rounds, names)
+
+
+def _compared(kinds: set[str]) -> str:
+    """What the level lines are, and where those that are missing come from."""
+    told = "The release before is what the run began with."
+    if kinds & {"central", "local"}:
+        told += (
+            " All data in one place, and each device alone (the mean over them): trained for as many epochs as a device "
+            "of the run."
+        )
+    if not {"central", "local"} <= kinds:
+        told += (
+            " Lines of central and of local-only training come with `pocketfed simulate --database … --baselines all`, "
+            "or by `pocketfed baseline record`."
+        )
+    return told
 
 
 def _spreads(opened: Store, run_id: int) -> None:

@@ -41,34 +41,40 @@ def _updates(opened: Store, run_id: int) -> None:
             st.altair_chart(charts.counted(refused, "reason", "Updates (count)"), width="stretch")
         else:
             st.success("No update of this run was quarantined.")
+        if offenders:
+            _offenders(offenders, config.get("max_offences", 0))
     with right:
-        st.subheader("Length beside weight")
+        pointed = any(p.cosine is not None for p in points)
+        st.subheader("Length beside direction" if pointed else "Length beside weight")
         if points:
             st.altair_chart(charts.scatter(points), width="stretch")
             st.caption(
-                "The newest 20 rounds. An update's cosine to the mean is not recorded: updates are deleted once their "
-                "round has committed. Weight stands in its place, which screening bounds beside the norm."
+                "The newest 20 rounds, as the coordinator's screening measured them. Left of 0 an update pulled against "
+                "where the round before had gone; honest devices with unlike data do, too, so nothing is refused for it."
+                if pointed
+                else "The newest 20 rounds. No cosine is known: it is measured from a run's second round on."
             )
         else:
             st.info("No norm is known yet.")
     if refused:
         _quarantined(opened, run_id, sum(refused.values()))
-    if offenders:
-        most = config.get("max_offences", 0)
-        st.subheader("Devices that offended")
-        st.caption(
-            f"After {most} quarantined updates this run samples a device no more."
-            if most
-            else "This run sets nobody aside for quarantined updates (`max_offences` is 0)."
-        )
-        rows = [
-            {
-                "Number": o.device_id, "Device": words.plain(o.device, 60), "Quarantined": o.count,
-                "Last in round": o.last_round, "Set aside": bool(most) and o.count >= most,
-            }
-            for o in offenders
-        ]  # fmt: skip
-        frame.table(rows, {})
+
+
+def _offenders(offenders: list[queries.security.OffenderLine], most: int) -> None:
+    st.subheader("Devices that offended")
+    rows = [
+        {
+            "Number": o.device_id, "Device": words.plain(o.device, 60), "Quarantined": o.count,
+            "Last in round": o.last_round, "Set aside": bool(most) and o.count >= most,
+        }
+        for o in offenders
+    ]  # fmt: skip
+    frame.table(rows, {}, most=5)
+    st.caption(
+        f"After {most} quarantined updates this run samples a device no more."
+        if most
+        else "This run sets nobody aside for quarantined updates (`max_offences` is 0)."
+    )
 
 
 def _quarantined(opened: Store, run_id: int, total: int) -> None:
@@ -112,7 +118,7 @@ def _credentials(opened: Store) -> None:
     st.subheader("Log-ins and credentials")
     frame.cards(
         ("Failed log-ins", f"{failed:,}", "in the last 7 days"),
-        ("Credentials at two places", f"{shared:,}", "devices; see `credential.shared` below"),
+        ("Credentials at two places", f"{shared:,}", "devices, named in the audit"),
         ("Revoked devices", f"{revoked:,}", ""),
     )
     if tried:

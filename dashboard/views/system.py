@@ -53,9 +53,9 @@ def _system(opened: Store, hours: int) -> None:
 def _figures(lines: list[queries.system.VitalLine]) -> None:
     pictures = (
         ("What calls took", {"p50_ms": "median", "p95_ms": "95 %", "p99_ms": "99 %"}, "Latency (ms)", 1.0),
-        ("Calls", {"calls": "calls", "errors": "errors"}, "Calls in an interval (count)", 1.0),
+        ("Calls", {"calls": "calls", "errors": "errors"}, "Calls (count)", 1.0),
         ("Waiting for the database", {"queue": "check-ins and uploads"}, "Queue (count)", 1.0),
-        ("A write", {"write_ms": "on average"}, "From begin to commit (ms)", 1.0),
+        ("A write", {"write_ms": "on average"}, "Begin to commit (ms)", 1.0),
         ("Memory of the coordinator", {"rss_bytes": "resident"}, "Memory (MB)", 1e-6),
         ("Devices there", {"devices": "there", "polls": "waiting for work"}, "Devices (count)", 1.0),
     )
