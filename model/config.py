@@ -275,7 +275,7 @@ TEACHERS: dict[str, MobileBertConfig] = {
     "mini": _teacher_of(
         _MINI, intra=512, intermediate=2048
     ),  # twice as wide inside as between, four times that in between
-    "pocket": _teacher_of(_POCKET, intra=384, intermediate=1536),
+    "pocket": _teacher_of(_POCKET, intra=768, intermediate=1536),
     "micro": _teacher_of(_MICRO, intra=256, intermediate=512),
     "nano": _teacher_of(_NANO, intra=128, intermediate=256),
 }
