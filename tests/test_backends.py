@@ -411,3 +411,12 @@ def test_an_answer_to_what_is_not_open_is_refused_and_nothing_is_written(tmp_pat
     with store.read() as session:
         assert session.scalars(sa.select(History)).all() == []
     store.close()
+
+
+def test_a_fleets_tiers_are_kept_with_its_devices_as_much_of_each_as_a_row_holds(database: str) -> None:
+    with contextlib.closing(Store(database)) as store:
+        with store.write() as session:
+            enrol_virtual(session, "stable", {"a": 1, "b": 2}, {"a": "low\0" + 60 * "x"})
+        with store.read() as session:
+            told = dict(session.execute(sa.select(Device.name, Device.tier)).all())
+    assert told == {"a": "low " + 46 * "x", "b": None}
