@@ -112,7 +112,7 @@ def start_ray(count: int, **given: Any) -> None:
 def _end_started(error: Exception) -> None:
     """End the processes of a Ray that did not start: `ray.shutdown` does not know it, only the error's frames still do."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        node = frame.f_locals.get("self")
+        node: Any = frame.f_locals.get("self")
         if hasattr(node, "kill_all_processes"):
             node.kill_all_processes(check_alive=False, wait=True)
             return
