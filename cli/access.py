@@ -250,8 +250,13 @@ def operator_set(
     if password_file:
         password = password_file.read_text().rstrip("\r\n")
     else:
-        password = getpass(f"password of {name}: ")
-        if getpass("once more: ") != password:
+        try:
+            password, again = getpass(f"password of {name}: "), getpass("once more: ")
+        except EOFError:
+            raise CommandError(
+                "the password was not typed twice, so nothing was changed; type it, or give --password-file"
+            ) from None
+        if again != password:
             raise CommandError("the two passwords are not the same; nothing was changed, try again")
     with _open(database) as store:
         with acting(store, local_admin(), "operator.set", f"{name} {role}") as session:

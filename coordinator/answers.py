@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from pocketfed.coordinator.assignments import OPEN
-from pocketfed.coordinator.store import Assignment, Blob, Device, History, StoreError, Update, history_entry
+from pocketfed.coordinator.store import Assignment, Blob, Device, History, StoreError, Update, history_entry, printable
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def enrol_virtual(
 
     tiers: what kind of device each is, where that is known.
     """
-    held, kinds = {"channel": channel, "examples": 0, "token_hash": ""}, tiers or {}
+    held = {"channel": channel, "examples": 0, "token_hash": ""}
+    kinds = {name: printable(tier, 50) for name, tier in (tiers or {}).items()}
     known: dict[str, int] = {}
     for _ in range(2):
         known = {row.name: row.id for row in session.execute(sa.select(Device.name, Device.id)) if row.name in examples}

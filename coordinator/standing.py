@@ -37,12 +37,13 @@ def recall(store: Store, run_id: int, number: int) -> History:
 
 def last_step(store: Store, run_id: int, theta: Vector) -> Vector | None:
     """How the run's newest round that moved theta (P,) moved it; None before there was one, or where it is forgotten."""
-    kept = sa.select(Round.parameters).where(Round.run_id == run_id, Round.parameters.is_not(None))
+    ended = sa.select(Round.parameters).where(Round.run_id == run_id, Round.status != "running")
     with store.read() as session:
-        found = list(dict.fromkeys(session.scalars(kept.order_by(Round.number.desc()).limit(LOOKED_BACK))))
-        if len(found) < 2 or found[1] is None:
+        newest, *before = session.scalars(ended.order_by(Round.number.desc()).limit(LOOKED_BACK)).all() or [None]
+        other = next((digest for digest in before if digest != newest), None)  # None is one that is forgotten
+        if other is None:
             return None
-        return theta - decode_vector("theta", get_blob(session, found[1]), len(theta))
+        return theta - decode_vector("theta", get_blob(session, other), len(theta))
 
 
 def offences(session: Session, run_id: int) -> dict[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -96,18 +97,25 @@ def start_ray(count: int, **given: Any) -> None:
     here = given | ({} if joined else {"num_cpus": count})
     path = os.pathsep.join([*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])])  # as Flower's backend has it
     options = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False, **here}
-    for left in reversed(range(1 if joined else TRIES)):
+    why = ""
+    for _ in range(1 if joined else TRIES):
         try:
             ray.init(runtime_env={"env_vars": {"PYTHONPATH": path}}, **options)
             return
         except Exception as error:  # Ray raises bare ones
-            ray.shutdown()  # what has started of it
-            if left:
-                continue
-            first = str(error).split(". ")[0]
-            raise BackendError(
-                f"Ray did not start: {first}; try again on a quieter machine, or set RAY_ADDRESS"
-            ) from None
+            ray.shutdown()
+            _end_started(error)
+            why = str(error).split(". ")[0]
+    raise BackendError(f"Ray did not start: {why}; try again on a quieter machine, or set RAY_ADDRESS")
+
+
+def _end_started(error: Exception) -> None:
+    """End the processes of a Ray that did not start: `ray.shutdown` does not know it, only the error's frames still do."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node: Any = frame.f_locals.get("self")
+        if hasattr(node, "kill_all_processes"):
+            node.kill_all_processes(check_alive=False, wait=True)
+            return
 
 
 def open_app(folder: str) -> Callable[[Message, Context], Message]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,16 +124,54 @@ def test_a_pool_ends_with_the_same_bits_where_updates_are_of_older_rounds(simula
     assert there.rows == alone.rows
 
 
+@pytest.fixture
+def ray() -> Iterator[None]:
+    """What it leaves to the garbage collector warns; not within the next test."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    yield
+    gc.collect()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray")
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_flowers_ray_backend_ends_with_the_same_bits(simulated: Simulated, sequential: Ended) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed")
     try:
         there = simulated.run("ray:1", "lora:4", update=TOPK)
     except BackendError as error:
         pytest.skip(str(error))  # the machine is too busy for Ray's own 30 s
     assert there.theta.tobytes() == sequential.theta.tobytes()
     assert there.rows == sequential.rows
+
+
+def children() -> set[str]:
+    """Of this process: their ids."""
+    return {pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux tells a process's children so")
+@pytest.mark.usefixtures("ray")
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_of_a_ray_that_does_not_start_no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    from pocketfed.simulations import flower_ray
+
+    started: list[set[str]] = []
+    before = children()
+
+    def fail(*given: object) -> None:
+        started.append(children() - before)
+        raise OSError("no such node")
+
+    monkeypatch.setattr(services, "get_node", fail)  # what Ray asks last, once its processes run
+    monkeypatch.setattr(flower_ray, "TRIES", 2)
+    with pytest.raises(BackendError, match="Ray did not start: no such node; try again"):
+        flower_ray.start_ray(1)
+    assert len(started) == 2
+    assert all(started)
+    assert children() <= before
 
 
 # ---- many devices in a step --------------------------------------------------------------------------------------------
@@ -371,3 +411,12 @@ def test_an_answer_to_what_is_not_open_is_refused_and_nothing_is_written(tmp_pat
     with store.read() as session:
         assert session.scalars(sa.select(History)).all() == []
     store.close()
+
+
+def test_a_fleets_tiers_are_kept_with_its_devices_as_much_of_each_as_a_row_holds(database: str) -> None:
+    with contextlib.closing(Store(database)) as store:
+        with store.write() as session:
+            enrol_virtual(session, "stable", {"a": 1, "b": 2}, {"a": "low\0" + 60 * "x"})
+        with store.read() as session:
+            told = dict(session.execute(sa.select(Device.name, Device.tier)).all())
+    assert told == {"a": "low " + 46 * "x", "b": None}

@@ -132,6 +132,21 @@ def test_a_password_is_asked_for_twice_and_a_files_line_end_is_no_part_of_it(
     store.close()
 
 
+def test_a_password_that_is_piped_in_once_changes_nothing_and_the_file_is_named(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["correct horse"])
+
+    def ask(prompt: str) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr(getpass, "getpass", ask)
+    assert "--password-file" in refused("operator", "set", "vera", "--role", "viewer", "--database", database)
+    assert listed("operator", "list", "--database", database) == []
+
+
 def test_operators_are_set_from_a_file_and_disabled(database: Path, tmp_path: Path) -> None:
     (tmp_path / "password").write_text("correct horse\n")
     works(

@@ -439,6 +439,13 @@ def test_the_last_step_is_that_of_the_newest_round_that_moved_theta(fleet: Fleet
     assert last_step(fleet.store, fleet.run_id, theta) is None  # forgotten
 
 
+def test_where_the_last_step_is_forgotten_the_way_from_the_start_is_not_taken_for_it(fleet: Fleet) -> None:
+    theta = fleet.drive(rounds=3, retain_rounds=1)
+    assert [r.number for r in fleet.rows(Round) if r.parameters] == [0, 3]
+    assert last_step(fleet.store, fleet.run_id, theta) is None
+    assert [u.cosine for u in fleet.rows(Update)] == [None] * 4  # of round 3
+
+
 def test_what_was_clipped_and_capped_is_counted_among_the_rounds_metrics(fleet: Fleet) -> None:
     def boast(reply: Message) -> Message:
         reply.content["metrics"]["num-examples"] = 10**6
