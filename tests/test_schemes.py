@@ -421,7 +421,15 @@ def test_texts_without_labels_calibrate_and_pairs_stay_pairs(tuned: Checkpoint, 
 
 
 def test_ranges_that_are_none_are_refused() -> None:
-    for text in ("[]", '{"a": [1]}', '{"a": [1.0, 2.0]}', '{"a": [0, Infinity]}', "no"):
+    for text in (
+        "[]",
+        '{"a": [1]}',
+        '{"a": [1.0, 2.0]}',
+        '{"a": [0, Infinity]}',
+        "no",
+        f'{{"a": [0, 1{400 * "0"}]}}',
+        b"\xff",
+    ):
         with pytest.raises(QuantizationError, match=r"ranges\.json"):
             read_ranges(text)
 
