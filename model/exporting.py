@@ -27,7 +27,7 @@ from pocketfed.model.engines import (
     random_batches,
 )
 from pocketfed.model.fusing import FusedStudent, fuse
-from pocketfed.model.heads import TextClassifier
+from pocketfed.model.heads import TASKS, TextClassifier
 from pocketfed.model.huggingface import SPAN_LABELS
 from pocketfed.model.prediction import prediction_graph
 from pocketfed.model.tokenization import Tokenizer, Vocabulary
@@ -122,6 +122,8 @@ def classifier_of(checkpoint: checkpoints.Checkpoint, task: str = "") -> TextCla
     head = {k.removeprefix("classifier."): v for k, v in checkpoint.state.items() if k.startswith("classifier.")}
     names = checkpoint.labels or ()
     kind = task or ("spans" if names == SPAN_LABELS else "classification")
+    if kind not in TASKS:
+        raise EngineError(f"there is no task {kind!r}; choose one of {', '.join(TASKS)}")
     separator = checkpoints.tokens_of(checkpoint).sep_id
     model = TextClassifier(checkpoint.config, len(head["weight"]) if head else 1, separator, kind)
     model.mobilebert.load_state_dict({k: v for k, v in checkpoint.state.items() if not k.startswith("classifier.")})

@@ -298,10 +298,12 @@ def test_the_command_refuses_in_one_sentence(
         ("--to", "onnx", "--plan", "fit"): "--plan 'fit' is nothing to export; choose predict or train",
         ("--to", "onnx", "--scheme", "int4"): "onnx knows no scheme 'int4'; choose one of float32",
         ("--to", "onnx", "--scheme", "int8-static", "--calibrate", str(tmp_path / "empty.txt")): "holds no text",
+        ("--to", "onnx", "--task", "intents"): "there is no task 'intents'; choose one of classification",
         ("--to", "onnx", "--scheme", "int8-static"): "measures the ranges of values on texts, and there are none",
     }
     for options, sentence in wrong.items():
         assert command(["export", str(folder), *options, "--out", str(tmp_path / "o")], monkeypatch) == 1
         error = capsys.readouterr().err
         assert sentence in error
+        assert "unexpected" not in error
         assert error.count("\n") == 1
