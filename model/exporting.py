@@ -114,7 +114,13 @@ def export_prediction(
         os.replace(fresh, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return ExportedPrediction(size, checkpoint.labels or (), difference.error, difference.agreement, difference.texts)
+    return ExportedPrediction(size, _outputs(checkpoint), difference.error, difference.agreement, difference.texts)
+
+
+def _outputs(checkpoint: checkpoints.Checkpoint) -> tuple[str, ...]:
+    """What the head's numbers are called; one without labels, such as of a regression, has Hugging Face's names for them."""
+    rows = len(checkpoint.state["classifier.bias"]) if "classifier.bias" in checkpoint.state else 0
+    return checkpoint.labels or tuple(f"LABEL_{i}" for i in range(rows))
 
 
 def classifier_of(checkpoint: checkpoints.Checkpoint, task: str = "") -> TextClassifier:
