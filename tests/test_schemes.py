@@ -348,6 +348,10 @@ def test_the_benchmark_s_rows_are_made_once(
     }
     assert all(row["lost"] == row["against"] - row["value"] for row in made)
     assert all(row["against"] == row["float"] for row in made if row["scheme"] != "int8-qat")
+    with rows.open("a") as stream:  # another model's row in the same file is none of this table's
+        stream.write(json.dumps(made[0] | {"key": "another", "model": "another", "seed": 9, "lost": 99.0}) + "\n")
+    runpy.run_path(script, run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-4:] == table[-4:]
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
