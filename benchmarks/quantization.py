@@ -44,8 +44,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def rows_of(arguments: argparse.Namespace, data: Path, seed: int, done: set[str]) -> Iterator[dict[str, Any]]:
     """One row for each variant that is not there yet, and one for the float model."""
-    settings = [arguments.epochs, arguments.learning_rate, arguments.batch, arguments.length, arguments.examples]
-    stem = f"{arguments.model.resolve().name} {data.name} {seed} {settings}"
+    stem = _stem(arguments, data, seed)
     wanted = [name for name in arguments.schemes if f"{stem} {name}" not in done]
     if not wanted:
         return
@@ -88,6 +87,12 @@ def rows_of(arguments: argparse.Namespace, data: Path, seed: int, done: set[str]
             "lost": against - after,
             "bytes": size,
         }
+
+
+def _stem(arguments: argparse.Namespace, data: Path, seed: int) -> str:
+    """What rows of one fine-tuned model have in common."""
+    settings = [arguments.epochs, arguments.learning_rate, arguments.batch, arguments.length, arguments.examples]
+    return f"{arguments.model.resolve().name} {data.name} {seed} {settings}"
 
 
 def _trial(checkpoint: Checkpoint, data: Path, arguments: argparse.Namespace, seed: int) -> Trial:
@@ -136,8 +141,10 @@ def main() -> None:
     if unknown is not None:
         sys.exit(f"{Path(__file__).name}: there is no {unknown!r}; choose of {', '.join(VARIANTS)}")
     torch.set_num_threads(1)
+    wanted: set[str] = set()  # rows of another model or other settings in the file are none of this table's
     for data in map(Path, arguments.data.split(",")):
         for seed in map(int, arguments.seeds.split(",")):
+            wanted |= {f"{_stem(arguments, data, seed)} {name}" for name in arguments.schemes}
             done = {row["key"] for row in whole_rows(arguments.out)}
             for row in rows_of(arguments, data, seed, done):
                 append_row(arguments.out, row)
@@ -145,8 +152,7 @@ def main() -> None:
                     f"{row['data']}, seed {seed}, {row['scheme']}: {row['value']:.2f}, lost {row['lost']:+.2f}",
                     flush=True,
                 )
-    names = {data.name for data in map(Path, arguments.data.split(","))}
-    rows = [row for row in whole_rows(arguments.out) if row["data"] in names]
+    rows = [row for row in whole_rows(arguments.out) if row["key"] in wanted]
     print(table(rows, arguments.schemes))
 
 

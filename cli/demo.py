@@ -23,7 +23,7 @@ from pocketfed.cli.output import (
     sizes_rows,
     stage_teller,
 )
-from pocketfed.model.shipped import SHIPPED
+from pocketfed.model.shipped import FOLDER, SHIPPED
 from pocketfed.model.tasks import Dataset, majority_accuracy, read_dataset
 from pocketfed.simulations.data import assistant_corpus, assistant_dataset, write_dataset
 from pocketfed.simulations.partition import partition
@@ -133,8 +133,7 @@ def shipped_student() -> Student:
 
     seen = pipeline.inspect(SHIPPED)
     console().print(
-        f"{seen['parameters']:,} parameters, distilled from a pre-trained BERT and quantized; how: "
-        "pocketfed inspect shipped, or see --distill"
+        f"{seen['parameters']:,} parameters, distilled from a pre-trained BERT and quantized; its card is {FOLDER / 'README.md'}"
     )
     print_table("student", ["weights", "bytes", ""], sizes_rows(seen["bytes"]))
     return Student(SHIPPED, "head", 0.01)

@@ -202,7 +202,7 @@ def prepare_distillation(
         if teacher_changes:
             key = next(iter(teacher_changes))
             raise ConfigError(
-                f"teacher.{key} is set and the teacher is given; a trained teacher is what it is, so leave one"
+                f"teacher.{key} is set and the teacher is given; a trained teacher is what it is, so leave one out"
             )
         trained, given = teacher.load_teacher(options.teacher)
         weights, teacher_changes = trained.state_dict(), trained.config.to_dict()
@@ -221,12 +221,18 @@ def prepare_distillation(
     shared = {name: getattr(config, name) for name in REACHES_TEACHER}
     taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
     stages.check_pair(config, taught, schedule.attention)  # before hours are spent on encoding the text
+    if options.keep_teacher is not None and options.teacher is None and schedule.strategy == "none":
+        raise ConfigError(
+            f"schedule.strategy=none trains no teacher, so there is none to keep in {options.keep_teacher}; leave one out"
+        )
     length = schedule.max_length or config.max_position_embeddings
     if length > config.max_position_embeddings:
         raise ConfigError(
             f"schedule.max_length is {length} and the student has {config.max_position_embeddings} positions; shorten it, or "
             "set max_position_embeddings too"
         )
+    if schedule.strategy != "none":
+        stages.check_reading(taught, length, schedule.pairs)
     place = distillation.Place.here(options.device)
     tokens, read = place.in_turn(lambda: _encoded(paths, vocabulary, work / "corpus", length, token_store))
     return Material(preset, config, taught, schedule, seed, vocabulary, tokens, read, weights, options, place)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocketfed.coordinator.quantize_attempts import Attempt, Attempts, Progress
 from pocketfed.coordinator.quantize_attempts import QuantizeOptions as QuantizeOptions
+from pocketfed.model.shipped import located
 
 if TYPE_CHECKING:  # torch is imported only where models are read
     from pocketfed.model.checkpoints import Checkpoint
@@ -34,12 +35,13 @@ def quantize(
     """
     from pocketfed.model import checkpoints
 
+    model_dir = located(model_dir)
     checkpoints.check_writable(out)
     schemes = wanted_schemes(options)
     work = Attempts(float_model(model_dir, schemes, options.group), schemes, options, progress)
     every = [work.attempt(schemes[0], options.keep)] if options.budget is None else list(work.within_budget())
-    report = report_of(work, every[-1], every, _weight_bytes(Path(model_dir)))
-    card = Path(model_dir) / checkpoints.CARD
+    report = report_of(work, every[-1], every, _weight_bytes(model_dir))
+    card = model_dir / checkpoints.CARD
     before = card.read_text(encoding="utf-8").split(f"\n{SECTION}\n")[0] if card.is_file() else f"# {Path(out).name}\n"
     text = json.dumps(report, indent=1) + "\n"
     checkpoints.save(every[-1].checkpoint, out, f"{before}\n{card_section(report)}", text)

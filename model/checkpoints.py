@@ -243,7 +243,7 @@ def load(folder: Path) -> Checkpoint:
         vocabulary = load_vocabulary(folder)
         scheme, group, keep = _read_storage(content, tensors)
         state, labels = read_tensors(config, dequantize_state(tensors, group)), read_labels(content, tensors)
-        ranges = read_ranges((folder / RANGES).read_text(encoding="utf-8")) if (folder / RANGES).is_file() else None
+        ranges = read_ranges((folder / RANGES).read_bytes()) if (folder / RANGES).is_file() else None
         return Checkpoint(config, state, vocabulary.tokens, labels, scheme, vocabulary.lower_case, group, keep, ranges)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no vocabulary; put its vocab.txt or tokenizer.json there") from None

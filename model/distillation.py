@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -215,9 +215,16 @@ class Distillation:
         self.scores[f"{name} transferred" if stage.name == "transfer" else name] = self._score(stage.trained)
 
     def _score(self, model: PreTrainingModel) -> Score:
-        if isinstance(self.teacher, FeatureTeacher) and self.schedule.strategy != "none":
-            return score_features(model, self.teacher, self.held_out)
-        return score_masked(model, self.held_out)
+        teacher = self.teacher
+        return (
+            score_features(model, teacher, self.held_out)
+            if self._followed(teacher)
+            else score_masked(model, self.held_out)
+        )
+
+    def _followed(self, teacher: Teacher) -> TypeGuard[FeatureTeacher]:
+        """Whether scores are of a student beside a teacher that predicts nothing."""
+        return isinstance(teacher, FeatureTeacher) and self.schedule.strategy != "none"
 
     def _train(self, stage: Stage, optimizer_state: Mapping[str, Tensor] | None) -> None:
         optimizer = make_optimizer(self.schedule.optimizer, stage.groups())
@@ -350,7 +357,7 @@ class Distillation:
                     continue
                 model.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})
             self._stage, self._step, self._tokens = (int(where[key]) for key in ("stage", "step", "tokens"))
-            kind = FeatureScore if isinstance(self.teacher, FeatureTeacher) else MaskedScore
+            kind = FeatureScore if self._followed(self.teacher) else MaskedScore
             self.scores = {name: kind(**score) for name, score in where["scores"].items()}
             names = [n for n in tensors if n.startswith("losses.")]
             self.losses = {n.removeprefix("losses."): tensors[n].tolist() for n in sorted(names, key=_stage_order)}

@@ -27,7 +27,7 @@ from pocketfed.model.engines import (
     random_batches,
 )
 from pocketfed.model.fusing import FusedStudent, fuse
-from pocketfed.model.heads import TextClassifier
+from pocketfed.model.heads import TASKS, TextClassifier
 from pocketfed.model.huggingface import SPAN_LABELS
 from pocketfed.model.prediction import prediction_graph
 from pocketfed.model.tokenization import Tokenizer, Vocabulary
@@ -114,7 +114,13 @@ def export_prediction(
         os.replace(fresh, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return ExportedPrediction(size, checkpoint.labels or (), difference.error, difference.agreement, difference.texts)
+    return ExportedPrediction(size, _outputs(checkpoint), difference.error, difference.agreement, difference.texts)
+
+
+def _outputs(checkpoint: checkpoints.Checkpoint) -> tuple[str, ...]:
+    """What the head's numbers are called; one without labels, such as of a regression, has Hugging Face's names for them."""
+    rows = len(checkpoint.state["classifier.bias"]) if "classifier.bias" in checkpoint.state else 0
+    return checkpoint.labels or tuple(f"LABEL_{i}" for i in range(rows))
 
 
 def classifier_of(checkpoint: checkpoints.Checkpoint, task: str = "") -> TextClassifier:
@@ -122,6 +128,8 @@ def classifier_of(checkpoint: checkpoints.Checkpoint, task: str = "") -> TextCla
     head = {k.removeprefix("classifier."): v for k, v in checkpoint.state.items() if k.startswith("classifier.")}
     names = checkpoint.labels or ()
     kind = task or ("spans" if names == SPAN_LABELS else "classification")
+    if kind not in TASKS:
+        raise EngineError(f"there is no task {kind!r}; choose one of {', '.join(TASKS)}")
     separator = checkpoints.tokens_of(checkpoint).sep_id
     model = TextClassifier(checkpoint.config, len(head["weight"]) if head else 1, separator, kind)
     model.mobilebert.load_state_dict({k: v for k, v in checkpoint.state.items() if not k.startswith("classifier.")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = load_file(path)
     if set(tensors) != {DEFLATED, LENGTH}:
         return tensors
-    length = int(tensors[LENGTH].reshape(-1)[0])
+    stated = tensors[LENGTH]
+    if stated.dtype != torch.int64 or stated.numel() != 1 or not 0 <= int(stated) < sys.maxsize:
+        raise ValueError("its packed weights do not say how long they are")
+    length = int(stated)
     inflater = zlib.decompressobj()
     try:
         whole = inflater.decompress(tensors[DEFLATED].numpy().tobytes(), length + 1)  # no more memory than it states

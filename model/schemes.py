@@ -55,7 +55,7 @@ def write_ranges(ranges: Mapping[str, Range]) -> str:
     return json.dumps({name: list(ranges[name]) for name in sorted(ranges)}, indent=1) + "\n"
 
 
-def read_ranges(text: str) -> dict[str, Range]:
+def read_ranges(text: str | bytes) -> dict[str, Range]:
     """The inverse of `write_ranges`.
 
     Raises:
@@ -63,7 +63,7 @@ def read_ranges(text: str) -> dict[str, Range]:
     """
     try:
         ranges = {str(name): (float(low), float(high)) for name, (low, high) in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         raise QuantizationError("ranges.json holds no ranges of activations; quantize the model again") from None
     for name, (low, high) in ranges.items():
         if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high):

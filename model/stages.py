@@ -59,6 +59,19 @@ def check_pair(student: MobileBertConfig, teacher: MobileBertConfig, attention: 
         )
 
 
+def check_reading(teacher: MobileBertConfig, length: int, pairs: bool) -> None:
+    """Raises DistillationError unless the teacher has positions for texts so long, and types for the segments of pairs."""
+    if length > teacher.max_position_embeddings:
+        most = teacher.max_position_embeddings
+        raise DistillationError(
+            f"texts have up to {length} tokens and the teacher reads {most}; shorten them with schedule.max_length={most}"
+        )
+    if pairs and teacher.type_vocab_size < 2:
+        raise DistillationError(
+            "the teacher has one type of token and cannot tell the segments of a pair apart; set schedule.pairs=false"
+        )
+
+
 class Stage(ABC):
     """Some steps on one model. `groups` are the optimizer's; `rates(step)` gives one rate a group, or one for all."""
 

@@ -18,7 +18,7 @@ from pocketfed.model.config import STUDENTS
 from pocketfed.model.distillation import Distillation
 from pocketfed.model.mobilebert import MobileBert
 from pocketfed.model.objectives import sentence_loss
-from pocketfed.model.pretraining import Batches, FeatureScore, score_features
+from pocketfed.model.pretraining import Batches, FeatureScore, MaskedScore, score_features
 from pocketfed.model.schedules import DistillationError, Schedule
 from pocketfed.model.stages import Representations, Transfer, student_stages
 from pocketfed.model.teacher import (
@@ -314,13 +314,20 @@ def test_a_student_comes_nearer_to_a_bert_and_its_card_says_by_how_much(
     assert load(tmp_path / "out").config.hidden_size == 24
 
 
+@pytest.mark.parametrize(
+    ("strategy", "stops", "score"),
+    [
+        ("joint", [("transfer", 3), ("representations", 4)], FeatureScore),
+        ("none", [("masked words", 4)], MaskedScore),  # the teacher gives its vocabulary alone
+    ],
+)
 def test_a_distillation_from_a_bert_stopped_anywhere_goes_on_to_the_same_bits(
-    bert: Path, text: Path, vocabulary: Vocabulary, tmp_path: Path
+    bert: Path, vocabulary: Vocabulary, tmp_path: Path, strategy: str, stops: list[tuple[str, int]], score: type
 ) -> None:
     corpus = store_corpus([(line,) for line in lines(120)], Tokenizer(vocabulary), tmp_path / "corpus", 16)
     teacher, _ = load_teacher(bert)
     student = STUDENT.with_changes(vocab_size=len(vocabulary))
-    schedule = dataclasses.replace(SCHEDULE, strategy="joint", transfer_steps=6, distillation_steps=6)
+    schedule = dataclasses.replace(SCHEDULE, strategy=strategy, transfer_steps=6, distillation_steps=6)
 
     def run(folder: Path, stop_at: tuple[str, int] | None = None) -> dict[str, torch.Tensor]:
         def progress(tick: Any) -> None:
@@ -340,11 +347,11 @@ def test_a_distillation_from_a_bert_stopped_anywhere_goes_on_to_the_same_bits(
             save_every_s=0.0,
         )
         result = made.run()
-        assert isinstance(result.scores["student"], FeatureScore)
+        assert {type(held) for held in result.scores.values()} == {score}
         return result.student
 
     whole = run(tmp_path / "whole")
-    for stop in (("transfer", 3), ("representations", 4)):
+    for stop in stops:
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", stop)
     parts = run(tmp_path / "parts")
@@ -370,6 +377,24 @@ def test_what_a_student_must_have_in_common_with_a_bert(
     if "num_attention_heads" in changes:  # without attention maps heads need not be alike
         free = settings(**changes, **{"schedule.attention": False})
         assert distilling.plan_distillation([text], "nano", tmp_path / "out", overrides=free, options=options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "said"),
+    [
+        ({"max_position_embeddings": 12}, {}, "up to 16 tokens and the teacher reads 12.*schedule.max_length=12"),
+        ({"type_vocab_size": 1}, {"schedule.pairs": True}, "one type of token.*schedule.pairs=false"),
+    ],
+)
+def test_a_bert_that_cannot_read_what_the_student_does_is_refused_before_texts_are_read(
+    vocabulary: Vocabulary, tmp_path: Path, sizes: dict[str, int], changes: dict[str, Any], said: str
+) -> None:
+    write_bert(tmp_path / "bert", vocabulary, **sizes)
+    options = distilling.DistillOptions(teacher=tmp_path / "bert")
+    with pytest.raises(DistillationError, match=said):
+        distilling.distill(
+            [tmp_path / "none.txt"], "nano", tmp_path / "out", overrides=settings(**changes), options=options
+        )
 
 
 def test_steps_asked_for_are_all_the_students_where_the_teacher_is_given(

@@ -801,6 +801,14 @@ def test_nothing_is_written_where_something_is_wrong(text: Path, tmp_path: Path)
         ({"overrides": {"schedule.rate": 3}}, ConfigError, r"no setting 'schedule\.rate'"),
         ({"overrides": {"hidden_size": "wide"}}, ConfigError, "hidden_size is 'wide'"),
         ({"steps": 3}, DistillationError, "3 steps are too few"),
+        (
+            {
+                "overrides": {"schedule.strategy": "none"},
+                "options": distilling.DistillOptions(keep_teacher=tmp_path / "teacher"),
+            },
+            ConfigError,
+            "trains no teacher, so there is none to keep",
+        ),
         ({"corpus": [tmp_path / "none.txt"]}, CorpusError, "does not exist"),
         ({"overrides": {"schedule.teacher_rate": 1e30}, "steps": 60}, DistillationError, "teacher: the loss is"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -111,6 +112,14 @@ def test_a_model_without_a_head_gives_the_vector_that_a_head_would_read(tmp_path
     with torch.no_grad():
         last = classifier_of(checkpoint(head=False)).mobilebert(torch.from_numpy(ids), torch.from_numpy(mask)).last
     np.testing.assert_allclose(got, last[:, 0].numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_head_without_labels_is_told_from_no_head(tmp_path: Path) -> None:
+    plain = checkpoint()
+    head = {"classifier.weight": plain.state["classifier.weight"][:1], "classifier.bias": torch.zeros(1)}
+    checkpoints.save(dataclasses.replace(plain, state={**plain.state, **head}, labels=None), tmp_path / "regression")
+    made = export_prediction(tmp_path / "regression", tmp_path / "out.onnx", "onnx")
+    assert made.outputs == ("LABEL_0",)
 
 
 @pytest.mark.parametrize("task", ["tokens", "spans"])
@@ -298,10 +307,12 @@ def test_the_command_refuses_in_one_sentence(
         ("--to", "onnx", "--plan", "fit"): "--plan 'fit' is nothing to export; choose predict or train",
         ("--to", "onnx", "--scheme", "int4"): "onnx knows no scheme 'int4'; choose one of float32",
         ("--to", "onnx", "--scheme", "int8-static", "--calibrate", str(tmp_path / "empty.txt")): "holds no text",
+        ("--to", "onnx", "--task", "intents"): "there is no task 'intents'; choose one of classification",
         ("--to", "onnx", "--scheme", "int8-static"): "measures the ranges of values on texts, and there are none",
     }
     for options, sentence in wrong.items():
         assert command(["export", str(folder), *options, "--out", str(tmp_path / "o")], monkeypatch) == 1
         error = capsys.readouterr().err
         assert sentence in error
+        assert "unexpected" not in error
         assert error.count("\n") == 1

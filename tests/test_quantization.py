@@ -210,6 +210,19 @@ def test_packed_weights_that_are_damaged_are_told_from_whole_ones(tmp_path: Path
         read_tensors(tmp_path / "damaged")
 
 
+@pytest.mark.parametrize(
+    "length",
+    [torch.zeros(0, dtype=torch.int64), torch.tensor([-1]), torch.tensor([2**63 - 1]), torch.tensor([torch.inf])],
+)
+def test_a_length_that_is_none_is_refused_before_anything_is_unpacked(tmp_path: Path, length: torch.Tensor) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_packed({"w": torch.arange(1000, dtype=torch.int64)}, tmp_path / "whole")
+    save_file(load_file(tmp_path / "whole") | {"length": length}, tmp_path / "damaged")
+    with pytest.raises(ValueError, match="do not say how long they are"):
+        read_tensors(tmp_path / "damaged")
+
+
 def test_four_bits_that_no_one_wrote_are_refused_by_name() -> None:
     scales = torch.ones(1, 1, dtype=torch.bfloat16)
     with pytest.raises(QuantizationError, match=r"w\.weight is damaged: it holds the value -8"):

@@ -348,6 +348,10 @@ def test_the_benchmark_s_rows_are_made_once(
     }
     assert all(row["lost"] == row["against"] - row["value"] for row in made)
     assert all(row["against"] == row["float"] for row in made if row["scheme"] != "int8-qat")
+    with rows.open("a") as stream:  # another model's row in the same file is none of this table's
+        stream.write(json.dumps(made[0] | {"key": "another", "model": "another", "seed": 9, "lost": 99.0}) + "\n")
+    runpy.run_path(script, run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-4:] == table[-4:]
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -421,7 +425,15 @@ def test_texts_without_labels_calibrate_and_pairs_stay_pairs(tuned: Checkpoint, 
 
 
 def test_ranges_that_are_none_are_refused() -> None:
-    for text in ("[]", '{"a": [1]}', '{"a": [1.0, 2.0]}', '{"a": [0, Infinity]}', "no"):
+    for text in (
+        "[]",
+        '{"a": [1]}',
+        '{"a": [1.0, 2.0]}',
+        '{"a": [0, Infinity]}',
+        "no",
+        f'{{"a": [0, 1{400 * "0"}]}}',
+        b"\xff",
+    ):
         with pytest.raises(QuantizationError, match=r"ranges\.json"):
             read_ranges(text)
 

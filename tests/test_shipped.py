@@ -77,6 +77,17 @@ def test_its_name_stands_for_its_folder_unless_there_is_one_of_that_name_here(
     assert located(SHIPPED) == Path(SHIPPED)
 
 
+def test_it_is_quantized_again_to_the_same_weights_and_keeps_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = pipeline.quantize(Path(SHIPPED), tmp_path / "again")
+    assert report["bytes_before"] == (FOLDER / "model.safetensors").stat().st_size
+    state, again = load(FOLDER).state, load(tmp_path / "again").state
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    assert "Apache-2.0" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_presets_start_untrained_and_so_does_a_name_that_is_nothing(tmp_path: Path) -> None:
     assert starts_untrained("nano")
     assert starts_untrained("nanoo")  # the preset's own message is the better one
