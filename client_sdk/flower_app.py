@@ -26,26 +26,6 @@ KEPT = "kept"  # in a context's state
 Local = Callable[[Context], tuple[str, Examples]]
 
 
-class TrainedArray(Array):  # type: ignore[misc]
-    """A device's trained parameters, added and serialized when they are asked for.
-
-    `delta` is for a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
-    """
-
-    def __init__(self, start: Vector, delta: Vector) -> None:
-        self.dtype, self.shape, self.stype = "float32", start.shape, "numpy.ndarray"
-        self.start, self.delta = start, delta
-
-    def numpy(self) -> Vector:
-        trained: Vector = self.start + self.delta
-        return trained
-
-    @property
-    def data(self) -> bytes:
-        serialized: bytes = Array(self.numpy()).data
-        return serialized
-
-
 def make_client_app(trainer: Callable[[], Trainer], local: Local, seeded_noise: bool = False) -> ClientApp:
     """A ClientApp whose train and evaluate functions are `perform()`.
 
@@ -109,8 +89,12 @@ def reply_message(message: Message, context: Context, task: Task, reply: Reply) 
     kept = {field.name: getattr(reply.kept, field.name) for field in dataclasses.fields(reply.kept)}
     if any(values.size for values in kept.values()):
         context.state[KEPT] = _record(kept)
+    # A class of our own would be cheaper, but a SuperLink knows an object by its class's name, and only Flower's.
+    trained = Array(task.theta + reply.delta)
+    # For a coordinator in the same process: the difference as a device uploads it. The rounded sum has lost some bits.
+    trained.__dict__["delta"] = reply.delta
     arrays = ArrayRecord()
-    arrays[THETA] = TrainedArray(task.theta, reply.delta)  # not in the constructor: that would make another Array
+    arrays[THETA] = trained  # not in the constructor: that would make another Array
     told = ConfigRecord({"bytes": len(reply.data), "digest": hashlib.sha256(reply.data).hexdigest()})
     return Message(RecordDict(content | {"arrays": arrays, "update": told}), reply_to=message)
 
