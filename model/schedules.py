@@ -144,8 +144,8 @@ MINI_SCHEDULE = Schedule(
 )
 SCHEDULES: dict[str, Schedule] = {
     "mini": MINI_SCHEDULE,
-    # From a BERT of the same width, whose steps are none of ours. Sentences of everyday length, all losses at once: at a few
-    # thousand steps a phase for each layer is too short (docs/results.md).
+    # From a BERT of the same width, whose steps are none of ours. Sentences of everyday length, all losses at once; what the other
+    # strategies give at this budget has not been measured.
     "pocket": Schedule(
         teacher_steps=20_000,
         transfer_steps=1_000,
