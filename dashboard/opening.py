@@ -62,7 +62,7 @@ def _named() -> str:
     return database
 
 
-@st.cache_resource(show_spinner=False, max_entries=4)
+@st.cache_resource(show_spinner=False, max_entries=4, on_release=Store.close)  # else its connections end when collected
 def _open(database: str, identity: int | None) -> Store:
     """One engine for all readers. `identity` changes with the file, so that a database made anew is opened anew."""
     del identity
