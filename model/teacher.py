@@ -187,7 +187,7 @@ def load_teacher(folder: Path) -> tuple[Teacher, Vocabulary]:
     """
     config, tensors, vocabulary = load_folder(folder)
     if config.use_bottleneck:
-        return load_pretrained(folder)
+        return _with_heads(folder, config, tensors), vocabulary
     model = make_teacher(config, tensors)
     return _filled(model, tensors, f"{folder} is not a whole BERT: it has", "fetch it again"), vocabulary
 
@@ -198,8 +198,12 @@ def load_pretrained(folder: Path) -> tuple[PreTrainingModel, Vocabulary]:
         CheckpointError: no folder of a model with its pre-training heads.
     """
     config, tensors, vocabulary = load_folder(folder)
+    return _with_heads(folder, config, tensors), vocabulary
+
+
+def _with_heads(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Tensor]) -> PreTrainingModel:
     remedy = "a teacher needs its pre-training heads, so give a folder that `pocketfed distill --keep-teacher` made, or a plain BERT's"
-    return _filled(PreTrainingModel(config), tensors, f"{folder} has", remedy), vocabulary
+    return _filled(PreTrainingModel(config), tensors, f"{folder} has", remedy)
 
 
 M = TypeVar("M", bound=nn.Module)
