@@ -229,15 +229,10 @@ def test_the_way_out_is_metered_over_a_modem_or_a_phone(
     assert machine.read().metered is metered
 
 
-def test_this_machine_can_be_read_and_that_is_cheap() -> None:
-    import time
-
+def test_this_machine_can_be_read_again_and_again() -> None:
     reader = LinuxReader()
-    reader()
-    began = time.process_time()
-    for _ in range(20):
+    for _ in range(3):
         assert isinstance(reader(), Readings)
-    assert (time.process_time() - began) / 20 < 0.02
 
 
 # ---- what was used ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -509,12 +508,13 @@ def test_the_files_are_for_this_user_alone_whatever_they_were_before(tmp_path: P
     store.close()
 
 
-def test_ten_thousand_short_texts_are_added_in_under_a_second_and_read_a_page_at_a_time(tmp_path: Path) -> None:
+def test_ten_thousand_short_texts_are_added_at_one_go_and_read_a_page_at_a_time(tmp_path: Path) -> None:
     for key in (None, KEY):
         store = ExampleStore(tmp_path / f"{key is None}.db", key)
-        started = time.process_time()
+        said: list[str] = []
+        store._file.read(lambda db, hear=said.append: db.set_trace_callback(hear))
         assert len(set(store.add([(f"play song number {i}", f"label {i % 7}") for i in range(10_000)]).ids)) == 10_000
-        assert time.process_time() - started < 1.0
+        assert said.count("commit") == 2, "a commit waits for the disk: one for the texts, one for what is too old"
         reading = store.labelled()
         assert next(reading).text == "play song number 0"
         store.add([("while it is read", "x")])

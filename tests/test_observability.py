@@ -249,9 +249,9 @@ def test_prometheus_is_told_what_calls_ended_how_and_what_the_store_holds(
 
 
 def test_a_long_polls_wait_is_not_counted_as_work(server: CoordinatorServer) -> None:
-    check_in(f"127.0.0.1:{server.port}", wait_s=1.2)
+    check_in(f"127.0.0.1:{server.port}", wait_s=3.0)
     until(lambda: ("CheckIn", "OK") in server.tally.calls)
-    assert server.tally.calls["CheckIn", "OK"].total_s < 1.0
+    assert server.tally.calls["CheckIn", "OK"].total_s < 2.5
 
 
 def test_a_port_that_is_taken_is_told_in_a_sentence(store: Store, tmp_path: Path) -> None:
