@@ -75,7 +75,7 @@ def main() -> None:
         parser.error("--corpus is missing; name a folder of texts")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    datasets = [_some(read_dataset(Path(name)), arguments.examples) for name in filter(None, arguments.data.split(","))]
+    datasets = [_read(Path(name), arguments.examples) for name in filter(None, arguments.data.split(","))]
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as work:
         for seed in map(int, arguments.seeds.split(",")):
             run_seed(arguments, seed, Path(work), datasets)
@@ -147,11 +147,8 @@ def fine_tuned(start: Start, datasets: Iterable[Dataset], arguments: argparse.Na
     return measured
 
 
-def _some(dataset: Dataset, count: int) -> Dataset:
-    """At most so many of its training examples, every n-th: files are often sorted by label."""
-    dataset = dataset.with_test(seed=0)
-    stride = max(1, len(dataset.train) // count)
-    return dataclasses.replace(dataset, train=dataset.train[::stride][:count])
+def _read(path: Path, count: int) -> Dataset:
+    return read_dataset(path).with_test(seed=0).with_fewer(count)
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -39,6 +39,7 @@ def evaluate(
         typer.Option(help="SETTING=A,B,...: try each combination and keep the best on dev; or paper. May be repeated."),
     ] = None,
     at_most: Annotated[int, typer.Option(min=0, help="So many combinations of a search, drawn by the first seed.")] = 0,
+    examples: Annotated[int, typer.Option(min=0, help="Train on at most so many; by default on all.")] = 0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="A JSON-lines file of trials, gone on with if it is there; the table beside it.")
@@ -47,13 +48,13 @@ def evaluate(
 ) -> None:
     """Measures on a data set's test split. A student without a classifier is fine-tuned on the training split first.
 
-    Without any of --seeds, --task, --metric, --from-scratch, --search, --precision and --out a classifier is trained as
+    Without any of --seeds, --task, --metric, --from-scratch, --search, --examples, --precision and --out a classifier is trained as
     a device would, by its plan; with one of them, and for other kinds of tasks, in PyTorch, each seed anew.
     """
     from pocketfed.model.config import STUDENTS
     from pocketfed.model.task_kinds import read_task
 
-    several = bool(seeds or task or metric or from_scratch or search or precision or out or at_most)
+    several = bool(seeds or task or metric or from_scratch or search or precision or out or at_most or examples)
     several = several or model in STUDENTS  # its name comes before a folder's, as in every command
     if several or read_task(data).kind != "classification":
         if train != "full":
@@ -63,7 +64,8 @@ def evaluate(
         chosen = {"epochs": epochs, "batch_size": batch_size, "precision": precision or "float32"}
         chosen |= {"learning_rate": learning_rate, "max_length": max_length}
         numbers = _seeds(seeds) if seeds else (seed,)
-        _trials(model, data, task, metric, from_scratch, chosen, numbers, _space(search or []), at_most, out, json)
+        space = _space(search or [])
+        _trials(model, data, task, metric, from_scratch, chosen, numbers, space, at_most, examples, out, json)
         return
     rate = 1e-3 if learning_rate is None else learning_rate
     _as_a_device(Path(model), data, train, epochs, rate, batch_size, max_length or 64, seed, json)
@@ -115,6 +117,7 @@ def _trials(
     seeds: tuple[int, ...],
     space: dict[str, tuple[float, ...]],
     at_most: int,
+    examples: int,
     out: Path | None,
     json: bool,
 ) -> None:
@@ -127,6 +130,7 @@ def _trials(
     if out is not None and not out.resolve().parent.is_dir():
         raise CommandError(f"the folder of {out} does not exist; create it, or name another file")
     dataset = best_metric(read_task(data, task).with_test(), metric)
+    dataset = dataset.with_fewer(examples) if examples else dataset
     starts = [start_of(model, dataset)]
     if from_scratch:
         starts.append(untrained(from_scratch, starts[0]))

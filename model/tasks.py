@@ -121,6 +121,16 @@ class Dataset:
             test_source="held out",
         )
 
+    def with_fewer(self, count: int) -> Dataset:
+        """At most so many training examples, evenly from first to last (files are often sorted by label); dev and test stay.
+
+        Examples of multiple choice may lose some of their choices.
+        """
+        have = len(self.train)
+        if count >= have:
+            return self
+        return replace(self, train=tuple(self.train[i * have // count] for i in range(count)))
+
 
 # --- tables -> examples ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pocketfed.model.tasks import Dataset, Example
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 FAST = ("--epochs", 1, "--batch-size", 16, "--max-length", 24)
@@ -110,6 +112,16 @@ def test_seeds_and_a_student_from_scratch_are_rows_and_a_table(student: Path, da
     before = out.read_bytes()
     assert works(*arguments) == printed
     assert out.read_bytes() == before, "nothing was done twice"
+
+
+def test_with_fewer_examples_all_of_the_file_is_drawn_from_and_tested_on(student: Path, data: Path) -> None:
+    rows = json.loads(works(student, "--data", data / "cola", "--examples", "20", "--json", *FAST))["rows"]
+    assert rows[0]["train_examples"] == 20
+    assert rows[0]["test_examples"] == 16
+    texts = tuple(Example(str(i), "a" if i < 60 else "b") for i in range(90))
+    firsts = Dataset("firsts", train=texts, dev=(), test=(), labels=("a", "b"), skipped={})
+    assert [e.text for e in firsts.with_fewer(3).train] == ["0", "30", "60"]
+    assert firsts.with_fewer(90) is firsts
 
 
 @pytest.mark.parametrize(

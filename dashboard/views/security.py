@@ -48,9 +48,11 @@ def _updates(opened: Store, run_id: int) -> None:
         st.subheader("Length beside direction" if pointed else "Length beside weight")
         if points:
             st.altair_chart(charts.scatter(points), width="stretch")
+            unplaced = sum(p.cosine is None for p in points) if pointed else 0
             st.caption(
                 "The newest 20 rounds, as the coordinator's screening measured them. Left of 0 an update pulled against "
                 "where the round before had gone; honest devices with unlike data do, too, so nothing is refused for it."
+                + (f" {unplaced:,} more are not shown: of theirs no cosine is known." if unplaced else "")
                 if pointed
                 else "The newest 20 rounds. No cosine is known: it is measured from a run's second round on."
             )
