@@ -115,10 +115,12 @@ def _open_openvino(path: Path, threads: int, shape: tuple[int, int] | None = Non
     _check_signature(path, takes, [next(iter(o.get_names())) for o in model.outputs])
     if shape is not None:
         model.reshape({name: list(shape) for name in INPUTS})
+    # Beside products of 8 bits the rest may have 16, on CPUs that have them: about 5 % less time, most of it attention's.
+    rounded = any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops())
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if rounded else "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": OPENVINO_GROUP,
     }
     request = core.compile_model(model, "CPU", settings).create_infer_request()
