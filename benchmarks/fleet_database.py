@@ -47,7 +47,8 @@ FAILURES = (
     "no space left for the artifact",
 )
 PHASES = ("downloading", "training", "training", "uploading")
-REFUSALS = ("norm: 48.20 is above the limit 10.00", "not_finite: theta holds a value that is not finite")
+NOT_FINITE = "not_finite: theta holds a value that is not finite"
+NORM_LIMIT = 5.0
 COHORTS = ("pilot", "staff", None)  # of enrolment keys
 TIERS = ("new", "usual", "usual", "old", None)  # as apps say
 SDKS = ("0.3.0", "0.3.0", "0.3.0", "0.2.1", "0.1.0")
@@ -271,7 +272,7 @@ def _operations(session: Session, rng: random.Random, at: datetime, devices: int
 
 def _artifact(session: Session, rng: random.Random, at: datetime, preset: str) -> str:
     parameters = {"nano": 184_320, "micro": 622_208}[preset]
-    nano = hashlib.sha256(b"nano").hexdigest()[:16]
+    teacher, nano = (hashlib.sha256(name).hexdigest()[:16] for name in (b"teacher", b"nano"))
     version = hashlib.sha256(preset.encode()).hexdigest()[:16]
     manifest: dict[str, Any] = {
         "schema": 1,
@@ -281,8 +282,8 @@ def _artifact(session: Session, rng: random.Random, at: datetime, preset: str) -
         "sizes": {"fp32": 4 * parameters, "fp16": 2 * parameters, "int8": int(1.06 * parameters)},
         "trainable_sets": {"head": {"size": 1_548, "parameters": []}, "lora:8": {"size": 12_345, "parameters": []}},
         "files": {},
-        "parent": None if preset == "nano" else nano,
-        "metrics": {},
+        "parent": teacher if preset == "nano" else nano,
+        "metrics": {"accuracy": 0.883, "latency_ms": 1.9} if preset == "nano" else {},
     }
     days = 3 if preset == "nano" else 1
     session.add(
@@ -342,6 +343,10 @@ def _round(
         )
         if arrived:
             refused = status == "quarantined"
+            norm: float | None = rng.lognormvariate(0.2, 0.25) * (8 if refused else 1)
+            reason = f"norm: {norm:.2f} is above the limit {NORM_LIMIT:.2f}" if norm > NORM_LIMIT else NOT_FINITE
+            if refused and rng.random() < 0.5:
+                norm, reason = None, NOT_FINITE  # it has none
             updates.append(
                 {
                     "assignment_id": name,
@@ -349,9 +354,11 @@ def _round(
                     "bytes": BYTES_UP + rng.randrange(200),
                     "digest": f"{device:064x}",
                     "metrics": {"loss": rng.uniform(0.2, 2.0), "seconds": 0.6 * took},
-                    "norm": rng.lognormvariate(0.2, 0.25) * (8 if refused else 1),
-                    "cosine": None if number < 2 else max(-1.0, min(1.0, rng.gauss(-0.2 if refused else 0.35, 0.15))),
-                    "reason": rng.choice(REFUSALS) if refused else None,
+                    "norm": norm,
+                    "cosine": None
+                    if number < 2 or norm is None
+                    else max(-1.0, min(1.0, rng.gauss(-0.2 if refused else 0.35, 0.15))),
+                    "reason": reason if refused else None,
                     "received_at": begin + timedelta(seconds=took),
                 }
             )

@@ -170,10 +170,21 @@ def offset(total: int, key: str, noun: str) -> int:
     return (int(number) - 1) * PAGE_ROWS
 
 
-def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, Any], most: int = 12) -> None:
-    """A table of as many lines as it has, `most` of them in sight; `columns` says how some are shown."""
+def table(
+    rows: Sequence[Mapping[str, object]],
+    columns: Mapping[str, Any],
+    most: int = 12,
+    shares: Mapping[str, tuple[str, str | None]] | None = None,
+) -> None:
+    """A table of as many lines as it has, `most` of them in sight; `columns` says how some are shown.
+
+    shares: columns from 0 to 1 that are shown in percent, with two decimals in every line: their title and help.
+    """
     height = 38 + 35 * min(max(len(rows), 1), most)
     frame = pd.DataFrame(list(rows))
+    for name, (title, told) in (shares or {}).items():
+        frame[name] = 100 * frame[name].astype(float)
+        columns = {**columns, name: st.column_config.NumberColumn(f"{title} (%)", format="%.2f", help=told)}
     st.dataframe(frame, hide_index=True, width="stretch", column_config=columns, height=height, placeholder="–")
 
 

@@ -111,7 +111,8 @@ def lineage(found: Sequence[Node]) -> Any:
         ],
         columns=["x", "y", "x2", "y2"],
     )
-    kinds = {"model": GREY, "artifact": GREY, "quantized artifact": BLUE, "run": ORANGE, "release": TEAL}
+    colours = {"model": GREY, "artifact": GREY, "quantized artifact": BLUE, "run": ORANGE, "release": TEAL}
+    kinds = {kind: colour for kind, colour in colours.items() if any(n.kind == kind for n in found)}
     wide = alt.Scale(domain=[-0.2, max(c for c, _ in places.values()) + 0.8], nice=False)
     x, y = alt.X("x:Q", axis=None, scale=wide), alt.Y("y:Q", axis=None, scale=alt.Scale(reverse=True, zero=False))
     lines = alt.Chart(edges).mark_rule(color=GREY, opacity=0.6).encode(x=x, y=y, x2="x2:Q", y2="y2:Q")

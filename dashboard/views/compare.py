@@ -92,7 +92,6 @@ def _cost(lines: list[queries.runs.RunLine]) -> None:
         for r in lines
     ]
     columns = {
-        "Accuracy": st.column_config.NumberColumn("Accuracy (%)", format="percent"),
         "Gain": st.column_config.NumberColumn("Gain (points)", format="%.1f"),
         "Loss": st.column_config.NumberColumn("Loss (nats)", format="%.4f"),
         "MB up": st.column_config.NumberColumn(format="%.2f"),
@@ -100,7 +99,7 @@ def _cost(lines: list[queries.runs.RunLine]) -> None:
         "kB an update": st.column_config.NumberColumn(format="%.1f", help="both ways, by updates that counted"),
         "Time": st.column_config.NumberColumn("Time in rounds (s)", format="%.1f"),
     }
-    frame.table(rows, columns)
+    frame.table(rows, columns, shares={"Accuracy": ("Accuracy", None)})
     file = pd.DataFrame([{**row, "Run": words.cell(str(row["Run"]))} for row in rows]).to_csv(index=False)
     st.download_button(
         "Download the costs as CSV",

@@ -110,7 +110,7 @@ def _refusals(opened: Store) -> None:
             {"Reason": words.plain(reason, 200) or "no reason given", "Times": times, "Devices": devices}
             for reason, times, devices in failed
         ]
-        frame.table(rows, {"Reason": st.column_config.TextColumn(width="large")})
+        frame.table(rows, {"Reason": st.column_config.TextColumn(width="medium")})
     else:
         st.success("No device of the newest run has failed.")
     st.subheader("Last seen")

@@ -111,7 +111,6 @@ def _table(rounds: list[queries.runs.RoundLine], names: dict[int, str]) -> None:
         return
     rows = [_row(r, names) for r in sorted(rounds, key=lambda r: (-r.number, r.run_id))]
     columns = {
-        "Accuracy": st.column_config.NumberColumn("Accuracy (%)", format="percent"),
         "Loss": st.column_config.NumberColumn("Loss (nats)", format="%.4f"),
         "Training loss": st.column_config.NumberColumn(
             "Training loss (nats)", format="%.4f", help="mean over the devices, weighted by their examples"
@@ -121,7 +120,8 @@ def _table(rounds: list[queries.runs.RoundLine], names: dict[int, str]) -> None:
         "Seconds": st.column_config.NumberColumn("Time (s)", format="%.1f"),
     }
     several = len({r.run_id for r in rounds}) > 1
-    frame.table([{k: v for k, v in row.items() if several or k != "Run"} for row in rows], columns)
+    shown = [{k: v for k, v in row.items() if several or k != "Run"} for row in rows]
+    frame.table(shown, columns, shares={"Accuracy": ("Accuracy", None)})
     file = pd.DataFrame([{**row, "Run": words.cell(str(row["Run"]))} for row in rows]).to_csv(index=False)
     st.download_button(
         "Download as CSV", file, "pocketfed-rounds.csv", "text/csv", icon=":material/download:", on_click="ignore"

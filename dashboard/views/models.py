@@ -84,13 +84,12 @@ def _artifacts(artifacts: list[queries.models.ArtifactLine], signed: dict[str, s
     megabytes = {
         name: st.column_config.NumberColumn(f"{name} (MB)", format="%.2f") for name in ("fp32", "fp16", "int8")
     }
-    measured = {
-        "Accuracy": st.column_config.NumberColumn(
-            "Accuracy (%)", format="percent", help="as its manifest says; a run's own result stands at its release"
-        ),
+    columns = {
+        "Parameters": st.column_config.NumberColumn(format="localized"),
         "Latency": st.column_config.NumberColumn("Latency (ms)", format="%.1f", help="as its manifest says"),
     }
-    frame.table(rows, {"Parameters": st.column_config.NumberColumn(format="localized"), **megabytes, **measured})
+    told = "as its manifest says; a run's own result stands at its release"
+    frame.table(rows, columns | megabytes, shares={"Accuracy": ("Accuracy", told)})
 
 
 def _megabytes(a: queries.models.ArtifactLine, precision: str) -> float | None:
@@ -141,10 +140,9 @@ def _releases(opened: Store, releases: list[queries.models.ReleaseLine]) -> None
     columns = {
         "kB": st.column_config.NumberColumn("Trained values (kB)", format="%.1f"),
         "Devices": st.column_config.NumberColumn("Devices that run it", help="as they say"),
-        "Share": st.column_config.NumberColumn("Share of the fleet", format="percent"),
-        "Accuracy": st.column_config.NumberColumn("Accuracy (%)", format="percent", help="of the run it came from"),
     }
-    frame.table(rows, columns)
+    shares = {"Share": ("Share of the fleet", None), "Accuracy": ("Accuracy", "of the run it came from")}
+    frame.table(rows, columns, shares=shares)
 
 
 def _judged(opened: Store, releases: list[queries.models.ReleaseLine]) -> None:
@@ -169,12 +167,10 @@ def _judged(opened: Store, releases: list[queries.models.ReleaseLine]) -> None:
         for c in compared
     ]  # fmt: skip
     columns = {
-        "Accuracy": st.column_config.NumberColumn("Accuracy (%)", format="percent"),
-        "Before": st.column_config.NumberColumn("Accuracy before (%)", format="percent"),
         "Loss": st.column_config.NumberColumn("Loss (nats)", format="%.3f"),
         "Loss before": st.column_config.NumberColumn("Loss before (nats)", format="%.3f"),
     }
-    frame.table(rows, columns)
+    frame.table(rows, columns, shares={"Accuracy": ("Accuracy", None), "Before": ("Accuracy before", None)})
 
 
 def _events(opened: Store) -> None:
