@@ -201,6 +201,10 @@ def inspect(
         return
     rows = [["parameters", f"{report['parameters']:,}"], ["FLOPs, 128 tokens", f"{report['flops'] / 1e9:.3f} G"]]
     rows += [[f"bytes {kind}", format_bytes(count)] for kind, count in report["bytes"].items()]
+    if "bytes_on_disk" in report:
+        stored = report["quantization"] or "not quantized"
+        rows.append(["as it is stored", f"{stored}, {format_bytes(report['bytes_on_disk'])}"])
+        rows.append(["labels", str(len(report["labels"])) if report["labels"] else "none: a backbone"])
     print_table(report["name"], ["", "value"], rows)
 
 

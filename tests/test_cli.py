@@ -199,6 +199,7 @@ def test_inspect_tells_a_folder_by_its_config(quantized: Path) -> None:
     assert report["tokens"] == 128
     assert report["flops"] > 2 * 128 * 12_288, "at least two a weight and token in 12 matrices of 32 × 32"
     assert report["bytes_on_disk"] == sum(p.stat().st_size for p in quantized.iterdir())
+    assert re.search(r"as it is stored .* int8, ", works("inspect", quantized))
 
 
 def test_evaluate_fine_tunes_a_student_without_a_classifier(student: Path, data: Path) -> None:
