@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 import statistics
@@ -21,13 +20,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from fleet_database import advance, fill
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
+import screenshot
+
 # page -> its heading, and how many charts it has on the made-up fleet
 PAGES = {
     "now": ("Now", 2), "learning": ("Learning", 4), "round": ("Round", 4), "fleet": ("Fleet", 8), "models": ("Models", 2),
@@ -72,19 +72,6 @@ def there(page: str, text: str = "") -> str:
     """JavaScript: whether that page is drawn, with these words in a chart."""
     title, charts = PAGES[page]
     return f"() => window.has({title!r}, {charts}, {text!r})"
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-screenshot = load("docs/screenshot.py")
 
 
 def there_s(driver: webdriver.Chrome) -> float:

@@ -9,27 +9,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import device_soak
+import forms
+import harness
 import numpy as np
+import peers
 import pytest
+import simulation
+import weight
 
 from pocketfed.model.tasks import Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not here: the extra benchmarks")
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of benchmarks/, which is no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module(name)
-
-
-@pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("harness", monkeypatch)
 
 
 def printing(code: str) -> list[str]:
@@ -47,14 +41,11 @@ def run_peer(*words: str) -> dict[str, Any]:
 # ---- harness -------------------------------------------------------------------------------------------------------
 
 
-def test_the_examples_in_the_harness_are_true(harness: ModuleType) -> None:
+def test_the_examples_in_the_harness_are_true() -> None:
     assert doctest.testmod(harness).failed == 0
 
 
-def test_what_weight_measures_is_the_memory_and_time_of_that_code_alone(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = load("weight", monkeypatch)
+def test_what_weight_measures_is_the_memory_and_time_of_that_code_alone() -> None:
     empty, large = (
         harness.run_once(printing(weight.MEASURED.format(code=code)))
         for code in ("pass", "held = bytearray(b'1') * 50_000_000")
@@ -66,7 +57,7 @@ def test_what_weight_measures_is_the_memory_and_time_of_that_code_alone(
         compile(code, "variant", "exec")
 
 
-def test_variants_run_in_turn_each_in_a_fresh_process(harness: ModuleType, tmp_path: Path) -> None:
+def test_variants_run_in_turn_each_in_a_fresh_process(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = "import json, os; open({!r}, 'a').write({!r}); print('words'); print(json.dumps({{'pid': os.getpid()}}))"
     commands = {name: printing(code.format(str(log), name)) for name in "ab"}
@@ -75,7 +66,7 @@ def test_variants_run_in_turn_each_in_a_fresh_process(harness: ModuleType, tmp_p
     assert len({row["pid"] for name in "ab" for row in rows[name]}) == 6
 
 
-def test_a_table_has_median_smallest_and_largest_and_leaves_out_what_is_missing(harness: ModuleType) -> None:
+def test_a_table_has_median_smallest_and_largest_and_leaves_out_what_is_missing() -> None:
     rows = {"a": [{"s": 1.0}, {"s": 4.0}, {"s": 2.0}], "b": [{"s": 1500, "accuracy": None}]}
     lines = harness.table(rows, {"s": "seconds", "accuracy": "right"}).splitlines()
     assert lines[0] == "| | seconds | right |"
@@ -91,12 +82,12 @@ def test_a_table_has_median_smallest_and_largest_and_leaves_out_what_is_missing(
         ("pass", "ended its output with ''"),
     ],
 )
-def test_a_command_that_measures_nothing_is_an_error(harness: ModuleType, code: str, message: str) -> None:
+def test_a_command_that_measures_nothing_is_an_error(code: str, message: str) -> None:
     with pytest.raises(harness.BenchmarkError, match=message):
         harness.run_once(printing(code))
 
 
-def test_peak_memory_is_the_process_own_and_not_its_parents(harness: ModuleType) -> None:
+def test_peak_memory_is_the_process_own_and_not_its_parents() -> None:
     held = np.ones(400_000_000, np.uint8)  # touched, so that it is in memory while the child is started
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import harness, json, numpy\n"
     small = harness.run_once(printing(code + "print(json.dumps({'mb': harness.peak_rss_mb()}))"))["mb"]
@@ -106,7 +97,7 @@ def test_peak_memory_is_the_process_own_and_not_its_parents(harness: ModuleType)
     assert 95 < large - small < 105
 
 
-def test_a_device_holds_the_same_examples_whatever_the_variant(harness: ModuleType) -> None:
+def test_a_device_holds_the_same_examples_whatever_the_variant() -> None:
     first, again, other = (harness.chosen(1000, 128, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == 128
@@ -127,10 +118,7 @@ SMALL = ("--model", "nano", "--length", "16", "--batch", "8", "--examples", "20"
 @pytest.mark.parametrize(
     ("padding", "widths"), [("max_length", [9, 9, 9]), ("batch", [8, 4, 7]), ("bucketed", [3, 6, 8])]
 )
-def test_batches_are_padded_as_named_and_hold_each_example_once(
-    monkeypatch: pytest.MonkeyPatch, padding: str, widths: list[int]
-) -> None:
-    peers = load("peers", monkeypatch)
+def test_batches_are_padded_as_named_and_hold_each_example_once(padding: str, widths: list[int]) -> None:
     lengths = [3, 8, 4, 2, 7, 6]
     data = peers.Encoded([[10 + i] * n for i, n in enumerate(lengths)], list(range(6)))
     batches = list(peers._batches(data, 2, 9, padding, None))
@@ -225,8 +213,7 @@ def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_i
     from pocketfed.client_sdk import status
 
     monkeypatch.setattr(status, "OFTEN_S", 0.0)
-    soak = load("device_soak", monkeypatch)
-    found = soak.live(3, 0, tmp_path, soak.build(tmp_path), rounds=5)
+    found = device_soak.live(3, 0, tmp_path, device_soak.build(tmp_path), rounds=5)
     assert found["wrong_steps"] == 0
     assert found["handed_in"] >= 5
     assert found["broken_off"] + found["gave_back"] >= 1
@@ -240,7 +227,6 @@ def test_fault_26_three_hours_of_conditions_coming_and_going_leave_a_device_as_i
 def test_forms_are_compared_on_the_same_student_and_examples(
     tiny_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    forms = load("forms", monkeypatch)
     for name, part in (("train", tiny_dataset.train), ("test", tiny_dataset.test)):
         rows = [json.dumps({"text": e.text, "label": e.label}) for e in part]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
@@ -259,8 +245,7 @@ def test_forms_are_compared_on_the_same_student_and_examples(
     assert len(forms.whole_rows(out)) == 3
 
 
-def test_differences_are_taken_seed_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms = load("forms", monkeypatch)
+def test_differences_are_taken_seed_by_seed() -> None:
     ours = [{"seed": 0, "accuracy": 0.90}, {"seed": 1, "accuracy": 0.80}, {"seed": 2, "accuracy": 0.5}]
     others = [{"seed": 1, "accuracy": 0.81}, {"seed": 0, "accuracy": 0.93}]
     assert forms.difference(ours, others, "accuracy") == "-2.0 ± 1.4"  # -3 and -1
@@ -283,15 +268,15 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def run(name: str, *words: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        load(name, monkeypatch).main()
+        importlib.import_module(name).main()
         return capsys.readouterr().out
 
     return run
 
 
-def test_the_examples_in_what_benchmarks_share_are_true(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_in_what_benchmarks_share_are_true() -> None:
     for name in ("virtual", "personal"):
-        assert doctest.testmod(load(name, monkeypatch)).failed == 0
+        assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_federations_of_lora_are_compared_on_the_same_devices_and_go_on_from_what_is_there(
@@ -375,8 +360,8 @@ def test_rules_are_compared_as_the_share_of_hostile_devices_grows(
 
 
 @pytest.mark.parametrize("name", ["load", "asynchrony"])
-def test_the_examples_in_a_benchmark_are_true(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    assert doctest.testmod(load(name, monkeypatch)).failed == 0
+def test_the_examples_in_a_benchmark_are_true(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 def test_the_load_benchmark_measures_check_ins_of_a_coordinator_that_serves() -> None:
@@ -392,9 +377,8 @@ def test_the_load_benchmark_measures_check_ins_of_a_coordinator_that_serves() ->
     assert row["rss_mb"] > 20
 
 
-def test_a_simulation_is_measured_with_all_processes_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_simulation_is_measured_with_all_processes_below_it() -> None:
     """A child that holds 100 MB of its own and has used a tenth of a second of processor time."""
-    simulation = load("simulation", monkeypatch)
     tree = simulation.Tree()
     before = tree.peak_mb
     busy = "import time\nheld = bytearray(b'x') * 10**8\nwhile time.process_time() < 0.1: pass\nprint(len(held), flush=True)\ninput()"
@@ -410,7 +394,6 @@ def test_a_simulation_is_measured_with_all_processes_below_it(monkeypatch: pytes
 def test_the_simulation_benchmark_hands_its_settings_to_every_variant(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    simulation = load("simulation", monkeypatch)
     ran: list[list[str]] = []
 
     def interleaved(commands: dict[str, list[str]], repeats: int, threads: int, on_row: Any) -> dict[str, Any]:

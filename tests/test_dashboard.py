@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import fleet_database
 import pytest
 import sqlalchemy as sa
 from streamlit.testing.v1 import AppTest
@@ -41,16 +40,6 @@ HOSTILE = (
 )
 
 
-def load(path: str) -> ModuleType:
-    """A script of the repository that is in no package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "fleet.db"
@@ -63,7 +52,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made once; each test has a copy of its own."""
     path = tmp_path_factory.mktemp("seeded") / "fleet.db"
-    load("benchmarks/fleet_database.py").fill(str(path), devices=60, rounds=3, planned=5)
+    fleet_database.fill(str(path), devices=60, rounds=3, planned=5)
     return path
 
 
@@ -268,7 +257,7 @@ def test_no_database_named_is_answered_with_the_command(monkeypatch: pytest.Monk
 def test_a_database_made_anew_in_the_same_place_is_read_anew(database: Path, view: str) -> None:
     app = drawn(view)
     assert "There is no database" in html_of(app)
-    load("benchmarks/fleet_database.py").fill(str(database), devices=5, rounds=1, planned=2, cohort=5)
+    fleet_database.fill(str(database), devices=5, rounds=1, planned=2, cohort=5)
     app.run()
     assert not app.exception
     assert "There is no database" not in html_of(app)

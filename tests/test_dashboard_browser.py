@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import fleet_database
 import pytest
+import screenshot
 import sqlalchemy as sa
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException, WebDriverException
@@ -45,24 +44,13 @@ CHART = '[data-testid="stVegaLiteChart"] svg.marks'
 POINT = f"{CHART} .mark-symbol.role-mark path"
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-screenshot = load("docs/screenshot.py")
 pytestmark = pytest.mark.skipif(screenshot.missing() is not None, reason=str(screenshot.missing()))
 
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dashboard") / "fleet.db"
-    load("benchmarks/fleet_database.py").fill(str(path), devices=12, rounds=4, planned=6)
+    fleet_database.fill(str(path), devices=12, rounds=4, planned=6)
     return path
 
 
@@ -252,7 +240,7 @@ def file_in(folder: Path, ending: str) -> Path:
 def test_without_a_mouse_an_operator_logs_in_changes_page_and_run_acts_and_saves_what_is_drawn(tmp_path: Path) -> None:
     database, saved = tmp_path / "fleet.db", tmp_path / "saved"
     saved.mkdir()
-    load("benchmarks/fleet_database.py").fill(str(database), devices=12, rounds=4, planned=6)
+    fleet_database.fill(str(database), devices=12, rounds=4, planned=6)
     store = Store(str(database))
     with store.write() as session:
         set_operator(session, "olga", "operator", PASSWORD)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import doctest
 import hashlib
-import importlib.util
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fleet_database
 import pytest
 import sqlalchemy as sa
 from streamlit.testing.v1 import AppTest
@@ -29,12 +29,7 @@ ROLES = {"vera": "viewer", "olga": "operator", "adam": "admin"}
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small fleet with three operators; each test has a copy."""
     path = tmp_path_factory.mktemp("seeded") / "fleet.db"
-    spec = importlib.util.spec_from_file_location("fleet_database", ROOT / "benchmarks" / "fleet_database.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.fill(str(path), devices=12, rounds=2, planned=4)
+    fleet_database.fill(str(path), devices=12, rounds=2, planned=4)
     store = Store(str(path))
     with store.write() as session:
         for name, role in ROLES.items():

@@ -12,9 +12,10 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import fleet_database
 import pytest
+import screenshot
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
@@ -29,17 +30,6 @@ PEOPLE = {"olga": True}  # whether the provider vouches for their addresses
 ADDRESS = "{}@fleet.example"
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-screenshot = load("docs/screenshot.py")
 pytestmark = [
     pytest.mark.skipif(screenshot.missing() is not None, reason=str(screenshot.missing())),
     pytest.mark.skipif(
@@ -100,7 +90,7 @@ def test_an_operator_comes_in_by_the_organisation_and_logs_out_there_too(
     tmp_path: Path, provider: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = tmp_path / "fleet.db"
-    load("benchmarks/fleet_database.py").fill(str(database), devices=6, rounds=1, planned=2)
+    fleet_database.fill(str(database), devices=6, rounds=1, planned=2)
     store = Store(str(database))
     with store.write() as session:
         for name in PEOPLE:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import fleet_database
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -621,12 +621,7 @@ def every_query(session: Session) -> None:
 
 def test_every_query_has_an_answer_and_none_reads_all_updates_or_assignments(database: str) -> None:
     """On both kinds of database. A full scan would be read on every refresh, by every reader."""
-    spec = importlib.util.spec_from_file_location("fleet_database", ROOT / "benchmarks" / "fleet_database.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    made.fill(database, devices=30, rounds=8, planned=9, cohort=20)
+    fleet_database.fill(database, devices=30, rounds=8, planned=9, cohort=20)
     store = Store(database)
     with store.write() as session:  # PostgreSQL knows tables that were never counted as tiny, and reads those whole
         session.execute(sa.text("ANALYZE"))

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import http.server
-import importlib.util
 import json
 import random
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import screenshot
 from numpy.typing import NDArray
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -47,19 +45,6 @@ PARTS = (
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is not on the PATH; install Node.js 20")
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-screenshot = load("docs/screenshot.py")
 
 
 def node(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
