@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FILES = 65536  # open at once, at most
-OFFER_S = 10.0  # a device that was there takes what it is offered within so long, or counts as gone
 Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
 KeysFolder = Annotated[
     Path | None, typer.Option("--keys", help="The publisher's private keys; by default beside the database.")
@@ -347,7 +346,7 @@ def _grid(store: Store, server: CoordinatorServer, run_id: int, config: RunConfi
     from pocketfed.coordinator.strategy import asks_more
 
     _, size = starting_theta(store, run_id)
-    offer_s = min(config.lease_s, OFFER_S)
+    offer_s = min(config.lease_s, config.offer_s)
     forms = not config.update.plain or asks_more(config.strategy)
     return FleetGrid(server.assignments, run_id, lambda: server.online(config.channel, forms), size, offer_s)
 

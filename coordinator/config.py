@@ -154,6 +154,9 @@ class RunConfig:
     wait_s: float = 600.0  # for min_devices
     deadline_s: float = 600.0  # of a round
     lease_s: float = 30.0  # without a heartbeat for this long a device counts as gone
+    offer_s: float = (
+        10.0  # a device that was there takes what it is offered within so long (and within lease_s), or is gone
+    )
     max_examples: int = 10_000  # the most that one device's weight can be
     max_update_norm: float = 0.0  # larger updates are quarantined; 0 for no limit
     # The next three count medians of what the run has accepted lately; 0 switches one off.
@@ -193,6 +196,7 @@ class RunConfig:
                 "wait_s": (0, MAX_S),
                 "deadline_s": (0.1, MAX_S),
                 "lease_s": (0.1, 86400),
+                "offer_s": (0.1, 86400),
                 "max_examples": (1, 10**9),
                 "max_update_norm": (0, sys.float_info.max),
                 "examples_factor": (0, MAX_S),
