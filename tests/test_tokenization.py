@@ -147,15 +147,15 @@ def test_hostile_pairs_agree_at_every_length(both: Both) -> None:
 
 
 def test_sampled_code_points_agree(both: Both) -> None:
-    """All of the first 0x3100 and every 61st after; the slow test below takes every one."""
+    """All of the first 0x3100 and every 61st after; the slow test below takes every one that is in use."""
     points = [*range(0x3100), *range(0x3100, 0x110000, 61)]
     for frame in ("a{}b", " {} ", "watch{}s"):
         both.agree([frame.format(chr(c)) for c in points])
 
 
 @pytest.mark.slow
-def test_every_code_point_agrees(both: Both) -> None:
-    for start in range(0, 0x110000, 1 << 15):
+def test_every_code_point_of_the_planes_in_use_agrees(both: Both) -> None:
+    for start in (*range(0, 0x40000, 1 << 15), 0xE0000):  # planes 0 to 3 and the beginning of 14
         both.agree([f"a{chr(c)}b {chr(c)} " for c in range(start, start + (1 << 15))])
 
 
