@@ -185,8 +185,8 @@ def _static(ranges: Ranges) -> _Product:
     def make(x: str, weight: str, q: str, scale: str, tensors: Tensors) -> tuple[str, list[NodeProto]]:
         if weight not in ranges:
             raise ValueError(f"the product with {weight} has no range; measure ranges on texts first")
-        step, zero = step_of(*ranges[weight])
-        tensors |= {f"{weight}.step": np.array(step, np.float32), f"{weight}.zero": np.array(zero, np.uint8)}
+        step, kind = step_of(*ranges[weight])
+        tensors |= {f"{weight}.step": np.array(step, np.float32), f"{weight}.zero": np.array(0, kind)}
         constants = [f"{weight}.step", f"{weight}.zero"]
         names = [f"{weight}.{part}" for part in ("rounded", "read")]
         out, made = _weights_only(ranges)(names[1], weight, q, scale, tensors)
@@ -206,15 +206,18 @@ _PRODUCTS: dict[str, Callable[[Ranges], _Product]] = {
 }
 
 
-def step_of(least: float, largest: float) -> tuple[float, int]:
-    """The step and the zero point of 256 levels that hold a range and 0.
+def step_of(least: float, largest: float) -> tuple[float, type[np.integer[Any]]]:
+    """The step of 8-bit levels that hold a range, and their type: unsigned where nothing is below 0, else signed.
 
-    >>> step_of(0.0, 255.0), step_of(-1.0, 1.0)[1], step_of(0.0, 0.0)
-    ((1.0, 0), 128, (1.0, 0))
+    Zero is always level 0: a zero point elsewhere is a subtraction more in every product, and most of what the student's
+    products read lies about evenly around 0.
+
+    >>> step_of(0.0, 255.0), step_of(-127.0, 3.0), step_of(0.0, 0.0)
+    ((1.0, <class 'numpy.uint8'>), (1.0, <class 'numpy.int8'>), (1.0, <class 'numpy.uint8'>))
     """
-    least, largest = min(least, 0.0), max(largest, 0.0)
-    step = (largest - least) / (2 * LEVELS + 1)
-    return (step, round(-least / step)) if step > 0 else (1.0, 0)
+    if least < 0:
+        return max(-least, largest) / LEVELS, np.int8
+    return (largest / (2 * LEVELS + 1) if largest > 0 else 1.0), np.uint8
 
 
 def read_by_products(graph: onnx.ModelProto) -> dict[str, str]:
