@@ -113,7 +113,7 @@ def coordinator(tmp_path: Path, nano_built: BuiltArtifact) -> Iterator[Coordinat
     store = Store(str(tmp_path / "fleet.db"))
     with store.write() as session:
         publish_artifact(session, nano_built, "stable", "head")
-    with CoordinatorServer(store, ServerConfig("127.0.0.1:0", lease_s=1.0)) as server:
+    with CoordinatorServer(store, ServerConfig("127.0.0.1:0", lease_s=5.0)) as server:
         yield server
     store.close()
 

@@ -248,12 +248,12 @@ def test_devices_measure_on_their_own_examples(coordinator: Coordinator) -> None
 def test_a_device_that_falls_silent_costs_its_lease_and_not_the_round(
     coordinator: Coordinator, channel: grpc.Channel
 ) -> None:
-    coordinator.restart(lease_s=2.0)  # long enough for the other device on a machine that is busy
+    coordinator.restart(lease_s=6.0)  # long enough for the other device on a machine that is busy
     raw = RawDevice(channel)
     asked, assignments = raw.check_in(), coordinator.server.assignments
     asked.add_done_callback(lambda call: assignments._part(call.result().assignment.id).write_bytes(b"half an update"))
     coordinator.device(0)[0].start()
-    coordinator.drive(rounds=1, offer_s=2.0)
+    coordinator.drive(rounds=1, offer_s=6.0)
     assert not any(assignments.spool.iterdir())
     assert asked.result().assignment.kind == fleet_pb2.Assignment.TRAIN
     assert [(r.status, r.devices, r.failed) for r in coordinator.results[1:]] == [("finished", 1, 1)]

@@ -203,7 +203,7 @@ def test_a_device_killed_in_a_round_and_one_that_comes_late_do_not_stop_the_run(
         [
             "rounds=9",
             "min_devices=3",
-            "lease_s=2",
+            "lease_s=6",
             "local.batch_size=2",
             "local.max_length=32",
             "local.epochs=1000",

@@ -697,11 +697,11 @@ def test_fault_24_the_second_coordinator_waits_and_the_old_ones_late_commit_is_r
 
 
 def test_fault_24_while_the_first_lives_the_second_never_writes(fleet: Fleet, tmp_path: Path) -> None:
-    store, first = lead(fleet, tmp_path / "one", lease_s=0.3)
+    store, first = lead(fleet, tmp_path / "one", lease_s=3.0)  # longer than a busy machine holds up who renews it
     other_store, second = lead(fleet, tmp_path / "two")
     assert first.acquire(print, lambda: False)
     ended = threading.Event()
-    timer = threading.Timer(1.5, ended.set)  # five leases, kept up by renewing
+    timer = threading.Timer(4.0, ended.set)  # after the lease would have run out, were it not renewed
     timer.start()
     assert not second.acquire(print, ended.is_set)
     first.release()
