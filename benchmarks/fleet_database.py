@@ -343,10 +343,11 @@ def _round(
         )
         if arrived:
             refused = status == "quarantined"
-            norm: float | None = rng.lognormvariate(0.2, 0.25) * (8 if refused else 1)
-            reason = f"norm: {norm:.2f} is above the limit {NORM_LIMIT:.2f}" if norm > NORM_LIMIT else NOT_FINITE
-            if refused and rng.random() < 0.5:
-                norm, reason = None, NOT_FINITE  # it has none
+            norm: float | None = rng.lognormvariate(0.2, 0.25)
+            reason = None
+            if refused:
+                norm = rng.choice((None, max(8 * norm, NORM_LIMIT + 0.01)))  # None: theta is not finite
+                reason = NOT_FINITE if norm is None else f"norm: {norm:.2f} is above the limit {NORM_LIMIT:.2f}"
             updates.append(
                 {
                     "assignment_id": name,
@@ -358,7 +359,7 @@ def _round(
                     "cosine": None
                     if number < 2 or norm is None
                     else max(-1.0, min(1.0, rng.gauss(-0.2 if refused else 0.35, 0.15))),
-                    "reason": reason if refused else None,
+                    "reason": reason,
                     "received_at": begin + timedelta(seconds=took),
                 }
             )
