@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pocketfed.model.codecs import parse_codec
 from pocketfed.model.parameters import ParametersError
 
 METRICS = ("loss", "accuracy", "steps", "seconds", "holdout_loss", "truncated", "examples", "correct", "loss_sum")
+SCHEDULES = ("constant", "linear", "cosine")
 MAX_S = 1e9  # 31 years: dates end in the year 9999, and JSON (PostgreSQL's) knows no infinity
 
 
@@ -65,8 +67,7 @@ class LocalTraining:
         )
         if self.optimizer not in ("adamw", "sgd"):
             raise RunConfigError(f"local.optimizer is {self.optimizer!r}; choose adamw or sgd")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise RunConfigError(f"local.schedule is {self.schedule!r}; choose constant, linear or cosine")
+        _check_schedule("local.schedule", self.schedule)
         if self.patience and not self.holdout:
             raise RunConfigError(f"local.patience is {self.patience} without local.holdout; set one, e.g. 0.1")
 
@@ -168,6 +169,7 @@ class RunConfig:
     test_data: str = ""  # labelled texts on the coordinator, measured after every round
     retain_updates: bool = False  # keep what devices sent in the spool once its round has committed
     retain_rounds: int = 0  # keep the details of so many rounds; 0 for all
+    round_schedule: str = "constant"  # of local.learning_rate from round to round; linear, cosine: towards 0
     release: bool = True  # release the result on the channel
     rollout: float = 100.0  # percent of the devices that get it at first; 100: all, and it is judged by nobody
     rollout_margin: float = 0.02  # of accuracy; worse by more in any cohort, and it is halted
@@ -219,6 +221,7 @@ class RunConfig:
                 f"over_selection is {self.over_selection}, of nothing; set cohort to the updates that make a round "
                 "(fedbuff needs none: it does not wait for stragglers)"
             )
+        _check_schedule("round_schedule", self.round_schedule)
         if self.mode not in ("sync", "fedbuff"):
             raise RunConfigError(f"mode is {self.mode!r}; choose sync or fedbuff")
         if self.mode == "fedbuff" and max(self.buffer, self.quorum) > (self.cohort or self.min_devices):
@@ -237,6 +240,17 @@ class RunConfig:
             )
         if self.mode == "fedbuff" and self.quorum > self.buffer:
             raise RunConfigError(f"quorum {self.quorum} can never be met by a buffer of {self.buffer}; lower it")
+
+    def learning_rate_in(self, number: int) -> float:
+        """Of round `number`, counted from 1: FedAvg on unlike devices converges only if it falls (X. Li et al. 2020, theorem 4).
+
+        >>> run = RunConfig(rounds=4, round_schedule="linear", local=LocalTraining(learning_rate=0.8))
+        >>> [round(run.learning_rate_in(number), 6) for number in (1, 2, 3, 4)]
+        [0.8, 0.6, 0.4, 0.2]
+        """
+        done = (number - 1) / self.rounds
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+        return self.local.learning_rate * left[self.round_schedule]
 
     def rollout_plan(self, min_sdk: str = "", max_sdk: str = "") -> Rollout:
         """How the result is released."""
@@ -268,6 +282,11 @@ class RunConfig:
         rest = {k: v for k, v in values.items() if k not in tables}
         _check_names(cls, rest, "")
         return cls(**rest, **tables)
+
+
+def _check_schedule(name: str, value: str) -> None:
+    if value not in SCHEDULES:
+        raise RunConfigError(f"{name} is {value!r}; choose constant, linear or cosine")
 
 
 def _check_names(cls: type, values: Mapping[str, Any], prefix: str) -> None:

@@ -223,7 +223,7 @@ def _sample(run: Driven, number: int, attempt: int) -> Mapping[int, str]:
 def _train_round(run: Driven, number: int, theta: Vector) -> tuple[Vector, str | None, Tally, dict[str, float]]:
     """What the cohort made of theta, why it is not usable (then theta comes back), the tally and the devices' metrics."""
     arrays = arrays_of(theta)
-    messages = run.strategy.configure_train(number, arrays, local_config(run.config), run.grid)
+    messages = run.strategy.configure_train(number, arrays, local_config(run.config, number), run.grid)
     tally = Tally()
     sent = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
     known, step = recall(run.store, run.id, number), last_step(run.store, run.id, theta)
@@ -248,10 +248,13 @@ def _streams(strategy: Strategy) -> bool:
     return type(strategy).__module__.startswith("pocketfed.")
 
 
-def local_config(config: RunConfig) -> ConfigRecord:
-    """The message's config: TrainConfig's fields, the run's seed (devices mix in their name and the round), UpdateForm's."""
+def local_config(config: RunConfig, number: int) -> ConfigRecord:
+    """The message's config in round `number`: TrainConfig's fields with that round's learning rate, the run's seed (devices mix in
+    their name and the round), UpdateForm's.
+    """
+    local = dataclasses.asdict(config.local) | {"learning_rate": config.learning_rate_in(number)}
     form = {f"update.{k}": v for k, v in config.update.to_dict().items()}
-    return ConfigRecord({**dataclasses.asdict(config.local), "seed": config.seed, **form})
+    return ConfigRecord({**local, "seed": config.seed, **form})
 
 
 def personal_means(replies: Sequence[Mapping[str, Any]], means: Mapping[str, float]) -> dict[str, float]:
@@ -282,7 +285,7 @@ def _measure(run: Driven, theta: Vector, reason: str | None, number: int) -> dic
     measured = dict(run.evaluate(theta)) if run.evaluate else {}
     if run.config.evaluate_on_devices and reason is None:
         arrays = arrays_of(theta)
-        messages = run.strategy.configure_evaluate(number, arrays, local_config(run.config), run.grid)
+        messages = run.strategy.configure_evaluate(number, arrays, local_config(run.config, number), run.grid)
         replies = run.grid.send_and_receive(messages, timeout=run.config.deadline_s)
         usable = with_common_metrics(screen_measured(replies, run.config.max_examples))
         metrics = run.strategy.aggregate_evaluate(number, usable) or {}

@@ -72,11 +72,12 @@ class Scaffold(Ours):
                 f"Scaffold divides by local.learning_rate, {local.learning_rate:g}, and bounds its control variate by "
                 f"local.max_grad_norm, {local.max_grad_norm:g}; set both above 0"
             )
-        self.rate, self.most = local.learning_rate, 2 * local.max_grad_norm
+        self.most = 2 * local.max_grad_norm
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        self.rate = float(config["learning_rate"])  # of this round
         size = arrays[THETA].numpy().size
         self.total = self.total if self.total.size else np.zeros(size)
         both = ArrayRecord({THETA: arrays[THETA], CONTROL: Array(self.control())})

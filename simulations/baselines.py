@@ -85,8 +85,13 @@ def budget(run: RunConfig, devices: int) -> int:
 
 
 def training(run: RunConfig, devices: int, together: bool) -> TrainConfig:
-    """As the run's devices train, for the whole budget in one go. together: all devices' data in one place."""
+    """As the run's devices train, for the whole budget in one go: a rate that falls over the rounds falls over that.
+
+    Args:
+        together: all devices' data is in one place.
+    """
     local = dataclasses.asdict(run.local)
+    local |= {} if run.round_schedule == "constant" else {"schedule": run.round_schedule, "warmup": 0.0}
     steps = run.local.max_steps * math.ceil(budget(run, devices) / run.local.epochs) * (devices if together else 1)
     return TrainConfig(
         **local | {"epochs": budget(run, devices), "max_steps": steps, "proximal_mu": 0.0, "seed": run.seed}

@@ -531,7 +531,9 @@ def test_fault_05_a_late_update_in_the_spool_is_judged_as_sent_and_lowered_by_it
         begin_attempt(fleet.store, grid.run_id, number, [node])
         grid.enter(Cohort(number, 1, {node: fleet.nodes[node]}, 60.0, enough=1, staleness_exponent=0.5))
         theta = np.full(size, number, np.float32)
-        asked = strategy.configure_train(number, ArrayRecord({"theta": Array(theta)}), local_config(fleet.config), grid)
+        asked = strategy.configure_train(
+            number, ArrayRecord({"theta": Array(theta)}), local_config(fleet.config, number), grid
+        )
         grid.push_messages(asked)  # in round 2 the device is busy still
         found = assignments.next_for(node, 60.0)
     assert found is not None

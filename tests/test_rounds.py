@@ -193,6 +193,15 @@ def test_a_run_of_one_device_is_training_on_that_device(fleet: Fleet) -> None:
     assert np.array_equal(theta, train_centrally(fleet.trainer, fleet.local[name], config))
 
 
+def test_a_rate_that_falls_over_the_rounds_is_what_devices_step_by(fleet: Fleet) -> None:
+    fleet.nodes = dict(list(fleet.nodes.items())[:1])
+    # One step of a gradient that is cut to length 0.01: a round goes 0.01 times its rate.
+    local = LocalTraining(optimizer="sgd", learning_rate=1.0, max_grad_norm=0.01, batch_size=4, max_steps=1)
+    fleet.drive(rounds=4, round_schedule="linear", local=local, measure=False)
+    walked = [m.value for m in sorted(fleet.rows(Metric), key=lambda m: m.round) if m.name == "step_norm"]
+    assert walked == pytest.approx([0.01, 0.0075, 0.005, 0.0025], rel=1e-3)
+
+
 def test_the_result_is_released_and_the_next_run_starts_from_it(fleet: Fleet) -> None:
     theta = fleet.drive(rounds=1)
     with fleet.store.read() as session:

@@ -98,6 +98,8 @@ def test_overrides_never_change_what_they_are_laid_over() -> None:
         ({"name": 7}, "name is 7; it must be of type str"),
         ({"strategy_options": [1]}, r"strategy_options is \[1\]; it must be of type Mapping"),
         ({"local": 3}, "local is 3; it must be a table"),
+        ({"local": {"schedule": "step"}}, r"local\.schedule is 'step'; choose constant, linear or cosine"),
+        ({"round_schedule": "step"}, "round_schedule is 'step'; choose constant, linear or cosine"),
         ({"local": {"optimizer": "adam"}}, r"local\.optimizer is 'adam'; choose adamw or sgd"),
         ({"rounds": 0}, "rounds is 0; it must be a number between 1 and"),
         ({"seed": -1}, "seed is -1; it must be a number between 0 and"),
@@ -125,6 +127,19 @@ def test_overrides_never_change_what_they_are_laid_over() -> None:
 def test_what_does_not_fit_is_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(RunConfigError, match=says):
         RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.4, 0.4, 0.4, 0.4]),
+        ("linear", [0.4, 0.3, 0.2, 0.1]),
+        ("cosine", [0.4, 0.2 + 0.1 * 2**0.5, 0.2, 0.2 - 0.1 * 2**0.5]),
+    ],
+)
+def test_the_learning_rate_of_each_round_follows_the_schedule(schedule: str, rates: list[float]) -> None:
+    run = RunConfig(rounds=4, round_schedule=schedule, local=LocalTraining(learning_rate=0.4))
+    assert [run.learning_rate_in(number) for number in (1, 2, 3, 4)] == pytest.approx(rates, abs=1e-12)
 
 
 def test_settings_given_in_code_are_checked_as_well() -> None:

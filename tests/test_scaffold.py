@@ -18,11 +18,12 @@ from pocketfed.client_sdk.trainer import Batch, Examples, TrainConfig
 from pocketfed.coordinator import config, flwr_compat
 
 # isort: split
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
 from pocketfed.coordinator.aggregation import Delta
 from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.grid import Cohort
+from pocketfed.coordinator.rounds import local_config
 from pocketfed.coordinator.scaffold import Scaffold
 from pocketfed.coordinator.strategy import THETA, DeltaArray, StrategyError, make_strategy
 from pocketfed.coordinator.strategy_state import capture, restore
@@ -138,7 +139,7 @@ class Two(InProcessGrid):
 def round_of(strategy: Scaffold, replies: Sequence[Message], start: float = 0.0) -> tuple[float, float]:
     """(theta, the c that went down)"""
     given = ArrayRecord({THETA: Array(np.array([start], np.float32))})
-    sent = list(strategy.configure_train(1, given, ConfigRecord({}), Two()))
+    sent = list(strategy.configure_train(1, given, local_config(RUN, 1), Two()))
     (control,) = {float(m.content["arrays"][CONTROL].numpy()[0]) for m in sent}
     assert {float(m.content["arrays"][THETA].numpy()[0]) for m in sent} == {start}
     arrays, _ = strategy.aggregate_train(1, replies)
@@ -168,12 +169,15 @@ def test_the_control_variate_is_the_mean_of_the_devices_own_and_nothing_more_cam
 def test_device_and_coordinator_agree_on_every_control_variate() -> None:
     strategy, own, theta = prepared(), [NOTHING, NOTHING], 0.0
     pulls = (Quadratic(1.0), 4.0), (Quadratic(2.0), -1.0)
-    for number in range(3):
+    falling = dataclasses.replace(RUN, rounds=3, round_schedule="linear")
+    for number in (1, 2, 3):
         given = ArrayRecord({THETA: Array(np.array([theta], np.float32))})
-        sent = list(strategy.configure_train(number, given, ConfigRecord({}), Two()))
+        asked = local_config(falling, number)
+        sent = list(strategy.configure_train(number, given, asked, Two()))
+        how = dataclasses.replace(SGD, learning_rate=float(asked["learning_rate"]))
         control, deltas, steps = sent[0].content["arrays"][CONTROL].numpy(), [], []
         for i, (trainer, label) in enumerate(pulls):
-            task = Task("train", np.array([theta], np.float32), SGD, number, f"d{i}", control=control)
+            task = Task("train", np.array([theta], np.float32), how, number, f"d{i}", control=control)
             reply = perform(trainer, task, examples(label), kept=Kept(control=own[i]))
             own[i] = reply.kept.control
             deltas.append(float(reply.delta[0]))
@@ -191,8 +195,9 @@ def test_unlike_devices_end_where_their_losses_sum_is_least_as_fedavg_does_not()
     for controlled in (False, True):
         strategy, own, theta = prepared(), [NOTHING, NOTHING], 0.0
         for number in range(60):
-            strategy.total = strategy.total if strategy.total.size else np.zeros(1)
-            control = strategy.control() if controlled else None
+            given = ArrayRecord({THETA: Array(np.array([theta], np.float32))})
+            sent = list(strategy.configure_train(number, given, local_config(RUN, 1), Two()))
+            control = sent[0].content["arrays"][CONTROL].numpy() if controlled else None
             deltas, steps = [], []
             for i, (trainer, label) in enumerate(pulls):
                 task = Task("train", np.array([theta], np.float32), SGD, number, f"d{i}", control=control)

@@ -120,6 +120,8 @@ def test_lines_get_the_epochs_that_a_device_goes_through() -> None:
     together, alone = training(run, 10, together=True), training(run, 10, together=False)
     assert (together.epochs, together.max_steps, alone.max_steps) == (12, 180, 18)
     assert together.proximal_mu == 0.0
+    falling = dataclasses.replace(run, round_schedule="cosine")
+    assert (together.schedule, training(falling, 10, together=True).schedule) == ("constant", "cosine")
     assert parse_lines("local, central") == ("central", "local")
     assert (parse_lines("none"), parse_lines("all")) == ((), LINES)
     with pytest.raises(

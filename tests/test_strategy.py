@@ -290,7 +290,7 @@ def one_round(fleet: Fleet, strategy_name: str, options: dict[str, Any]) -> Vect
     fleet.grid.enter(Cohort(1, 1, fleet.grid.devices))
     arrays = ArrayRecord({"theta": Array(fleet.trainer.initial_theta())})
     messages = strategy.configure_train(
-        1, arrays, local_config(RunConfig(local=LocalTraining(batch_size=2))), fleet.grid
+        1, arrays, local_config(RunConfig(local=LocalTraining(batch_size=2)), 1), fleet.grid
     )
     aggregated, _ = strategy.aggregate_train(1, list(fleet.grid.send_and_receive(messages)))
     return np.asarray(aggregated["theta"].numpy())
