@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pocketfed.cli.fleet import Database, Json, KeysFolder
-from pocketfed.cli.output import CommandError, print_json, print_table
-
-if TYPE_CHECKING:
-    from pocketfed.coordinator.store import Store
+from pocketfed.cli.database import opened
+from pocketfed.cli.options import Database, Json, KeysFolder, group
+from pocketfed.cli.output import CommandError, format_moment, print_json, print_rows
 
 UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def _app(help_: str) -> typer.Typer:
-    return typer.Typer(help=help_, rich_markup_mode=None, add_completion=False)
-
-
-keys = _app("The publisher's keys, which sign what devices run.")
-enrolment_key = _app("Keys that let devices enrol: so many, until some day.")
-devices = _app("The devices of a fleet.")
-operator = _app("People who may look, act or administer.")
-
-
-@contextmanager
-def _open(database: str) -> Iterator[Store]:
-    from pocketfed.coordinator.store import Store
-
-    store = Store(database)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _rows(title: str, rows: list[dict[str, Any]], json: bool) -> None:
-    if json:
-        print_json(rows)
-    else:
-        columns = list(rows[0]) if rows else []
-        print_table(title, columns, [["" if v is None else v for v in row.values()] for row in rows])
-
-
-def _moment(value: datetime | None) -> str | None:
-    return None if value is None else f"{value:%Y-%m-%d %H:%M}"
+keys = group("The publisher's keys, which sign what devices run.")
+enrolment_key = group("Keys that let devices enrol: so many, until some day.")
+devices = group("The devices of a fleet.")
+operator = group("People who may look, act or administer.")
 
 
 def parse_duration_s(text: str) -> float:
@@ -90,7 +58,7 @@ def keys_create(database: Database, folder: KeysFolder = None) -> None:
     from pocketfed.coordinator.operators import acting, local_admin
     from pocketfed.coordinator.signing import create_keys, keys_folder, newest_list
 
-    with _open(database) as store:
+    with opened(database) as store:
         place = folder or keys_folder(store)
         with acting(store, local_admin(), "key.create", str(place)) as session:
             create_keys(session, place)
@@ -106,7 +74,7 @@ def keys_list(database: Database, json: Json = False) -> None:
     """Show the publisher and which keys sign for it."""
     from pocketfed.coordinator.signing import listed_keys, newest_list
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         newest = newest_list(session)
         listed = listed_keys(newest)
         rows = [
@@ -115,7 +83,7 @@ def keys_list(database: Database, json: Json = False) -> None:
         if json:
             print_json({"publisher": newest.publisher if newest else None, "keys": rows})
         else:
-            _rows(f"publisher {newest.publisher}" if newest else "no publisher yet", rows, False)
+            print_rows(f"publisher {newest.publisher}" if newest else "no publisher yet", rows, False)
 
 
 @keys.command("rotate")
@@ -124,7 +92,7 @@ def keys_rotate(database: Database, folder: KeysFolder = None) -> None:
     from pocketfed.coordinator.operators import acting, local_admin
     from pocketfed.coordinator.signing import current_key, keys_folder, open_keys, rotate_keys
 
-    with _open(database) as store, acting(store, local_admin(), "key.rotate") as session:
+    with opened(database) as store, acting(store, local_admin(), "key.rotate") as session:
         name, _ = current_key(session, rotate_keys(session, open_keys(folder or keys_folder(store))))
         print(f"signing with {name} from now on")
 
@@ -145,7 +113,7 @@ def keys_revoke(
     from pocketfed.coordinator.operators import acting, local_admin
     from pocketfed.coordinator.signing import keys_folder, open_keys, revoke_signing_key, sign_again
 
-    with _open(database) as store, acting(store, local_admin(), "key.revoke", key) as session:
+    with opened(database) as store, acting(store, local_admin(), "key.revoke", key) as session:
         left = revoke_signing_key(session, open_keys(folder or keys_folder(store)), key)
         signed = sign_again(session, left) if again else []
         print(f"revoked {key}" + (f"; signed again: {', '.join(signed)}" if signed else ""))
@@ -171,11 +139,11 @@ def enrolment_key_create(
     from pocketfed.coordinator.store import now
 
     end = None if expires == "never" else now() + timedelta(seconds=parse_duration_s(expires))
-    with _open(database) as store:
+    with opened(database) as store:
         with acting(store, local_admin(), "enrolment-key.create", f"{cohort} {quota}".strip()) as session:
             number, key = create_key(session, quota, end, cohort, round_cap)
         if json:
-            print_json({"id": number, "key": key, "quota": quota, "cohort": cohort, "expires_at": _moment(end)})
+            print_json({"id": number, "key": key, "quota": quota, "cohort": cohort, "expires_at": format_moment(end)})
         else:
             print(key)
 
@@ -185,13 +153,13 @@ def enrolment_key_list(database: Database, json: Json = False) -> None:
     """Show what each key has let in, and until when."""
     from pocketfed.coordinator.enrolment import enrolment_keys
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         rows = [
             {"id": k.id, "cohort": k.cohort, "used": k.used, "quota": k.quota, "round_cap": k.round_cap,
-             "expires_at": _moment(k.expires_at), "revoked_at": _moment(k.revoked_at)}
+             "expires_at": format_moment(k.expires_at), "revoked_at": format_moment(k.revoked_at)}
             for k in enrolment_keys(session)
         ]  # fmt: skip
-    _rows("enrolment keys", rows, json)
+    print_rows("enrolment keys", rows, json)
 
 
 @enrolment_key.command("revoke")
@@ -202,7 +170,7 @@ def enrolment_key_revoke(
     from pocketfed.coordinator.enrolment import revoke_key
     from pocketfed.coordinator.operators import acting, local_admin
 
-    with _open(database) as store, acting(store, local_admin(), "enrolment-key.revoke", str(number)) as session:
+    with opened(database) as store, acting(store, local_admin(), "enrolment-key.revoke", str(number)) as session:
         revoke_key(session, number)
 
 
@@ -213,13 +181,14 @@ def devices_list(
     """Show devices, and which were revoked or use one credential at two places."""
     from pocketfed.coordinator.enrolment import newest_devices
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         rows = [
             {"name": d.name, "channel": d.channel, "cohort": d.cohort, "examples": d.examples, "release": d.release_id,
-             "last_seen_at": _moment(d.last_seen_at), "shared_at": _moment(d.shared_at), "revoked_at": _moment(d.revoked_at)}
+             "last_seen_at": format_moment(d.last_seen_at), "shared_at": format_moment(d.shared_at),
+             "revoked_at": format_moment(d.revoked_at)}
             for d in newest_devices(session, most)
         ]  # fmt: skip
-    _rows("devices", rows, json)
+    print_rows("devices", rows, json)
 
 
 @devices.command("revoke")
@@ -228,7 +197,7 @@ def devices_revoke(name: Annotated[str, typer.Argument()], database: Database) -
     from pocketfed.coordinator.enrolment import revoke_device
     from pocketfed.coordinator.operators import acting, local_admin
 
-    with _open(database) as store, acting(store, local_admin(), "device.revoke", name) as session:
+    with opened(database) as store, acting(store, local_admin(), "device.revoke", name) as session:
         revoke_device(session, name)
 
 
@@ -258,7 +227,7 @@ def operator_set(
             ) from None
         if again != password:
             raise CommandError("the two passwords are not the same; nothing was changed, try again")
-    with _open(database) as store:
+    with opened(database) as store:
         with acting(store, local_admin(), "operator.set", f"{name} {role}") as session:
             set_operator(session, name, role, password)
         print(f"{name} may log in as {role} to {store.name}")
@@ -269,7 +238,7 @@ def operator_disable(name: Annotated[str, typer.Argument()], database: Database)
     """Let an operator log in no more."""
     from pocketfed.coordinator.operators import acting, disable_operator, local_admin
 
-    with _open(database) as store, acting(store, local_admin(), "operator.disable", name) as session:
+    with opened(database) as store, acting(store, local_admin(), "operator.disable", name) as session:
         disable_operator(session, name)
 
 
@@ -278,19 +247,24 @@ def operator_list(database: Database, json: Json = False) -> None:
     """Show who may do what."""
     from pocketfed.coordinator.operators import all_operators
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         rows = [
-            {"name": o.name, "role": o.role, "created_at": _moment(o.created_at), "disabled_at": _moment(o.disabled_at)}
+            {
+                "name": o.name,
+                "role": o.role,
+                "created_at": format_moment(o.created_at),
+                "disabled_at": format_moment(o.disabled_at),
+            }
             for o in all_operators(session)
         ]
-    _rows("operators", rows, json)
+    print_rows("operators", rows, json)
 
 
 def audit(database: Database, most: Annotated[int, typer.Option(min=1)] = 50, json: Json = False) -> None:
     """Show who did what, when, and how it ended; the newest first."""
     from pocketfed.coordinator.operators import audit_lines
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         rows = [
             {
                 "at": f"{a.at:%Y-%m-%d %H:%M:%S}",
@@ -302,4 +276,4 @@ def audit(database: Database, most: Annotated[int, typer.Option(min=1)] = 50, js
             }
             for a in audit_lines(session, most)
         ]
-    _rows("audit", rows, json)
+    print_rows("audit", rows, json)

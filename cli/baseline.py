@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Annotated
 
 import typer
 
-from pocketfed.cli.access import _rows
-from pocketfed.cli.fleet import Database, Json
-from pocketfed.cli.output import UsageError
+from pocketfed.cli.database import opened
+from pocketfed.cli.options import Database, Json, group
+from pocketfed.cli.output import UsageError, print_rows
 
-app = typer.Typer(
-    help="What a run is compared with: central and local-only training, the model before. Drawn by the dashboard.",
-    no_args_is_help=True, rich_markup_mode=None, add_completion=False,
-)  # fmt: skip
+app = group("What a run is compared with: central and local-only training, the model before. Drawn by the dashboard.")
 Run = Annotated[int, typer.Argument(help="A run's number, as the dashboard shows it.")]
 
 
@@ -29,12 +25,11 @@ def record(
     """Keep what was measured elsewhere beside a run; what was kept of that kind before is replaced."""
     from pocketfed.coordinator.baselines import record_baseline
     from pocketfed.coordinator.operators import acting, local_admin
-    from pocketfed.coordinator.store import Store
 
     if accuracy is None and loss is None:
         raise UsageError("a baseline is a number; give --accuracy, --loss or both")
     with (
-        contextlib.closing(Store(database, must_exist=True)) as store,
+        opened(database, must_exist=True) as store,
         acting(store, local_admin(), "baseline.record", f"run {run} {kind}") as session,
     ):
         record_baseline(session, run, kind, {"accuracy": accuracy, "loss": loss})
@@ -44,11 +39,10 @@ def record(
 def list_(run: Run, database: Database, json: Json = False) -> None:
     """Show what is kept beside a run."""
     from pocketfed.coordinator.baselines import baselines_of
-    from pocketfed.coordinator.store import Store
 
-    with contextlib.closing(Store(database, create=False)) as store, store.read() as session:
+    with opened(database, create=False) as store, store.read() as session:
         found = baselines_of(session, run)
-    _rows(
+    print_rows(
         f"beside run {run}",
         [{"kind": k, "metric": m, "value": v} for k, told in found.items() for m, v in told.items()],
         json,

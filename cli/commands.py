@@ -5,7 +5,20 @@ from __future__ import annotations
 import typer
 import typer.core
 
-from pocketfed.cli import access, advise, baseline, database, evaluate, fleet, health, model, release, simulate
+from pocketfed.cli import (
+    access,
+    advise,
+    baseline,
+    dashboard,
+    database,
+    evaluate,
+    health,
+    model,
+    publish,
+    release,
+    serve,
+    simulate,
+)
 from pocketfed.cli.device import SUMMARY
 
 typer.core.HAS_RICH = False  # else the plain --help shows rich's escapes: "\[required]"
@@ -19,13 +32,13 @@ app.command()(model.quantize)
 app.command()(model.inspect)
 app.command()(evaluate.evaluate)
 app.command()(model.export)
-app.command()(fleet.publish)
-app.command()(fleet.serve)
+app.command()(publish.publish)
+app.command()(serve.serve)
 app.command()(health.health)
 app.command("device", help=SUMMARY)(lambda: None)  # for --help only: main() gives it to cli/device.py
 app.command()(simulate.simulate)
 app.command()(advise.advise)
-app.command()(fleet.dashboard)
+app.command()(dashboard.dashboard)
 app.command()(simulate.demo)
 app.add_typer(baseline.app, name="baseline")
 app.add_typer(database.app, name="db")

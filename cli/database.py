@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pocketfed.cli.options import Database, group
 from pocketfed.cli.output import CommandError
 
-Database = Annotated[str, typer.Option(help="A file for SQLite, or any SQLAlchemy URL.")]
+if TYPE_CHECKING:
+    from pocketfed.coordinator.store import Store
 
-app = typer.Typer(help="Look after a database: upgrade its schema, copy it, check what it holds.", no_args_is_help=True)
+app = group("Look after a database: upgrade its schema, copy it, check what it holds.")
+
+
+@contextmanager
+def opened(database: str, **how: bool) -> Iterator[Store]:
+    """A database for as long as a command looks at it. how: Store's create and must_exist."""
+    from pocketfed.coordinator.store import Store
+
+    store = Store(database, **how)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 @app.command()
 def upgrade(database: Database) -> None:
     """Bring the schema to what this version needs: all of it or, if that fails, nothing."""
-    from pocketfed.coordinator.store import Store
-
-    store = Store(database, must_exist=True)
-    store.close()
-    print(f"{store.name} has the newest schema")
+    with opened(database, must_exist=True) as store:
+        print(f"{store.name} has the newest schema")
 
 
 @app.command()
@@ -34,10 +47,8 @@ def backup(
     import os
     import sqlite3
 
-    from pocketfed.coordinator.store import Store
-
-    store = Store(database, create=False)
-    store.close()
+    with opened(database, create=False) as store:
+        pass  # it is one, and has the newest schema
     if store.file is None:
         raise CommandError(f"{store.name} is no SQLite file; copy it with `pg_dump --format=custom --file={out}`")
     if out.exists() or not out.absolute().parent.is_dir():
@@ -63,13 +74,9 @@ def check(
     from pocketfed.coordinator.assignments import Assignments
     from pocketfed.coordinator.integrity import find_problems
     from pocketfed.coordinator.server import default_spool
-    from pocketfed.coordinator.store import Store
 
-    store = Store(database, create=False)
-    try:
+    with opened(database, create=False) as store:
         problems = list(find_problems(store, Assignments(store, spool or default_spool(store))))
-    finally:
-        store.close()
     for problem in problems:
         print(problem)
     if problems:

@@ -7,10 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pocketfed.cli.options import Json, Seed
 from pocketfed.cli.output import CommandError, format_bytes, print_json, print_table, progress_bar, stage_teller
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Seed = Annotated[int, typer.Option(min=0, help="Same seed, same result.")]
 
 
 def distill(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -97,6 +99,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # Text: names are shown, never read as markup
     console().print(table)
+
+
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]], json: bool) -> None:
+    """As a JSON list, or as a table whose columns are the first row's names."""
+    if json:
+        print_json(rows)
+    else:
+        columns = list(rows[0]) if rows else []
+        print_table(title, columns, [["" if v is None else v for v in row.values()] for row in rows])
+
+
+def format_moment(value: datetime | None) -> str | None:
+    return None if value is None else f"{value:%Y-%m-%d %H:%M}"
 
 
 def round_cells(result: Any) -> list[str]:

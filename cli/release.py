@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pocketfed.cli.access import _app, _moment, _open, _rows
-from pocketfed.cli.fleet import Database, Json, KeysFolder
-from pocketfed.cli.output import print_json
+from pocketfed.cli.database import opened
+from pocketfed.cli.options import Database, Json, KeysFolder, group
+from pocketfed.cli.output import format_moment, print_json, print_rows
 
 if TYPE_CHECKING:
     from pocketfed.coordinator.store import Release
 
-app = _app("What a channel runs, and how far a new release has come.")
+app = group("What a channel runs, and how far a new release has come.")
 Number = Annotated[int, typer.Argument(help="The release's number, as `list` shows it.")]
 Channel = Annotated[str, typer.Option()]
 
@@ -34,7 +34,7 @@ def _row(session: Any, release: Release, share: dict[int, int]) -> dict[str, Any
         "devices": share.get(release.id, 0),
         "share": round(share.get(release.id, 0) / max(1, sum(share.values())), 4),
         "signed_by": signed.key if signed else None,
-        "created_at": _moment(release.created_at),
+        "created_at": format_moment(release.created_at),
     }
 
 
@@ -48,7 +48,7 @@ def list_(
     """Show a channel's releases, the newest first: their states, and how many of its devices run each."""
     from pocketfed.coordinator.releases import newest_releases, shares
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         share = shares(session, channel)
         rows = [_row(session, r, share) for r in newest_releases(session, channel, most)]
     shown = [
@@ -62,7 +62,7 @@ def list_(
         }
         for row in rows
     ]
-    _rows(f"releases on {channel}", rows if json else shown, json)
+    print_rows(f"releases on {channel}", rows if json else shown, json)
 
 
 @app.command("show")
@@ -71,7 +71,7 @@ def show(number: Number, database: Database, json: Json = False) -> None:
     from pocketfed.coordinator.releases import events, find_release, shares
     from pocketfed.coordinator.reports import comparisons
 
-    with _open(database) as store, store.read() as session:
+    with opened(database) as store, store.read() as session:
         release = find_release(session, number)
         facts = _row(session, release, shares(session, release.channel)) | {
             "version": release.artifact_version,
@@ -86,13 +86,13 @@ def show(number: Number, database: Database, json: Json = False) -> None:
         }
         cohorts = [dataclasses.asdict(c) for c in comparisons(session, release)]
         history = [
-            {"at": _moment(e.at), "state": e.state, "percent": e.percent, "who": e.who, "reason": e.reason}
+            {"at": format_moment(e.at), "state": e.state, "percent": e.percent, "who": e.who, "reason": e.reason}
             for e in events(session, number)
         ]
     if json:
         print_json(facts | {"cohorts": cohorts, "history": history})
         return
-    _rows(f"release {number}", [{"what": name, "is": value} for name, value in facts.items()], False)
+    print_rows(f"release {number}", [{"what": name, "is": value} for name, value in facts.items()], False)
     beside = [
         {
             "cohort": c["cohort"] or "(none)",
@@ -104,9 +104,9 @@ def show(number: Number, database: Database, json: Json = False) -> None:
         }
         for c in cohorts
     ]
-    _rows("beside its parent, on the devices' own examples", beside, False)
+    print_rows("beside its parent, on the devices' own examples", beside, False)
     told = [{"at": e["at"], "state": _stage(e), "who": e["who"], "reason": e["reason"]} for e in history]
-    _rows("history", told, False)
+    print_rows("history", told, False)
 
 
 def _stage(row: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ def promote(
     from pocketfed.coordinator.operators import acting, local_admin
 
     target = f"{number}{'' if percent is None else f' {percent:g} %'}{' auto' if auto else ''}"
-    with _open(database) as store, acting(store, local_admin(), "promote", target) as session:
+    with opened(database) as store, acting(store, local_admin(), "promote", target) as session:
         release = releases.promote(session, number, local_admin().name, percent, auto)
         by_itself = ", and goes on by itself" if release.automatic and release.state == "staged" else ""
         print(f"release {number} is {release.state} for {release.percent:g} % of {release.channel!r}{by_itself}")
@@ -141,7 +141,7 @@ def pause(number: Number, database: Database) -> None:
     from pocketfed.coordinator import releases
     from pocketfed.coordinator.operators import acting, local_admin
 
-    with _open(database) as store, acting(store, local_admin(), "pause", str(number)) as session:
+    with opened(database) as store, acting(store, local_admin(), "pause", str(number)) as session:
         release = releases.pause(session, number, local_admin().name)
         print(f"release {number} is paused at {release.percent:g} % of {release.channel!r}")
 
@@ -158,6 +158,6 @@ def rollback(
     from pocketfed.coordinator.releases import roll_back
     from pocketfed.coordinator.signing import keys_folder, open_keys
 
-    with _open(database) as store, acting(store, local_admin(), "rollback", f"{channel} {what}") as session:
+    with opened(database) as store, acting(store, local_admin(), "rollback", f"{channel} {what}") as session:
         back = roll_back(session, open_keys(folder or keys_folder(store)), channel, what, local_admin().name)
         print(f"released {back.artifact_version[:12]} on {channel!r} again, as release {back.id}")

@@ -344,7 +344,7 @@ def test_the_command_stays_on_loopback_and_sends_no_statistics() -> None:
 
 
 def test_off_loopback_the_command_asks_for_tls_and_gives_the_certificate_to_the_server(tmp_path: Path) -> None:
-    from pocketfed.cli.fleet import dashboard
+    from pocketfed.cli.dashboard import dashboard
     from pocketfed.cli.output import CommandError
 
     with pytest.raises(CommandError, match="in plain text; give --certs"):

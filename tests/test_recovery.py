@@ -803,14 +803,14 @@ def test_fault_34_many_rounds_leave_files_open_and_rows_as_they_were(fleet: Flee
 
 
 def test_runs_that_were_left_are_gone_on_with_or_given_up(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
-    from pocketfed.cli.fleet import _unfinished
+    from pocketfed.cli.driving import unfinished
     from pocketfed.coordinator.logs import logging_as
 
     first, second = fleet.create(rounds=2), fleet.create(rounds=3)
     fleet.go_on(first)
-    assert _unfinished(fleet.store, resume=True) == [(second, fleet.config)]
+    assert unfinished(fleet.store, resume=True) == [(second, fleet.config)]
     with logging_as("text"):
-        assert _unfinished(fleet.store, resume=False) == []
+        assert unfinished(fleet.store, resume=False) == []
     assert capsys.readouterr().out == f"run {second}: given up\n"
     with fleet.store.read() as session:
         given_up = session.get_one(Run, second)
@@ -819,7 +819,7 @@ def test_runs_that_were_left_are_gone_on_with_or_given_up(fleet: Fleet, capsys: 
 
 
 def test_fault_23_serve_waits_for_space_and_for_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    from pocketfed.cli.fleet import _patiently
+    from pocketfed.cli.driving import _patiently
     from pocketfed.coordinator.logs import logging_as
 
     troubles = iter([OSError(28, "No space left on device")])
