@@ -63,6 +63,23 @@ def replies_of(thetas: Sequence[Vector], weights: Sequence[float]) -> list[Messa
     return replies
 
 
+def rounds_of(strategy: Any, start: float, rounds: Sequence[Sequence[float]], weights: Sequence[int]) -> list[float]:
+    """Where the only parameter is after each round whose devices end at these values."""
+
+    class Some(InProcessGrid):
+        def __init__(self) -> None:
+            self.devices = {node: f"d{node}" for node in range(1, len(weights) + 1)}
+            self.cohort = Cohort(1, 1, self.devices)
+
+    ends = [start]
+    for number, trained in enumerate(rounds, start=1):
+        given = ArrayRecord({"theta": Array(np.array(ends[-1:], np.float32))})
+        list(strategy.configure_train(number, given, ConfigRecord({}), Some()))
+        arrays, _ = strategy.aggregate_train(number, replies_of([np.array([t], np.float32) for t in trained], weights))
+        ends.append(float(arrays["theta"].numpy()[0]))
+    return ends[1:]
+
+
 def random_updates(count: int, size: int, seed: int) -> tuple[list[Vector], list[int]]:
     rng = np.random.default_rng(seed)
     scale = 10.0 ** rng.integers(-3, 3, count)
@@ -144,7 +161,6 @@ def test_every_strategy_that_is_offered_aggregates_finite_updates(name: str) -> 
 
 def test_flowers_server_optimizers_take_the_mean_update_as_a_gradient() -> None:
     """From 1, devices at 3 and 6 weighing 1 and 3: the mean update is 5.25 - 1 = 4.25 (Reddi et al. 2021, algorithm 2)."""
-    start, trained = np.array([1], np.float32), [np.array([3], np.float32), np.array([6], np.float32)]
     update = 4.25
     first, second = (1 - 0.9) * update, (1 - 0.99) * update**2  # the moments after one round
     unbiased = np.sqrt(1 - 0.99**2) / (1 - 0.9**2)  # Flower counts rounds from 1, and adds one
@@ -156,15 +172,37 @@ def test_flowers_server_optimizers_take_the_mean_update_as_a_gradient() -> None:
     }
     for name, value in expected.items():
         strategy = make_strategy(name, {"eta": 0.5} if name != "FedAvg" else {})
+        assert rounds_of(strategy, 1.0, [[3, 6]], [1, 3]) == pytest.approx([value], rel=1e-5), name
 
-        class Two(InProcessGrid):
-            def __init__(self) -> None:
-                self.devices = {1: "d1", 2: "d2"}
-                self.cohort = Cohort(1, 1, self.devices)
 
-        list(strategy.configure_train(1, ArrayRecord({"theta": Array(start)}), ConfigRecord({}), Two()))
-        arrays, _ = strategy.aggregate_train(1, replies_of(trained, [1, 3]))
-        assert arrays["theta"].numpy().tolist() == pytest.approx([value], rel=1e-5), name
+def test_fedavgm_goes_on_in_the_direction_of_earlier_rounds() -> None:
+    """Hsu et al. 2019, section 4.3: v = 0.9 v + (theta - mean), theta - 0.5 v."""
+    strategy = make_strategy("FedAvgM", {"server_momentum": 0.9, "server_learning_rate": 0.5})
+    ends = rounds_of(strategy, 1.0, [[3, 6], [4.125, 4.125]], [1, 3])
+    # the mean of 3 and 6 is 5.25: v = -4.25; then 3.125 - 4.125 = -1: v = -3.825 - 1
+    assert ends == pytest.approx([1 + 0.5 * 4.25, 3.125 + 0.5 * 4.825], rel=1e-6)
+
+
+def test_qfedavg_weighs_devices_by_their_loss() -> None:
+    """Li et al. 2020b, algorithm 2, with q = 1 and L = 1 / 0.1; the devices' losses are 1.5 and 2.5."""
+    strategy = make_strategy("QFedAvg", {"client_learning_rate": 0.1, "train_loss_key": "loss", "q": 1.0})
+    # differences times L: -20 and -50; times the losses: -30 and -125; h: 20² + 10 · 1.5 and 50² + 10 · 2.5
+    assert rounds_of(strategy, 1.0, [[3, 6]], [1, 3]) == pytest.approx([1 + 155 / 2940], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "result"),
+    [
+        ("FedMedian", [1, 2, 3, 9, 50], 3.0),
+        ("FedTrimmedAvg", [1, 2, 3, 9, 50], 14 / 3),  # without the least and the greatest fifth
+        ("Krum", [1, 2, 3, 9, 50], 2.0),  # its two nearest are at distance 1
+        ("MultiKrum", [1, 2, 4, 9, 50], (1 + 2 + 4 + 9) / 4),
+        ("Bulyan", [1, 2, 3, 4, 5, 50, 60], 3.0),  # of the five that Krum takes the three nearest to their median
+    ],
+)
+def test_flowers_robust_rules_leave_out_whoever_is_far_off(name: str, trained: Sequence[float], result: float) -> None:
+    ends = rounds_of(make_strategy(name, OPTIONS.get(name, {})), 0.0, [trained], [1] * len(trained))
+    assert ends == pytest.approx([result], rel=1e-6)
 
 
 def test_what_flowers_strategy_asks_of_a_device_counts_in_whatever_order_it_comes() -> None:
