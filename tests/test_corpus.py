@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pocketfed.model import corpus as corpus_module
 from pocketfed.model.corpus import CorpusError, corpus_digest, read_documents, split_sentences
 from pocketfed.model.pretraining import NO_PAIR, Batches, epoch_order, mask_tokens
 from pocketfed.model.token_store import TokenCorpus, open_corpus, read_index, split_held_out, store_corpus
@@ -116,6 +122,26 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
         list(read_documents([]))
 
 
+def test_a_line_comes_once_however_many_there_are_and_wherever_the_table_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    lines = [f"line {i}" for i in rng.integers(0, 12_000, 30_000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    expected = [(line,) for line in dict.fromkeys(lines)]
+    assert 10_000 < len(expected) < 12_000
+    assert list(read_documents([tmp_path])) == expected
+    monkeypatch.setattr(corpus_module, "MEMORY_SLOTS", 1 << 12)  # as it begins; every larger table is a file's
+    assert list(read_documents([tmp_path])) == expected
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(CorpusError, match=r"needs 65,536 bytes in .*: No space left on device; free some space"):
+        list(read_documents([tmp_path]))
+
+
 # ---- shards --------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +164,40 @@ def test_shards_make_no_difference_to_what_is_read(tmp_path: Path, corpus: Token
         assert [s.tolist() for s in small.sentences(chunk)] == [s.tolist() for s in corpus.sentences(chunk)]
     assert all(isinstance(shard.tokens, np.memmap) for shard in small.shards)
     assert read_index(tmp_path / "small")["text"] == corpus_digest(documents)
+
+
+def test_a_store_is_the_same_to_the_byte_as_ever(tmp_path: Path) -> None:
+    documents = [tuple(f"{c} " * words + "." for words in range(2, 9)) for c in "abcdefghij"]
+    store_corpus(documents, TOKENIZER, tmp_path / "corpus", 18, shard_tokens=120)
+    digest = hashlib.sha256()
+    for path in sorted((tmp_path / "corpus").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    # Of the first version, which held a shard as lists.
+    assert digest.hexdigest() == "e49a2c9cf4ce27b7d957ec4ca62a10f57af3f01d870dcdea0b3f6de99441d05f"
+
+
+def test_reading_and_encoding_hold_a_few_bytes_a_token_and_a_line(tmp_path: Path) -> None:
+    def peak(lines: int) -> int:
+        """Bytes, of which what does not grow with the corpus falls away in a difference."""
+        path = tmp_path / "lines.txt"
+
+        def text() -> Iterator[str]:
+            for i in range(lines):
+                yield " ".join("abcdefghij"[int(c)] for c in f"{i:05}") * 4 + "\n"  # 17 words, each line another
+
+        with path.open("w") as file:
+            file.writelines(text())
+        tracemalloc.start()
+        try:
+            stored = store_corpus(read_documents([path]), TOKENIZER, tmp_path / "corpus", 24)
+            assert stored.tokens == 17 * lines
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = 6_000, 14_000  # past both of the table's doublings at 3,072 and 6,144 lines
+    # 17 tokens of 2 bytes, a sentence's 8, a chunk's 32, a digest's 11 to 32; as lists and a set they were 34.5 a token and 87 a line.
+    assert (peak(many) - peak(few)) / (many - few) < 2 * (17 * 2 + 8 + 32 + 32)
 
 
 def test_a_sentence_too_long_for_the_model_becomes_several(tmp_path: Path) -> None:
