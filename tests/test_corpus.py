@@ -311,6 +311,26 @@ def test_whole_words_are_hidden_with_all_their_pieces() -> None:
     assert (parted.all(2) != parted.any(2)).any()
 
 
+def test_at_most_so_many_tokens_of_a_text_are_hidden() -> None:
+    word = [LETTERS.ids["a"], LETTERS.ids["##x"], LETTERS.ids["##y"]]
+    ids = np.array([[LETTERS.cls_id, *word * 10, LETTERS.sep_id]] * 300)
+    everywhere = np.ones_like(ids)
+    everywhere[0, 8:] = 0  # 7 tokens, of which one is hidden as ever
+
+    def hide(most: int, whole_words: bool) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        return mask_tokens(ids, everywhere, LETTERS, rng, whole_words, most)[1]
+
+    assert set(hide(0, False)[1:].sum(1).tolist()) == {4}  # 15 % of 30 is 4.5, and an even number is nearer
+    assert set(hide(2, False)[1:].sum(1).tolist()) == {2}
+    assert hide(2, False)[0].sum() == 1
+    assert (hide(2, False) <= hide(0, False)).all()  # the first of those that would be
+    assert set(hide(0, True)[1:].sum(1).tolist()) == {6}  # two words
+    assert set(hide(6, True)[1:].sum(1).tolist()) == {6}
+    assert set(hide(5, True)[1:].sum(1).tolist()) == {4}  # a word, and a piece of the next
+    assert (hide(9, True) == hide(0, True)).all()
+
+
 def test_an_epoch_has_each_chunk_once_in_batches_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 1000)
     batches = epoch_order(lengths, 32, np.random.default_rng(1))

@@ -271,7 +271,15 @@ def test_the_reference_is_the_papers_recipe_of_740_000_steps() -> None:
     assert schedule.student_steps == 740_000
     assert (schedule.teacher_steps, schedule.batch_size, schedule.teacher_batch_size) == (500_000, 2048, 4096)
     assert (schedule.optimizer, schedule.strategy, schedule.max_length) == ("lamb", "progressive", 0)
+    assert schedule.most_hidden == 20
     assert student.max_position_embeddings == 512
+    assert {(c.mask_style, c.isolate_padding) for c in (student, teacher)} == {("soft", False)}
+    assert (student.hidden_act, student.hidden_dropout_prob, student.attention_probs_dropout_prob) == ("relu", 0.0, 0.1)
+    assert (teacher.hidden_act, teacher.hidden_dropout_prob, teacher.attention_probs_dropout_prob) == (
+        "gelu_tanh",
+        0.1,
+        0.1,
+    )
     assert (student.hidden_size, student.intra_bottleneck_size, teacher.intra_bottleneck_size) == (512, 128, 1024)
     phases = phase_steps(schedule.transfer_steps, student.num_hidden_layers)
     assert phases == [10_000] * 24
