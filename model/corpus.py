@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 TEXT_SUFFIXES = (".txt", ".text", ".tokens", ".in")  # .in: the seq.in files of intent data sets
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -195,6 +195,25 @@ def corpus_digest(documents: Iterable[Document]) -> str:
     for document in documents:
         digest.update("\n".join(document).encode("utf-8", "surrogatepass") + b"\n\n")
     return digest.hexdigest()
+
+
+def corpus_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Name (from the folder that was given), bytes and SHA-256 of each file of a corpus, in the order of reading.
+
+    Raises:
+        CorpusError: nothing there, or a file that cannot be read.
+    """
+    found = []
+    for path in map(Path, paths):
+        for file in _files(path):
+            name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
+            try:
+                with file.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    found.append({"name": name, "bytes": stream.tell(), "sha256": digest})
+            except OSError as error:
+                raise CorpusError(f"{file} cannot be read: {error.strerror}; check its permissions") from None
+    return found
 
 
 def _files(path: Path) -> list[Path]:

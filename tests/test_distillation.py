@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -666,6 +668,17 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
     card = (tmp_path / "student" / "README.md").read_text()
     assert report["corpus"]["sha256"] in card
     assert "seed 1" in card
+    assert card.startswith("---\nlicense: unknown\n")
+    (read,) = report["corpus"]["files"]
+    assert read["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert (read["name"], read["bytes"]) == ("corpus.txt", len(text.read_bytes()))
+    assert f"\n{read['sha256']}  corpus.txt\n" in card
+    assert f"Made by pocketfed {importlib.metadata.version('pocketfed')}:" in card
+    (command,) = [line for line in card.splitlines() if line.startswith("pocketfed distill ")]
+    assert command == (
+        "pocketfed distill --corpus corpus.txt --preset nano --out student --seed 1 --steps 20 --set hidden_size=32 "
+        "--set embedding_size=16 --set teacher.intermediate_size=64 --set schedule.batch_size=8"
+    )
 
     stored = pipeline.quantize(tmp_path / "student", tmp_path / "small")
     assert stored["bytes_after"] < stored["bytes_before"] / 2
@@ -699,7 +712,9 @@ def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> Non
     assert second["scores"]["teacher"]["tokens"] > 0
     assert set(first["losses"]) - set(second["losses"]) == {"teacher"}
     assert load(tmp_path / "two").vocabulary == load(tmp_path / "teacher").vocabulary
-    assert "Licence: CC0-1.0." in (tmp_path / "one" / "README.md").read_text()
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "Licence: CC0-1.0." in card
+    assert card.startswith("---\nlicense: cc0-1.0\n")
     with pytest.raises(CheckpointError, match="a teacher needs its pre-training heads"):
         distilling.distill(
             [text], "nano", tmp_path / "three", steps=16, options=distilling.DistillOptions(teacher=tmp_path / "one")
