@@ -13,8 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pocketfed.coordinator import model_card, pipeline
-from pocketfed.model.config import SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig
-from pocketfed.model.config import preset as student_of
+from pocketfed.model.config import BASELINES, SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig, any_preset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want to be told of a mistake
     from pocketfed.model.distillation import Distillation, Place, Result, Tick
@@ -62,7 +61,7 @@ def distill(
     same call goes on from there.
 
     Args:
-        preset: one of `config.STUDENTS`. steps: in all, split as the preset's schedule is; None for the preset's own.
+        preset: one of `config.STUDENTS` or `config.BASELINES`. steps: in all, split as the preset's schedule is; None for the preset's own.
         overrides: `KEY` of the student's config (shared sizes reach the teacher), `teacher.KEY`, `schedule.KEY`, and
             `vocabulary`, a `vocab.txt` or `tokenizer.json`; without one, a vocabulary is trained on the corpus.
 
@@ -190,7 +189,7 @@ def prepare_distillation(
 ) -> Material:
     """Read settings, vocabulary and text; the encoded text lies in `work` and is used again if it is there."""
     student_changes, teacher_changes, schedule_changes, vocabulary_path = _sorted_overrides(overrides or {})
-    config = student_of(preset).with_changes(**student_changes)
+    config = any_preset(preset).with_changes(**student_changes)
     from pocketfed.model import corpus as text
     from pocketfed.model import distillation, schedules, stages, teacher, token_store, tokenization
 
@@ -220,7 +219,11 @@ def prepare_distillation(
         vocabulary = tokenization.train_vocabulary(sentences, config.vocab_size)
     config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
     shared = {name: getattr(config, name) for name in REACHES_TEACHER}
-    taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
+    taught = TEACHERS.get(preset, config).with_changes(**(shared | teacher_changes))
+    if preset in BASELINES and schedule.strategy != "none":
+        raise ConfigError(
+            f"{preset} is pre-trained without a teacher, and schedule.strategy is {schedule.strategy!r}; leave it out"
+        )
     stages.check_pair(config, taught, schedule.attention)  # before hours are spent on encoding the text
     if options.keep_teacher is not None and options.teacher is None and schedule.strategy == "none":
         raise ConfigError(

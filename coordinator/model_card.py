@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketfed.model.config import STUDENTS
+
 if TYPE_CHECKING:  # torch takes seconds to import
     from pocketfed.coordinator.distilling import DistillOptions, Material
     from pocketfed.model.distillation import Result, Score
@@ -108,7 +110,7 @@ def model_card(material: Material, result: Result, report: Mapping[str, Any], co
         made = (
             f"Distilled by pocketfed from a BERT, {Path(str(material.options.teacher)).name} ({teacher:,} parameters)"
         )
-    kind = "MobileBERT student " if material.student.use_bottleneck else ""
+    kind = "MobileBERT student " if material.preset in STUDENTS else ""
     processes = f", in {material.place.ranks} processes" if material.place.ranks > 1 else ""
     return "\n".join(
         [

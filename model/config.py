@@ -288,14 +288,55 @@ TEACHERS: dict[str, MobileBertConfig] = {
 }
 
 
+def _bert(layers: int, width: int, heads: int) -> MobileBertConfig:
+    """Plain BERT (Devlin et al. 2019), with its tanh pooler."""
+    return MobileBertConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        intra_bottleneck_size=width,
+        embedding_size=width,
+        num_feedforward_networks=1,
+        hidden_act="gelu",
+        normalization_type="layer_norm",
+        key_query_shared_bottleneck=False,
+        use_bottleneck=False,
+        trigram_input=False,
+        classifier_activation=True,
+        hidden_dropout_prob=0.1,
+    )
+
+
+# What MobileBERT is compared with, and its teacher: to count, and to pre-train; nothing is distilled into them.
+BASELINES: dict[str, MobileBertConfig] = {
+    "bert-base": _bert(12, 768, 12),
+    "bert-large": _bert(24, 1024, 16),
+    "ib-bert-large": TEACHERS["mobilebert"],
+}
+
+
 def preset(name: str) -> MobileBertConfig:
     """The student configuration of that name.
 
     Raises:
         ConfigError: no such preset; the message lists those there are.
     """
-    if name not in STUDENTS:
-        near = difflib.get_close_matches(name, STUDENTS, n=1)
+    return _named(name, STUDENTS)
+
+
+def any_preset(name: str) -> MobileBertConfig:
+    """The configuration of that name, a student's or one of BASELINES.
+
+    Raises:
+        ConfigError: no such preset; the message lists those there are.
+    """
+    return _named(name, STUDENTS | BASELINES)
+
+
+def _named(name: str, known: dict[str, MobileBertConfig]) -> MobileBertConfig:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no preset {name!r}; {hint}the presets are {', '.join(STUDENTS)}")
-    return STUDENTS[name]
+        raise ConfigError(f"there is no preset {name!r}; {hint}the presets are {', '.join(known)}")
+    return known[name]

@@ -4,33 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketfed.model.config import STUDENTS, TEACHERS, MobileBertConfig
+from pocketfed.model.config import BASELINES, STUDENTS, MobileBertConfig
 from pocketfed.model.mobilebert import count_flops, count_parameters
 
 TOKENS = 128  # the paper's sequence length
-
-
-def _bert(layers: int, width: int, heads: int) -> MobileBertConfig:
-    """Plain BERT (Devlin et al. 2019), with its tanh pooler."""
-    return MobileBertConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        intra_bottleneck_size=width,
-        embedding_size=width,
-        num_feedforward_networks=1,
-        hidden_act="gelu",
-        normalization_type="layer_norm",
-        key_query_shared_bottleneck=False,
-        use_bottleneck=False,
-        trigram_input=False,
-        classifier_activation=True,
-        hidden_dropout_prob=0.1,
-    )
-
-
-BASELINES: dict[str, MobileBertConfig] = {"bert-base": _bert(12, 768, 12), "bert-large": _bert(24, 1024, 16)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +34,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published("bert-large", BASELINES["bert-large"], 334.0, None),
     Published(
         "ib-bert-large",
-        TEACHERS["mobilebert"],
+        BASELINES["ib-bert-large"],
         293.0,
         None,
         "the teacher; 0.26 million more with a tanh pooler",

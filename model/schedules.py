@@ -144,7 +144,14 @@ MINI_SCHEDULE = Schedule(
     precision="bfloat16",
     accumulate=2,  # what a teacher keeps for its backward pass is then some 35 GB, by counting
 )
+# The teacher's part of the reference alone: hidden words and next sentences.
+PRETRAINING_SCHEDULE = dataclasses.replace(
+    REFERENCE_SCHEDULE, strategy="none", transfer_steps=0, batch_size=4096, teacher_batch_size=0
+)
 SCHEDULES: dict[str, Schedule] = {
+    "bert-base": PRETRAINING_SCHEDULE,
+    "bert-large": PRETRAINING_SCHEDULE,
+    "ib-bert-large": PRETRAINING_SCHEDULE,
     "mini": MINI_SCHEDULE,
     # From a BERT of the same width, whose steps are none of ours. Sentences of everyday length, all losses at once; what the other
     # strategies give at this budget has not been measured.

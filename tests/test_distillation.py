@@ -697,6 +697,23 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
     assert float(F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0)) > 0.999
 
 
+@pytest.mark.parametrize("preset", ["bert-base", "ib-bert-large"])
+def test_what_mobilebert_is_compared_with_is_pre_trained_by_itself(text: Path, tmp_path: Path, preset: str) -> None:
+    inside = 48 if preset == "ib-bert-large" else 32
+    sizes = {"hidden_size": 32, "intra_bottleneck_size": inside, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 200, "max_position_embeddings": 32}
+    sizes |= {"embedding_size": 16 if preset == "ib-bert-large" else 32}
+    report = distilling.distill([text], preset, tmp_path / "out", 12, overrides={**sizes, "schedule.batch_size": 8})
+    assert list(report["losses"]) == ["masked words"]
+    assert report["schedule"]["distillation_steps"] == 12
+    assert set(report["scores"]) == {"student before", "student"}
+    made = load(tmp_path / "out").config
+    assert (made.use_bottleneck, made.num_feedforward_networks) == (preset == "ib-bert-large", 1)
+    assert f"\n# `{preset}`\n" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match=f"{preset} is pre-trained without a teacher"):
+        distilling.distill([text], preset, tmp_path / "no", 12, overrides={**sizes, "schedule.strategy": "joint"})
+
+
 def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> None:
     kept = distilling.DistillOptions(
         keep_teacher=tmp_path / "teacher", keep_heads=tmp_path / "heads", licence="CC0-1.0"

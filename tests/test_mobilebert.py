@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketfed.model.config import STUDENTS, TEACHERS, MobileBertConfig, preset
+from pocketfed.model.config import BASELINES, STUDENTS, TEACHERS, MobileBertConfig, preset
 from pocketfed.model.google_names import tensors_to_google
 from pocketfed.model.heads import TextClassifier, segment_ids
 from pocketfed.model.mobilebert import (
@@ -26,7 +26,7 @@ from pocketfed.model.mobilebert import (
     count_flops,
     count_parameters,
 )
-from pocketfed.model.published import BASELINES, PUBLISHED, Published
+from pocketfed.model.published import PUBLISHED, Published
 from pocketfed.model.teacher import PreTrainingModel
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "stablehlo_oracle.py"
