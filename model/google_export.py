@@ -59,7 +59,7 @@ def export_google(folder: Path, out: Path) -> GoogleExport:
 
     def write(fresh: Path) -> None:
         with (fresh / checkpoints.ARRAYS).open("wb") as stream:
-            np.savez(stream, **variables)
+            np.savez(stream, **variables)  # type: ignore[arg-type]  # names with a slash, none of them an option's
         (fresh / checkpoints.CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (fresh / checkpoints.CASE).write_text(json.dumps({"do_lower_case": vocabulary.lower_case}) + "\n")
         vocabulary.save(fresh / checkpoints.VOCABULARY)

@@ -232,6 +232,7 @@ class _Filling:
 
     def write(self, folder: Path) -> None:
         chunks = np.frombuffer(self.chunks, np.int64).reshape(-1, 4)
-        tokens, bounds = np.frombuffer(self.tokens, self.kind), np.frombuffer(self.bounds, np.int64)
+        bounds = np.frombuffer(self.bounds, np.int64)
+        tokens: Tokens = np.frombuffer(self.tokens, self.kind)
         for name, values in (("tokens", tokens), ("sentences", bounds), ("chunks", chunks)):
             np.save(folder / f"{self.number:05}.{name}.npy", values, allow_pickle=False)
