@@ -246,7 +246,7 @@ def _encoded(
     paths: Sequence[Path], vocabulary: Vocabulary, folder: Path, length: int, store: ModuleType
 ) -> tuple[TokenCorpus, dict[str, Any]]:
     """The text as tokens, encoded into `folder` unless it lies there; and what it is."""
-    from pocketfed.model.corpus import corpus_digest, corpus_files, read_documents
+    from pocketfed.model.corpus import corpus_digest, describe_files, read_documents
     from pocketfed.model.tokenization import Tokenizer
 
     held = store.read_index(folder)
@@ -260,7 +260,7 @@ def _encoded(
         tokens = store.store_corpus(read_documents(paths), Tokenizer(vocabulary), folder, length)
         held = store.read_index(folder)
     read = {"documents": held["documents"], "tokens": tokens.tokens, "sha256": held["text"]}
-    return tokens, {**read, "files": corpus_files(paths)}
+    return tokens, {**read, "files": describe_files(paths)}
 
 
 def _work_folder(out: Path) -> Path:

@@ -113,6 +113,25 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
         )
 
 
+def describe_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Name (from the folder that was given), bytes and SHA-256 of each file of a corpus, in the order of reading.
+
+    Raises:
+        CorpusError: nothing there, or a file that cannot be read.
+    """
+    found = []
+    for path in map(Path, paths):
+        for file in _files(path):
+            name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
+            try:
+                with file.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    found.append({"name": name, "bytes": stream.tell(), "sha256": digest})
+            except OSError as error:
+                raise CorpusError(f"{file} cannot be read: {error.strerror}; check its permissions") from None
+    return found
+
+
 class _Seen:
     """Which lines have been there: their digests of 64 bits, in a table with open addressing (Knuth, vol. 3, section 6.4).
 
@@ -195,25 +214,6 @@ def corpus_digest(documents: Iterable[Document]) -> str:
     for document in documents:
         digest.update("\n".join(document).encode("utf-8", "surrogatepass") + b"\n\n")
     return digest.hexdigest()
-
-
-def corpus_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Name (from the folder that was given), bytes and SHA-256 of each file of a corpus, in the order of reading.
-
-    Raises:
-        CorpusError: nothing there, or a file that cannot be read.
-    """
-    found = []
-    for path in map(Path, paths):
-        for file in _files(path):
-            name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
-            try:
-                with file.open("rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                    found.append({"name": name, "bytes": stream.tell(), "sha256": digest})
-            except OSError as error:
-                raise CorpusError(f"{file} cannot be read: {error.strerror}; check its permissions") from None
-    return found
 
 
 def _files(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pocketfed.model import corpus as corpus_module
-from pocketfed.model.corpus import CorpusError, corpus_digest, corpus_files, read_documents, split_sentences
+from pocketfed.model.corpus import CorpusError, corpus_digest, describe_files, read_documents, split_sentences
 from pocketfed.model.pretraining import NO_PAIR, Batches, epoch_order, mask_tokens
 from pocketfed.model.token_store import TokenCorpus, open_corpus, read_index, split_held_out, store_corpus
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Tokenizer, Vocabulary
@@ -46,9 +46,9 @@ def test_a_corpus_is_read_from_every_kind_of_file_and_each_utterance_once(tmp_pa
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG\0")
     assert list(read_documents([tmp_path])) == [(line,) for line in lines]
     named = [f"{tmp_path.name}/{name}" for name in ("a.txt", "b.jsonl", "c.csv", "deep/d.tsv")]
-    assert [file["name"] for file in corpus_files([tmp_path])] == named
-    alone = corpus_files([tmp_path / "a.txt"])
-    assert alone == [{**corpus_files([tmp_path])[0], "name": "a.txt"}]
+    assert [file["name"] for file in describe_files([tmp_path])] == named
+    alone = describe_files([tmp_path / "a.txt"])
+    assert alone == [{**describe_files([tmp_path])[0], "name": "a.txt"}]
     assert alone[0]["sha256"] == hashlib.sha256((tmp_path / "a.txt").read_bytes()).hexdigest()
 
 
