@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocketfed.model.config import STUDENTS, MobileBertConfig
+from pocketfed.model.config import BASELINES, STUDENTS, MobileBertConfig
 from pocketfed.model.engines import measure_ranges, open_prediction, random_batches
 from pocketfed.model.exporting import write_prediction
 from pocketfed.model.fusing import fuse
 from pocketfed.model.heads import TextClassifier
 from pocketfed.model.prediction import prediction_graph
-from pocketfed.model.published import BASELINES
 
 LABELS, SEPARATOR = 7, 3
 Predict = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]

@@ -12,7 +12,7 @@ from pocketfed.cli.output import CommandError, format_bytes, print_json
 if TYPE_CHECKING:  # torch is imported only where something is exported
     from pocketfed.model.exporting import ExportedPrediction
 
-TARGETS = "onnx, openvino, executorch or huggingface"
+TARGETS = "onnx, openvino, executorch, huggingface or tf1"
 
 
 def prediction(
@@ -86,5 +86,17 @@ def to_huggingface(model_dir: Path, out: Path, task: str, json: bool) -> None:
         print_json({**dataclasses.asdict(made), "folder": str(made.folder)})
         return
     print(f"{out}: {made.architecture}, {made.parameters:,} parameters")
+    for note in made.notes:
+        print(f"Note: {note}.")
+
+
+def to_tf1(model_dir: Path, out: Path, json: bool) -> None:
+    from pocketfed.model.google_export import export_google
+
+    made = export_google(model_dir, out)
+    if json:
+        print_json({**dataclasses.asdict(made), "folder": str(made.folder)})
+        return
+    print(f"{out}: {made.variables:,} variables, {made.parameters:,} parameters")
     for note in made.notes:
         print(f"Note: {note}.")

@@ -238,7 +238,9 @@ def export(
     out: Annotated[Path, typer.Option(help="The file or folder to write; written whole and checked, or not at all.")],
     to: Annotated[
         str,
-        typer.Option(help="onnx, openvino, executorch: to predict with. huggingface: a folder for transformers."),
+        typer.Option(
+            help="onnx, openvino, executorch: to predict with. huggingface, tf1: a folder for transformers, for Google's code."
+        ),
     ] = "executorch",
     plan: Annotated[
         str, typer.Option(help="predict, or train: the training step, for executorch alone, where it is the default.")
@@ -267,6 +269,8 @@ def export(
     plan = plan or ("train" if to == "executorch" else "predict")
     if to == "huggingface":
         exports.to_huggingface(model_dir, out, task, json)
+    elif to == "tf1":
+        exports.to_tf1(model_dir, out, json)
     elif plan == "predict":
         exports.prediction(model_dir, out, to, scheme, calibrate, task, batch or 1, length or 128, json)
     elif plan == "train" and to == "executorch":

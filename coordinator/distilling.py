@@ -12,12 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from pocketfed.coordinator import pipeline
-from pocketfed.model.config import SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig
-from pocketfed.model.config import preset as student_of
+from pocketfed.coordinator import model_card, pipeline
+from pocketfed.model.config import BASELINES, SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig, any_preset
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want to be told of a mistake
-    from pocketfed.model.distillation import Distillation, Place, Result, Score, Tick
+    from pocketfed.model.distillation import Distillation, Place, Result, Tick
     from pocketfed.model.schedules import Schedule
     from pocketfed.model.token_store import TokenCorpus
     from pocketfed.model.tokenization import Vocabulary
@@ -62,7 +61,7 @@ def distill(
     same call goes on from there.
 
     Args:
-        preset: one of `config.STUDENTS`. steps: in all, split as the preset's schedule is; None for the preset's own.
+        preset: one of `config.STUDENTS` or `config.BASELINES`. steps: in all, split as the preset's schedule is; None for the preset's own.
         overrides: `KEY` of the student's config (shared sizes reach the teacher), `teacher.KEY`, `schedule.KEY`, and
             `vocabulary`, a `vocab.txt` or `tokenizer.json`; without one, a vocabulary is trained on the corpus.
 
@@ -99,7 +98,8 @@ def distill(
         teacher.save_pretrained(run.teacher, material.vocabulary, options.keep_teacher)
     if options.keep_heads is not None:
         teacher.save_pretrained(run.student, material.vocabulary, options.keep_heads)
-    card = _model_card(material, result, report)
+    command = model_card.command_line(corpus, preset, out, steps, seed, overrides or {}, options)
+    card = model_card.model_card(material, result, report, command)
     words = material.vocabulary
     checkpoint = checkpoints.Checkpoint(material.student, result.student, words.tokens, lower_case=words.lower_case)
     checkpoints.save(checkpoint, out, card)
@@ -141,7 +141,7 @@ class Material:
     seed: int
     vocabulary: Vocabulary
     tokens: TokenCorpus
-    corpus: Mapping[str, Any]  # digests and counts
+    corpus: Mapping[str, Any]  # digests, counts, and its files
     teacher_weights: Mapping[str, Any] | None
     options: DistillOptions
     place: Place
@@ -189,7 +189,7 @@ def prepare_distillation(
 ) -> Material:
     """Read settings, vocabulary and text; the encoded text lies in `work` and is used again if it is there."""
     student_changes, teacher_changes, schedule_changes, vocabulary_path = _sorted_overrides(overrides or {})
-    config = student_of(preset).with_changes(**student_changes)
+    config = any_preset(preset).with_changes(**student_changes)
     from pocketfed.model import corpus as text
     from pocketfed.model import distillation, schedules, stages, teacher, token_store, tokenization
 
@@ -219,7 +219,11 @@ def prepare_distillation(
         vocabulary = tokenization.train_vocabulary(sentences, config.vocab_size)
     config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
     shared = {name: getattr(config, name) for name in REACHES_TEACHER}
-    taught = TEACHERS[preset].with_changes(**(shared | teacher_changes))
+    taught = TEACHERS.get(preset, config).with_changes(**(shared | teacher_changes))
+    if preset in BASELINES and schedule.strategy != "none":
+        raise ConfigError(
+            f"{preset} is pre-trained without a teacher, and schedule.strategy is {schedule.strategy!r}; leave it out"
+        )
     stages.check_pair(config, taught, schedule.attention)  # before hours are spent on encoding the text
     if options.keep_teacher is not None and options.teacher is None and schedule.strategy == "none":
         raise ConfigError(
@@ -242,7 +246,7 @@ def _encoded(
     paths: Sequence[Path], vocabulary: Vocabulary, folder: Path, length: int, store: ModuleType
 ) -> tuple[TokenCorpus, dict[str, Any]]:
     """The text as tokens, encoded into `folder` unless it lies there; and what it is."""
-    from pocketfed.model.corpus import corpus_digest, read_documents
+    from pocketfed.model.corpus import corpus_digest, describe_files, read_documents
     from pocketfed.model.tokenization import Tokenizer
 
     held = store.read_index(folder)
@@ -255,7 +259,8 @@ def _encoded(
     else:
         tokens = store.store_corpus(read_documents(paths), Tokenizer(vocabulary), folder, length)
         held = store.read_index(folder)
-    return tokens, {"documents": held["documents"], "tokens": tokens.tokens, "sha256": held["text"]}
+    read = {"documents": held["documents"], "tokens": tokens.tokens, "sha256": held["text"]}
+    return tokens, {**read, "files": describe_files(paths)}
 
 
 def _work_folder(out: Path) -> Path:
@@ -311,75 +316,3 @@ def _changed_schedule(
         raise ConfigError(f"there is no setting 'schedule.{unknown}'; there are {', '.join(known)}")
     changed = dataclasses.replace(schedule, **changes)
     return changed if steps is None else changed.scaled(steps, layers, taught_first)
-
-
-def _model_card(material: Material, result: Result, report: Mapping[str, Any]) -> str:
-    from pocketfed.model.distillation import mean_of_last
-
-    corpus = material.corpus
-    stages = [
-        f"| {stage} | {len(result.losses[stage])} | {loss:.4f} |" for stage, loss in mean_of_last(result.losses).items()
-    ]
-    parameters, teacher = report["model"]["parameters"], report["teacher_parameters"]
-    if material.schedule.strategy == "none":
-        made = "Pre-trained by pocketfed without a teacher"
-    elif material.teacher.use_bottleneck:
-        made = f"Distilled by pocketfed from an inverted-bottleneck teacher ({teacher:,} parameters)"
-    else:
-        made = (
-            f"Distilled by pocketfed from a BERT, {Path(str(material.options.teacher)).name} ({teacher:,} parameters)"
-        )
-    return "\n".join(
-        [
-            f"# MobileBERT student `{material.preset}`",
-            "",
-            f"{made}: {parameters:,} parameters, seed {result.seed}. Task-agnostic: it has no classifier yet.",
-            "",
-            f"Licence: {material.options.licence or 'not stated'}.",
-            "",
-            f"Corpus: {corpus['documents']:,} documents, {corpus['tokens']:,} tokens, sha256 `{corpus['sha256']}`. "
-            f"Vocabulary: {len(material.vocabulary):,} WordPiece tokens, sha256 `{material.vocabulary.digest()}`.",
-            "",
-            *_score_table(result.scores),
-            "",
-            "| stage | steps | loss, mean of the last tenth |",
-            "|---|---|---|",
-            *stages,
-            "",
-            *_as_json("Student", material.student.to_dict()),
-            *([] if material.schedule.strategy == "none" else _as_json("Teacher", material.teacher.to_dict())),
-            *_as_json("Schedule", dataclasses.asdict(result.schedule)),
-        ]
-    )
-
-
-def _score_table(scores: Mapping[str, Score]) -> list[str]:
-    from pocketfed.model.pretraining import FeatureScore, MaskedScore
-
-    near = {who: score for who, score in scores.items() if isinstance(score, FeatureScore)}
-    if near:
-        return [
-            "Beside its teacher, on held-out text: the cosine of their vectors of a text, and the share of the variance of the "
-            "teacher's last features that the student's explain:",
-            "",
-            "| model | cosine | explained | texts |",
-            "|---|---|---|---|",
-            *(f"| {who} | {score.cosine:.3f} | {score.explained:.3f} | {score.texts} |" for who, score in near.items()),
-        ]
-    rows = []
-    for who, score in scores.items():
-        if isinstance(score, MaskedScore):
-            pairs = "" if score.next_sentence is None else f"{score.next_sentence:.3f}"
-            rows.append(f"| {who} | {score.loss:.3f} | {score.accuracy:.3f} | {score.tokens} | {pairs} |")
-    return [
-        "Guessing hidden tokens (15 %) of held-out text, which neither teacher nor student was trained on (the "
-        "vocabulary has seen it), and telling next sentences from others:",
-        "",
-        "| model | loss (nats) | accuracy | hidden tokens | next sentence |",
-        "|---|---|---|---|---|",
-        *rows,
-    ]
-
-
-def _as_json(title: str, content: Mapping[str, Any]) -> list[str]:
-    return [f"{title}:", "", "```json", json.dumps(content, indent=2), "```", ""]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pocketfed.model.config import STUDENTS, ConfigError, MobileBertConfig
-from pocketfed.model.config import preset as student_of
+from pocketfed.model.config import BASELINES, STUDENTS, ConfigError, MobileBertConfig, any_preset
 from pocketfed.model.shipped import located
 
 INSPECTED_TOKENS = 128  # the length at which the paper counts
@@ -30,19 +29,20 @@ def inspect(name_or_dir: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: neither a preset nor a folder. CheckpointError: a folder that holds no usable model.
     """
-    if str(name_or_dir) in STUDENTS:
-        return {"name": str(name_or_dir), "quantization": None, "labels": None, **sizes(student_of(str(name_or_dir)))}
+    name = str(name_or_dir)
+    if name in STUDENTS or name in BASELINES:
+        return {"name": name, "quantization": None, "labels": None, **sizes(any_preset(name))}
     folder = located(name_or_dir)
     if not folder.is_dir():
         try:
-            student_of(str(name_or_dir))
+            any_preset(name)
         except ConfigError as error:
             raise ConfigError(f"{error}; nor is there a folder of that name") from None
     from pocketfed.model import checkpoints
 
     checkpoint = checkpoints.load(folder)
     return {
-        "name": str(name_or_dir),
+        "name": name,
         "quantization": checkpoint.quantization,
         "labels": list(checkpoint.labels) if checkpoint.labels else None,
         "bytes_on_disk": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),

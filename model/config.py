@@ -235,7 +235,11 @@ SHARED_WITH_BERT = ("hidden_size", "num_attention_heads", "vocab_size")
 
 
 def _teacher_of(student: MobileBertConfig, intra: int, intermediate: int) -> MobileBertConfig:
-    """The inverted-bottleneck teacher of a student: as wide between blocks, wider inside (Sun et al. 2020, table 1)."""
+    """The inverted-bottleneck teacher of a student: as wide between blocks, wider inside (Sun et al. 2020, table 1).
+
+    At the published width it is IB-BERT_LARGE as Google configures it: GELU in its tanh form, dropout of a tenth.
+    """
+    published = student.hidden_size >= 512
     return student.with_changes(
         intra_bottleneck_size=intra,
         intermediate_size=intermediate,
@@ -243,8 +247,9 @@ def _teacher_of(student: MobileBertConfig, intra: int, intermediate: int) -> Mob
         key_query_shared_bottleneck=False,
         use_bottleneck_attention=False,
         normalization_type="layer_norm",
-        hidden_act="gelu",
-        attention_probs_dropout_prob=0.0 if student.hidden_size < 512 else 0.1,
+        hidden_act="gelu_tanh" if published else "gelu",
+        hidden_dropout_prob=0.1 if published else student.hidden_dropout_prob,
+        attention_probs_dropout_prob=0.1 if published else 0.0,
         initializer_range=0.02,
     )
 
@@ -264,7 +269,8 @@ STUDENTS: dict[str, MobileBertConfig] = {
     "micro": _MICRO,
     "nano": _NANO,
 }
-STUDENTS["reference"] = STUDENTS["mobilebert"]  # the recipe of the paper goes by this name too
+# The paper's recipe, for which Google's code has a soft mask, and a trigram that sees the padding.
+STUDENTS["reference"] = STUDENTS["mobilebert"].with_changes(mask_style="soft", isolate_padding=False)
 
 TEACHERS: dict[str, MobileBertConfig] = {
     "mobilebert": _teacher_of(STUDENTS["mobilebert"], intra=1024, intermediate=4096),
@@ -278,10 +284,36 @@ TEACHERS: dict[str, MobileBertConfig] = {
     "pocket": _teacher_of(_POCKET, intra=768, intermediate=1536),
     "micro": _teacher_of(_MICRO, intra=256, intermediate=512),
     "nano": _teacher_of(_NANO, intra=128, intermediate=256),
+    "reference": _teacher_of(STUDENTS["reference"], intra=1024, intermediate=4096),
 }
 
 
-TEACHERS["reference"] = TEACHERS["mobilebert"]
+def _bert(layers: int, width: int, heads: int) -> MobileBertConfig:
+    """Plain BERT (Devlin et al. 2019), with its tanh pooler."""
+    return MobileBertConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        intra_bottleneck_size=width,
+        embedding_size=width,
+        num_feedforward_networks=1,
+        hidden_act="gelu",
+        normalization_type="layer_norm",
+        key_query_shared_bottleneck=False,
+        use_bottleneck=False,
+        trigram_input=False,
+        classifier_activation=True,
+        hidden_dropout_prob=0.1,
+    )
+
+
+# What MobileBERT is compared with, and its teacher: to count, and to pre-train; nothing is distilled into them.
+BASELINES: dict[str, MobileBertConfig] = {
+    "bert-base": _bert(12, 768, 12),
+    "bert-large": _bert(24, 1024, 16),
+    "ib-bert-large": TEACHERS["mobilebert"],
+}
 
 
 def preset(name: str) -> MobileBertConfig:
@@ -290,8 +322,21 @@ def preset(name: str) -> MobileBertConfig:
     Raises:
         ConfigError: no such preset; the message lists those there are.
     """
-    if name not in STUDENTS:
-        near = difflib.get_close_matches(name, STUDENTS, n=1)
+    return _named(name, STUDENTS)
+
+
+def any_preset(name: str) -> MobileBertConfig:
+    """The configuration of that name, a student's or one of BASELINES.
+
+    Raises:
+        ConfigError: no such preset; the message lists those there are.
+    """
+    return _named(name, STUDENTS | BASELINES)
+
+
+def _named(name: str, known: dict[str, MobileBertConfig]) -> MobileBertConfig:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"there is no preset {name!r}; {hint}the presets are {', '.join(STUDENTS)}")
-    return STUDENTS[name]
+        raise ConfigError(f"there is no preset {name!r}; {hint}the presets are {', '.join(known)}")
+    return known[name]

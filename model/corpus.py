@@ -6,10 +6,12 @@ import csv
 import hashlib
 import itertools
 import json
+import mmap
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 TEXT_SUFFIXES = (".txt", ".text", ".tokens", ".in")  # .in: the seq.in files of intent data sets
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -19,6 +21,7 @@ LEAST_SENTENCES = 20  # below this there is nothing to hold out, and nothing to 
 MOST_SENTENCES = 2000  # of a document; a longer one, as a book is, becomes several, so that memory stays bounded
 LOOKED_AT = 400  # lines from which a text file's layout is told
 PROSE = 1.3  # sentences a line from which on lines are taken for paragraphs
+MEMORY_SLOTS = 1 << 21  # of the table of lines already seen: 16 MB; a larger one lies in a file
 UNKNOWN = "<unk>"  # what WikiText writes for rare words
 
 Document = tuple[str, ...]  # its sentences
@@ -93,15 +96,12 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
     """
     if not paths:
         raise CorpusError("no corpus was given; name a text file or a folder of .txt, .jsonl, .csv or .tsv files")
-    count, seen = 0, set[bytes]()
+    count, seen = 0, _Seen()
     for file in itertools.chain.from_iterable(_files(Path(path)) for path in paths):
         for document in _documents(file):
             sentences = tuple(s for s in document if " " in s)
-            if len(sentences) == 1:  # an utterance, which may be there many times
-                key = hashlib.blake2b(sentences[0].encode("utf-8", "surrogatepass"), digest_size=12).digest()
-                if key in seen:
-                    continue
-                seen.add(key)
+            if len(sentences) == 1 and not seen.add(sentences[0]):  # an utterance may be there many times
+                continue
             count += len(sentences)
             if sentences:
                 yield sentences
@@ -111,6 +111,82 @@ def read_documents(paths: Sequence[Path]) -> Iterator[Document]:
             f"{named} holds {count} distinct sentences of two words or more; pre-training needs at least "
             f"{LEAST_SENTENCES}"
         )
+
+
+def describe_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Name (from the folder that was given), bytes and SHA-256 of each file of a corpus, in the order of reading.
+
+    Raises:
+        CorpusError: nothing there, or a file that cannot be read.
+    """
+    found = []
+    for path in map(Path, paths):
+        for file in _files(path):
+            name = file.name if file == path else f"{path.resolve().name}/{file.relative_to(path).as_posix()}"
+            try:
+                with file.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                    found.append({"name": name, "bytes": stream.tell(), "sha256": digest})
+            except OSError as error:
+                raise CorpusError(f"{file} cannot be read: {error.strerror}; check its permissions") from None
+    return found
+
+
+class _Seen:
+    """Which lines have been there: their digests of 64 bits, in a table with open addressing (Knuth, vol. 3, section 6.4).
+
+    A table of more than MEMORY_SLOTS lies in a temporary file that is mapped, 11 to 22 bytes a line, so that a corpus may hold
+    more lines than memory would. Of 100 million lines the chance is one in 3,700 that two differ and share a digest.
+    """
+
+    def __init__(self) -> None:
+        self._bits, self._count = 12, 0
+        self._slots = _zeros(1 << self._bits)
+
+    def add(self, line: str) -> bool:
+        """Whether it is new."""
+        digest = hashlib.blake2b(line.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        key = int.from_bytes(digest, "big") or 1  # 0 is an empty slot
+        if not self._put(key):
+            return False
+        self._count += 1
+        if 4 * self._count > 3 * len(self._slots):
+            before, self._bits = self._slots, self._bits + 1
+            self._slots = _zeros(1 << self._bits)
+            for held in before:  # in the order of their slots, old and new alike: a file is gone through once
+                if held:
+                    self._put(held)
+        return True
+
+    def _put(self, key: int) -> bool:
+        slots, at = self._slots, key >> 64 - self._bits
+        while slots[at]:
+            if slots[at] == key:
+                return False
+            at = (at + 1) % len(slots)
+        slots[at] = key
+        return True
+
+
+def _zeros(slots: int) -> memoryview:
+    """So many empty slots of 64 bits, in memory or in a file that is gone when they are.
+
+    Raises:
+        CorpusError: no room for the file.
+    """
+    if slots <= MEMORY_SLOTS:
+        return memoryview(bytearray(8 * slots)).cast("Q")
+    try:
+        with tempfile.TemporaryFile() as file:
+            for _ in range(slots // MEMORY_SLOTS):  # written out: a hole that finds no room later would end the process
+                file.write(bytes(8 * MEMORY_SLOTS))
+            file.flush()
+            return memoryview(mmap.mmap(file.fileno(), 8 * slots)).cast("Q")
+    except OSError as error:
+        raise CorpusError(
+            f"the table of lines already read needs {8 * slots:,} bytes in {tempfile.gettempdir()}: {error.strerror}; free some "
+            "space, or point TMPDIR elsewhere"
+        ) from None
 
 
 def split_sentences(text: str) -> list[str]:

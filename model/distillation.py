@@ -143,7 +143,11 @@ class Distillation:
         self.progress = progress if self.place.first else no_progress
         self.save_every_s = save_every_s
         training, held_out = split_held_out(corpus, np.random.default_rng(seed))
-        how = {"pairs": schedule.pairs, "whole_words": schedule.whole_words}
+        how: dict[str, Any] = {
+            "pairs": schedule.pairs,
+            "whole_words": schedule.whole_words,
+            "most_hidden": schedule.most_hidden,
+        }
         self.batches = Batches(
             training,
             vocabulary,

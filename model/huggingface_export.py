@@ -45,7 +45,7 @@ def export_huggingface(folder: Path, out: Path, task: str = "") -> Exported:
         raise CheckpointError(f"there is no task {task!r}; choose one of {', '.join(TASKS)}")
     notes: list[str] = []
     labels: tuple[str, ...] = ()
-    if _has_pretraining_heads(folder):
+    if has_pretraining_heads(folder):
         model, vocabulary = load_pretrained(folder)
         config, state = model.config, model.state_dict()
         head = "words" if config.pooling != "cls" else "words and pairs"
@@ -66,7 +66,12 @@ def export_huggingface(folder: Path, out: Path, task: str = "") -> Exported:
     return Exported(Path(out), huggingface.HEADS[head], sum(t.numel() for t in tensors.values()), tuple(notes))
 
 
-def _has_pretraining_heads(folder: Path) -> bool:
+def has_pretraining_heads(folder: Path) -> bool:
+    """Whether a folder's model was kept with its heads of pre-training.
+
+    Raises:
+        CheckpointError: its weights are damaged.
+    """
     path = Path(folder) / checkpoints.WEIGHTS
     if not path.is_file():
         return False  # which reading it will say

@@ -51,8 +51,15 @@ def _flops_a_token(stage: Stage, run: Distillation, length: int) -> float:
     def encoder(config: MobileBertConfig) -> float:
         return count_flops(config, length) / length
 
+    most = run.schedule.most_hidden
+
     def head(config: MobileBertConfig) -> float:
-        return MASK_SHARE * 2 * config.hidden_size * (config.vocab_size + config.hidden_size)
+        return (
+            min(MASK_SHARE, most / length if most else 1.0)
+            * 2
+            * config.hidden_size
+            * (config.vocab_size + config.hidden_size)
+        )
 
     student, teacher = run.student.config, run.teacher.config
     if isinstance(stage, MaskedWords):

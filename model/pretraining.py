@@ -74,6 +74,7 @@ class Batches:
 
     Args:
         pairs: make sentence pairs where a chunk has two sentences. whole_words: hide words, not pieces.
+        most_hidden: tokens of a text; 0 for no limit.
         rank, ranks: this process takes every `ranks`-th text of each batch.
     """
 
@@ -83,6 +84,7 @@ class Batches:
     seed: int
     pairs: bool = True
     whole_words: bool = False
+    most_hidden: int = 0
     rank: int = 0
     ranks: int = 1
     _lengths: Ints = field(init=False, repr=False, compare=False)
@@ -135,7 +137,7 @@ def make_batch(corpus: TokenCorpus, indices: Ints, how: Batches, rng: np.random.
             ids[row, first : end - 1], ids[row, end - 1] = b, vocabulary.sep_id
             types[row, first:end] = 1
         mask[row, :end] = 1
-    hidden, chosen = mask_tokens(ids, mask, vocabulary, rng, how.whole_words)
+    hidden, chosen = mask_tokens(ids, mask, vocabulary, rng, how.whole_words, how.most_hidden)
     labels = np.array([label for _, _, label in rows], np.int64)
     mine = slice(how.rank, None, how.ranks)
     arrays = (hidden[mine], mask[mine], types[mine], chosen[mine], ids[mine][chosen[mine]], labels[mine])
@@ -160,13 +162,19 @@ def _pair(corpus: TokenCorpus, chunk: int, pairs: bool, rng: np.random.Generator
 
 
 def mask_tokens(
-    ids: Ints, mask: Ints, vocabulary: Vocabulary, rng: np.random.Generator, whole_words: bool = False
+    ids: Ints,
+    mask: Ints,
+    vocabulary: Vocabulary,
+    rng: np.random.Generator,
+    whole_words: bool = False,
+    most_hidden: int = 0,
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Hide 15 % of each row's ordinary tokens, at least one: 80 % become [MASK], 10 % a random token, 10 % stay.
 
     Args:
         whole_words: the pieces of a word are hidden together, each with a fate of its own; of the last word perhaps more
             than the share.
+        most_hidden: of a row, unless 0; a last word that is more has only some of its pieces hidden.
 
     Returns the new ids and which positions were chosen, both (B, T).
     """
@@ -174,6 +182,7 @@ def mask_tokens(
     candidates = (mask == 1) & ~special[ids]
     available = candidates.sum(1)
     wanted = np.minimum(available, np.maximum(1, np.rint(MASK_SHARE * available)))
+    wanted = np.minimum(wanted, most_hidden) if most_hidden else wanted
     draw = rng.random(ids.shape)
     if whole_words:  # all pieces of a word have its first one's draw, so they are chosen one after the other
         heads = ~(continues[ids] & candidates)
@@ -185,7 +194,8 @@ def mask_tokens(
     chosen = rank < wanted[:, None]
     if whole_words:
         last = np.where(chosen, draw, -1.0).max(1, keepdims=True)
-        chosen = candidates & (draw <= last)
+        whole = candidates & (draw <= last)
+        chosen = np.where(whole.sum(1, keepdims=True) > most_hidden, chosen, whole) if most_hidden else whole
     fate = rng.random(ids.shape)
     replaced = rng.choice(ordinary, ids.shape) if len(ordinary) else ids
     hidden = np.where(fate < 0.8, vocabulary.mask_id, np.where(fate < 0.9, replaced, ids))

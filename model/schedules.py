@@ -40,6 +40,7 @@ class Schedule:
     attention: bool = True
     pairs: bool = True  # next-sentence prediction, where a text has two sentences
     whole_words: bool = False  # hide words rather than pieces
+    most_hidden: int = 0  # tokens of a text; 0 for 15 % of however many
     accumulate: int = 1  # parts of a batch whose gradients are averaged
     precision: str = "float32"
     max_length: int = 0  # tokens; 0 for the model's
@@ -57,7 +58,7 @@ class Schedule:
             if getattr(self, name) not in allowed:
                 raise DistillationError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         least = {"teacher_steps": 1, "transfer_steps": 0, "distillation_steps": 1, "batch_size": 1, "accumulate": 1}
-        for name, low in (least | {"max_length": 0, "teacher_batch_size": 0}).items():
+        for name, low in (least | {"max_length": 0, "teacher_batch_size": 0, "most_hidden": 0}).items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise DistillationError(f"{name} is {value!r}; it must be a whole number of at least {low}")
@@ -126,6 +127,7 @@ REFERENCE_SCHEDULE = Schedule(
     distillation_rate=1.5e-3,
     warm_up=0.02,  # 10,000 steps
     teacher_batch_size=4096,
+    most_hidden=20,
 )
 # The reference at a fifth of the steps, a quarter of the texts and half of their length, at rates smaller by the square root of
 # a quarter (You et al. 2020, section 4.3): 5.1e18 FLOPs, which at 60e12 a second, a sixteenth of an H100's bfloat16 peak, are
@@ -142,7 +144,14 @@ MINI_SCHEDULE = Schedule(
     precision="bfloat16",
     accumulate=2,  # what a teacher keeps for its backward pass is then some 35 GB, by counting
 )
+# The teacher's part of the reference alone: hidden words and next sentences.
+PRETRAINING_SCHEDULE = dataclasses.replace(
+    REFERENCE_SCHEDULE, strategy="none", transfer_steps=0, batch_size=4096, teacher_batch_size=0
+)
 SCHEDULES: dict[str, Schedule] = {
+    "bert-base": PRETRAINING_SCHEDULE,
+    "bert-large": PRETRAINING_SCHEDULE,
+    "ib-bert-large": PRETRAINING_SCHEDULE,
     "mini": MINI_SCHEDULE,
     # From a BERT of the same width, whose steps are none of ours. Sentences of everyday length, all losses at once; what the other
     # strategies give at this budget has not been measured.

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ class TokenCorpus:
 def store_corpus(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, max_length: int, shard_tokens: int = SHARD_TOKENS
 ) -> TokenCorpus:
-    """Encode documents into a folder, made whole or not at all, and open it. Memory holds one shard, not the corpus.
+    """Encode documents into a folder, made whole or not at all, and open it.
+
+    Memory holds one shard, not the corpus: two bytes a token (four, of a vocabulary of more than 65,536), eight a sentence.
 
     A sentence longer than the model takes becomes several. What the corpus itself writes as `<unk>` becomes [UNK].
 
@@ -90,9 +93,17 @@ def store_corpus(
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            for encoded in _shards(_encoded(documents, tokenizer, most, digest), shard_tokens):
-                documents_seen += len(encoded)
-                _write_shard(work, shards, encoded, kind, most, documents_seen - len(encoded))
+            filling = _Filling(shards, kind, most)
+            for document in _encoded(documents, tokenizer, most, digest):
+                if document:
+                    filling.add(document, documents_seen)
+                    documents_seen += 1
+                if len(filling.tokens) >= shard_tokens:
+                    filling.write(work)
+                    shards += 1
+                    filling = _Filling(shards, kind, most)
+            if filling.tokens:
+                filling.write(work)
                 shards += 1
             index = {
                 "shards": shards,
@@ -196,36 +207,32 @@ def _encode_some(documents: Sequence[Document], tokenizer: Tokenizer, most: int)
         yield [row[i : i + most] for row in rows for i in range(0, len(row), most)]
 
 
-def _shards(documents: Iterable[list[list[int]]], tokens: int) -> Iterator[list[list[list[int]]]]:
-    held: list[list[list[int]]] = []
-    count = 0
-    for document in documents:
-        if document:
-            held.append(document)
-            count += sum(map(len, document))
-        if count >= tokens:
-            yield held
-            held, count = [], 0
-    if held:
-        yield held
+class _Filling:
+    """A shard while it is filled, in packed numbers: a list of Python's would take 35 bytes a token."""
 
+    def __init__(self, number: int, kind: type, most: int) -> None:
+        self.number, self.kind, self.most = number, kind, most
+        self.tokens = array("H" if kind is np.uint16 else "I")
+        self.bounds = array("q", [0])  # of sentences, in tokens
+        self.chunks = array("q")  # four numbers each
 
-def _write_shard(
-    folder: Path, number: int, documents: list[list[list[int]]], kind: type, most: int, first_document: int
-) -> None:
-    rows = [row for document in documents for row in document]
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    bounds = np.concatenate([[0], lengths.cumsum()])
-    tokens: Tokens = np.fromiter((token for row in rows for token in row), kind, int(bounds[-1]))
-    chunks, sentence = [], 0
-    for place, document in enumerate(documents):
-        end, start, filled = sentence + len(document), sentence, 0
-        for at in range(sentence, end):
-            if filled + lengths[at] > most:
-                chunks.append((number, start, at, first_document + place))
+    def add(self, document: list[list[int]], place: int) -> None:
+        """A document's sentences, and the chunks they make. place: its number in the corpus."""
+        start = len(self.bounds) - 1
+        filled = 0
+        for sentence in document:
+            at = len(self.bounds) - 1
+            if filled + len(sentence) > self.most:
+                self.chunks.extend((self.number, start, at, place))
                 start, filled = at, 0
-            filled += lengths[at]
-        chunks.append((number, start, end, first_document + place))
-        sentence = end
-    for name, values in (("tokens", tokens), ("sentences", bounds), ("chunks", np.array(chunks, np.int64))):
-        np.save(folder / f"{number:05}.{name}.npy", values, allow_pickle=False)
+            filled += len(sentence)
+            self.tokens.extend(sentence)
+            self.bounds.append(len(self.tokens))
+        self.chunks.extend((self.number, start, len(self.bounds) - 1, place))
+
+    def write(self, folder: Path) -> None:
+        chunks = np.frombuffer(self.chunks, np.int64).reshape(-1, 4)
+        bounds = np.frombuffer(self.bounds, np.int64)
+        tokens: Tokens = np.frombuffer(self.tokens, self.kind)
+        for name, values in (("tokens", tokens), ("sentences", bounds), ("chunks", chunks)):
+            np.save(folder / f"{self.number:05}.{name}.npy", values, allow_pickle=False)

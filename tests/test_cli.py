@@ -172,7 +172,15 @@ def test_quantize_says_how_much_smaller_the_model_became(student: Path, tmp_path
     assert report["ratio"] == report["bytes_before"] / report["bytes_after"] > 2
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("mobilebert", 24_581_888), ("mobilebert-tiny", 15_485_696)])
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("mobilebert", 24_581_888),
+        ("mobilebert-tiny", 15_485_696),
+        ("ib-bert-large", 294_205_184),
+        ("bert-base", 109_482_240),
+    ],
+)
 def test_inspect_counts_a_preset(preset: str, parameters: int) -> None:
     report = json.loads(works("inspect", preset, "--json"))
     assert report["parameters"] == parameters

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import tempfile
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pocketfed.model.corpus import CorpusError, corpus_digest, read_documents, split_sentences
+from pocketfed.model import corpus as corpus_module
+from pocketfed.model.corpus import CorpusError, corpus_digest, describe_files, read_documents, split_sentences
 from pocketfed.model.pretraining import NO_PAIR, Batches, epoch_order, mask_tokens
 from pocketfed.model.token_store import TokenCorpus, open_corpus, read_index, split_held_out, store_corpus
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Tokenizer, Vocabulary
@@ -39,6 +45,11 @@ def test_a_corpus_is_read_from_every_kind_of_file_and_each_utterance_once(tmp_pa
     (tmp_path / "deep" / "d.tsv").write_text("sentence\tlabel\n" + "\n".join(f"{line}\ty" for line in lines[19:]))
     (tmp_path / "ignored.png").write_bytes(b"\x89PNG\0")
     assert list(read_documents([tmp_path])) == [(line,) for line in lines]
+    named = [f"{tmp_path.name}/{name}" for name in ("a.txt", "b.jsonl", "c.csv", "deep/d.tsv")]
+    assert [file["name"] for file in describe_files([tmp_path])] == named
+    alone = describe_files([tmp_path / "a.txt"])
+    assert alone == [{**describe_files([tmp_path])[0], "name": "a.txt"}]
+    assert alone[0]["sha256"] == hashlib.sha256((tmp_path / "a.txt").read_bytes()).hexdigest()
 
 
 def test_prose_is_one_document_and_headings_part_it(tmp_path: Path) -> None:
@@ -116,6 +127,26 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path: Path) -> None:
         list(read_documents([]))
 
 
+def test_a_line_comes_once_however_many_there_are_and_wherever_the_table_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    lines = [f"line {i}" for i in rng.integers(0, 12_000, 30_000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    expected = [(line,) for line in dict.fromkeys(lines)]
+    assert 10_000 < len(expected) < 12_000
+    assert list(read_documents([tmp_path])) == expected
+    monkeypatch.setattr(corpus_module, "MEMORY_SLOTS", 1 << 12)  # as it begins; every larger table is a file's
+    assert list(read_documents([tmp_path])) == expected
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(CorpusError, match=r"needs 65,536 bytes in .*: No space left on device; free some space"):
+        list(read_documents([tmp_path]))
+
+
 # ---- shards --------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +169,40 @@ def test_shards_make_no_difference_to_what_is_read(tmp_path: Path, corpus: Token
         assert [s.tolist() for s in small.sentences(chunk)] == [s.tolist() for s in corpus.sentences(chunk)]
     assert all(isinstance(shard.tokens, np.memmap) for shard in small.shards)
     assert read_index(tmp_path / "small")["text"] == corpus_digest(documents)
+
+
+def test_a_store_is_the_same_to_the_byte_as_ever(tmp_path: Path) -> None:
+    documents = [tuple(f"{c} " * words + "." for words in range(2, 9)) for c in "abcdefghij"]
+    store_corpus(documents, TOKENIZER, tmp_path / "corpus", 18, shard_tokens=120)
+    digest = hashlib.sha256()
+    for path in sorted((tmp_path / "corpus").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    # Of the first version, which held a shard as lists.
+    assert digest.hexdigest() == "e49a2c9cf4ce27b7d957ec4ca62a10f57af3f01d870dcdea0b3f6de99441d05f"
+
+
+def test_reading_and_encoding_hold_a_few_bytes_a_token_and_a_line(tmp_path: Path) -> None:
+    def peak(lines: int) -> int:
+        """Bytes, of which what does not grow with the corpus falls away in a difference."""
+        path = tmp_path / "lines.txt"
+
+        def text() -> Iterator[str]:
+            for i in range(lines):
+                yield " ".join("abcdefghij"[int(c)] for c in f"{i:05}") * 4 + "\n"  # 17 words, each line another
+
+        with path.open("w") as file:
+            file.writelines(text())
+        tracemalloc.start()
+        try:
+            stored = store_corpus(read_documents([path]), TOKENIZER, tmp_path / "corpus", 24)
+            assert stored.tokens == 17 * lines
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = 6_000, 14_000  # past both of the table's doublings at 3,072 and 6,144 lines
+    # 17 tokens of 2 bytes, a sentence's 8, a chunk's 32, a digest's 11 to 32; as lists and a set they were 34.5 a token and 87 a line.
+    assert (peak(many) - peak(few)) / (many - few) < 2 * (17 * 2 + 8 + 32 + 32)
 
 
 def test_a_sentence_too_long_for_the_model_becomes_several(tmp_path: Path) -> None:
@@ -249,6 +314,26 @@ def test_whole_words_are_hidden_with_all_their_pieces() -> None:
     _, pieces = mask_tokens(ids, np.ones_like(ids), LETTERS, np.random.default_rng(0))
     parted = pieces[:, 1:-1].reshape(300, 10, 3)
     assert (parted.all(2) != parted.any(2)).any()
+
+
+def test_at_most_so_many_tokens_of_a_text_are_hidden() -> None:
+    word = [LETTERS.ids["a"], LETTERS.ids["##x"], LETTERS.ids["##y"]]
+    ids = np.array([[LETTERS.cls_id, *word * 10, LETTERS.sep_id]] * 300)
+    everywhere = np.ones_like(ids)
+    everywhere[0, 8:] = 0  # 7 tokens, of which one is hidden as ever
+
+    def hide(most: int, whole_words: bool) -> np.ndarray:
+        rng = np.random.default_rng(0)
+        return mask_tokens(ids, everywhere, LETTERS, rng, whole_words, most)[1]
+
+    assert set(hide(0, False)[1:].sum(1).tolist()) == {4}  # 15 % of 30 is 4.5, and an even number is nearer
+    assert set(hide(2, False)[1:].sum(1).tolist()) == {2}
+    assert hide(2, False)[0].sum() == 1
+    assert (hide(2, False) <= hide(0, False)).all()  # the first of those that would be
+    assert set(hide(0, True)[1:].sum(1).tolist()) == {6}  # two words
+    assert set(hide(6, True)[1:].sum(1).tolist()) == {6}
+    assert set(hide(5, True)[1:].sum(1).tolist()) == {4}  # a word, and a piece of the next
+    assert (hide(9, True) == hide(0, True)).all()
 
 
 def test_an_epoch_has_each_chunk_once_in_batches_of_similar_length() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -271,7 +273,15 @@ def test_the_reference_is_the_papers_recipe_of_740_000_steps() -> None:
     assert schedule.student_steps == 740_000
     assert (schedule.teacher_steps, schedule.batch_size, schedule.teacher_batch_size) == (500_000, 2048, 4096)
     assert (schedule.optimizer, schedule.strategy, schedule.max_length) == ("lamb", "progressive", 0)
+    assert schedule.most_hidden == 20
     assert student.max_position_embeddings == 512
+    assert {(c.mask_style, c.isolate_padding) for c in (student, teacher)} == {("soft", False)}
+    assert (student.hidden_act, student.hidden_dropout_prob, student.attention_probs_dropout_prob) == ("relu", 0.0, 0.1)
+    assert (teacher.hidden_act, teacher.hidden_dropout_prob, teacher.attention_probs_dropout_prob) == (
+        "gelu_tanh",
+        0.1,
+        0.1,
+    )
     assert (student.hidden_size, student.intra_bottleneck_size, teacher.intra_bottleneck_size) == (512, 128, 1024)
     phases = phase_steps(schedule.transfer_steps, student.num_hidden_layers)
     assert phases == [10_000] * 24
@@ -658,6 +668,17 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
     card = (tmp_path / "student" / "README.md").read_text()
     assert report["corpus"]["sha256"] in card
     assert "seed 1" in card
+    assert card.startswith("---\nlicense: unknown\n")
+    (read,) = report["corpus"]["files"]
+    assert read["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert (read["name"], read["bytes"]) == ("corpus.txt", len(text.read_bytes()))
+    assert f"\n{read['sha256']}  corpus.txt\n" in card
+    assert f"Made by pocketfed {importlib.metadata.version('pocketfed')}:" in card
+    (command,) = [line for line in card.splitlines() if line.startswith("pocketfed distill ")]
+    assert command == (
+        "pocketfed distill --corpus corpus.txt --preset nano --out student --seed 1 --steps 20 --set hidden_size=32 "
+        "--set embedding_size=16 --set teacher.intermediate_size=64 --set schedule.batch_size=8"
+    )
 
     stored = pipeline.quantize(tmp_path / "student", tmp_path / "small")
     assert stored["bytes_after"] < stored["bytes_before"] / 2
@@ -676,6 +697,23 @@ def test_pipeline_distills_quantizes_and_inspects_a_model_folder(text: Path, tmp
     assert float(F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0)) > 0.999
 
 
+@pytest.mark.parametrize("preset", ["bert-base", "ib-bert-large"])
+def test_what_mobilebert_is_compared_with_is_pre_trained_by_itself(text: Path, tmp_path: Path, preset: str) -> None:
+    inside = 48 if preset == "ib-bert-large" else 32
+    sizes = {"hidden_size": 32, "intra_bottleneck_size": inside, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 200, "max_position_embeddings": 32}
+    sizes |= {"embedding_size": 16 if preset == "ib-bert-large" else 32}
+    report = distilling.distill([text], preset, tmp_path / "out", 12, overrides={**sizes, "schedule.batch_size": 8})
+    assert list(report["losses"]) == ["masked words"]
+    assert report["schedule"]["distillation_steps"] == 12
+    assert set(report["scores"]) == {"student before", "student"}
+    made = load(tmp_path / "out").config
+    assert (made.use_bottleneck, made.num_feedforward_networks) == (preset == "ib-bert-large", 1)
+    assert f"\n# `{preset}`\n" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ConfigError, match=f"{preset} is pre-trained without a teacher"):
+        distilling.distill([text], preset, tmp_path / "no", 12, overrides={**sizes, "schedule.strategy": "joint"})
+
+
 def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> None:
     kept = distilling.DistillOptions(
         keep_teacher=tmp_path / "teacher", keep_heads=tmp_path / "heads", licence="CC0-1.0"
@@ -691,7 +729,9 @@ def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> Non
     assert second["scores"]["teacher"]["tokens"] > 0
     assert set(first["losses"]) - set(second["losses"]) == {"teacher"}
     assert load(tmp_path / "two").vocabulary == load(tmp_path / "teacher").vocabulary
-    assert "Licence: CC0-1.0." in (tmp_path / "one" / "README.md").read_text()
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "Licence: CC0-1.0." in card
+    assert card.startswith("---\nlicense: cc0-1.0\n")
     with pytest.raises(CheckpointError, match="a teacher needs its pre-training heads"):
         distilling.distill(
             [text], "nano", tmp_path / "three", steps=16, options=distilling.DistillOptions(teacher=tmp_path / "one")

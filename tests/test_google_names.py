@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pocketfed.model.checkpoints import CheckpointError, load, load_folder, save
+from pocketfed.cli.model import export
+from pocketfed.model.checkpoints import Checkpoint, CheckpointError, load, load_folder, save
 from pocketfed.model.config import STUDENTS, TEACHERS, MobileBertConfig
+from pocketfed.model.google_export import export_google
 from pocketfed.model.google_names import from_google, is_google, tensors_from_google, tensors_to_google, to_google
 from pocketfed.model.mobilebert import MobileBert
-from pocketfed.model.teacher import PreTrainingModel, load_pretrained
+from pocketfed.model.teacher import PreTrainingModel, load_pretrained, save_pretrained
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Vocabulary
 
 GRAPH = Path(__file__).resolve().parents[2] / "shared" / "reference" / "bert_encoder_unrolled_fake_weights.mlir"
@@ -125,6 +127,50 @@ def test_a_folder_of_tf1_variables_is_read_as_the_model_it_is(tmp_path: Path, fo
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in trained.state_dict().items())
     save(student, tmp_path.parent / "ours")
     assert load(tmp_path.parent / "ours").state.keys() == student.state.keys()
+
+
+@pytest.mark.parametrize("head", ["none", "classifier", "spans", "pre-training"])
+def test_an_exported_model_has_googles_names_and_is_read_back_as_it_was(
+    tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = CONFIG.with_changes(mask_style="soft", isolate_padding=False, normalization_type="layer_norm")
+    config = config.with_changes(hidden_act="gelu_tanh", initializer_range=0.3)
+    model, labels = PreTrainingModel(config), None
+    state = {name: value.detach() for name, value in model.mobilebert.state_dict().items()}
+    if head == "pre-training":
+        save_pretrained(model, Vocabulary(WORDS), tmp_path / "model")
+    else:
+        if head != "none":
+            labels = ("start", "end") if head == "spans" else ("a", "b")
+            state |= {"classifier.weight": torch.randn(2, 16), "classifier.bias": torch.randn(2)}
+        save(Checkpoint(config, state, WORDS, labels), tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "tf1", to="tf1")
+    assert "Note" not in capsys.readouterr().out  # Google's own mask, gelu and pooling
+
+    with np.load(tmp_path / "tf1" / "model.npz") as held:
+        variables = {name: held[name] for name in held.files}
+    kernel = variables["bert/encoder/layer_1/ffn_layer_0/intermediate/dense/kernel"]
+    assert np.array_equal(kernel.T, state["encoder.layer.1.ffn.0.intermediate.dense.weight"].numpy())
+    name = {"classifier": "output_weights", "spans": "cls/squad/output_weights"}.get(head)
+    assert name is None or np.array_equal(variables[name], state["classifier.weight"].numpy())
+    assert json.loads((tmp_path / "tf1" / "config.json").read_text())["hidden_act"] == "gelu"
+    again = load(tmp_path / "tf1")
+    assert (again.config, again.labels, again.vocabulary) == (config, labels, WORDS)
+    assert all(torch.equal(again.state[n], value) for n, value in state.items())
+    if head == "pre-training":
+        whole, _ = load_pretrained(tmp_path / "tf1")
+        assert all(torch.equal(value, model.state_dict()[n]) for n, value in whole.state_dict().items())
+
+
+def test_an_exported_model_says_what_googles_code_computes_otherwise(tmp_path: Path) -> None:
+    save(Checkpoint(CONFIG, MobileBert(CONFIG).state_dict(), WORDS), tmp_path / "hard")
+    assert export_google(tmp_path / "hard", tmp_path / "one").notes == (
+        "padding is masked softly there, so padded texts come out a little otherwise",
+    )
+    other = CONFIG.with_changes(hidden_act="gelu", mask_style="soft", isolate_padding=False, pooling="mean")
+    save(Checkpoint(other, MobileBert(other).state_dict(), WORDS), tmp_path / "gelu")
+    assert [note.split()[0] for note in export_google(tmp_path / "gelu", tmp_path / "two").notes] == ["its", "heads"]
 
 
 def test_gelu_means_its_tanh_form_beside_tf1_variables(tmp_path: Path) -> None:

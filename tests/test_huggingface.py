@@ -14,11 +14,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pocketfed.model.checkpoints import Checkpoint, CheckpointError, load, load_folder, load_student, save
-from pocketfed.model.config import TEACHERS, MobileBertConfig
+from pocketfed.model.config import BASELINES, TEACHERS, MobileBertConfig
 from pocketfed.model.heads import TextClassifier
 from pocketfed.model.huggingface_export import export_huggingface
 from pocketfed.model.mobilebert import MobileBert
-from pocketfed.model.published import BASELINES
 from pocketfed.model.quantization import quantize_state
 from pocketfed.model.teacher import PreTrainingModel, save_pretrained
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Tokenizer, Vocabulary

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocketfed.model.config import STUDENTS, TEACHERS, MobileBertConfig, preset
+from pocketfed.model.config import BASELINES, STUDENTS, TEACHERS, MobileBertConfig, preset
 from pocketfed.model.google_names import tensors_to_google
 from pocketfed.model.heads import TextClassifier, segment_ids
 from pocketfed.model.mobilebert import (
@@ -26,7 +26,7 @@ from pocketfed.model.mobilebert import (
     count_flops,
     count_parameters,
 )
-from pocketfed.model.published import BASELINES, PUBLISHED, Published
+from pocketfed.model.published import NOTES, PUBLISHED, Published, count_other_operations
 from pocketfed.model.teacher import PreTrainingModel
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "stablehlo_oracle.py"
@@ -242,6 +242,29 @@ def test_flops_are_what_torch_counts_while_the_model_runs(row: Published) -> Non
         with FlopCounterMode(display=False) as counter:
             model(ids, torch.ones_like(ids))
     assert counter.get_total_flops() == row.flops
+
+
+def test_other_operations_are_counted_one_by_one_and_explain_the_papers_flops() -> None:
+    # One layer, two tokens, widths 4 and 2, one head, one feed-forward network of 3.
+    config = MobileBertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=3,
+        intra_bottleneck_size=2, embedding_size=4, num_feedforward_networks=1,
+    )  # fmt: skip
+    biases = 2 + 2 + 4 * 2 + 3 + 2 + 4  # two bottlenecks in; query, key, value, output; network; bottleneck out
+    norms, residuals, scores = 2 * (2 + 2 + 2 + 2 + 4), 2 + 2 + 4, 2 * 7
+    embeddings = 4 * (1 + 2 + 2)
+    assert count_other_operations(config, tokens=2) == 2 * (biases + norms + 3 + residuals + scores + embeddings)
+    normed = config.with_changes(normalization_type="layer_norm", hidden_act="gelu")
+    more = 5 * (12 + 4) + 7 * 3  # seven for two, of each normed number; eight for one, of each activated
+    assert count_other_operations(normed, 2) == count_other_operations(config, 2) + 2 * more
+
+    whole = {row.name: (row.flops + count_other_operations(row.config)) / 1e9 for row in PUBLISHED}
+    assert round(whole["mobilebert-paper-layernorm"], 1) == 5.7
+    assert round(whole["mobilebert-tiny"], 1) == 3.1
+    assert whole["bert-base"] == pytest.approx(22.43, abs=0.005)  # the paper's 22.5 is still 0.07 more
+    assert "334.09 million without the tanh pooler" in NOTES["bert-large"]
+    for name, note in NOTES.items():
+        assert "may be" not in note, name
 
 
 def test_a_student_without_its_pre_training_heads_has_two_thirds_of_the_parameters() -> None:
