@@ -123,7 +123,8 @@ def _trials(
 ) -> None:
     from pocketfed.model.finetuning import Recipe
     from pocketfed.model.task_kinds import read_task
-    from pocketfed.model.trials import Plan, best_metric, floor_rows, markdown, run_trials, start_of, untrained
+    from pocketfed.model.trial_rows import best_metric, floor_rows, markdown
+    from pocketfed.model.trials import Plan, run_trials, start_of, untrained
 
     if out is not None and out.suffix == ".md":
         raise CommandError(f"{out} is where the table would go; name the file of rows {out.with_suffix('.jsonl')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,8 @@ from pocketfed.model.supervision import IGNORED, Classification, Encoded, Regres
 from pocketfed.model.tasks import DataError, Dataset, Example
 from pocketfed.model.tfidf import features, fit
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Tokenizer, Vocabulary
-from pocketfed.model.trials import (
-    Plan,
-    Start,
-    best_metric,
-    floor,
-    floor_rows,
-    markdown,
-    read_rows,
-    run_trials,
-    untrained,
-)
+from pocketfed.model.trial_rows import best_metric, data_digest, floor, floor_rows, markdown, read_rows
+from pocketfed.model.trials import Plan, Start, run_trials, untrained
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "##s", "paris", "oslo", "in", "went", "to", "big", "city")
 VOCABULARY = Vocabulary((*SPECIAL_TOKENS, *WORDS))
@@ -253,6 +245,48 @@ def test_trials_are_rows_in_a_file_and_none_is_done_twice(dataset: Dataset, star
     table = markdown(dataset, more)
     values = [row["test"]["accuracy"] for row in more]
     assert f"| tiny | 3 | {sum(values) / 3:.4f} ({min(values):.4f} to {max(values):.4f}) |" in table
+
+
+def test_calls_seed_by_seed_end_in_the_table_of_one_call_with_all_seeds(
+    dataset: Dataset, start: Start, tmp_path: Path
+) -> None:
+    plan = Plan(dataclasses.replace(RECIPE, epochs=1), seeds=(0, 1, 2))
+    whole = run_trials(dataset, [start], plan, tmp_path / "whole.jsonl")
+    out = tmp_path / "rows.jsonl"
+    # Of other settings, another start and other data, and so of no other table.
+    run_trials(dataset, [start, untrained("nano", start)], Plan(dataclasses.replace(RECIPE, epochs=2), (7,)), out)
+    run_trials(
+        dataclasses.replace(dataset, train=dataset.train[:40]), [start], dataclasses.replace(plan, seeds=(8,)), out
+    )
+    for seeds in ((2,), (0,), (1,)):
+        told = run_trials(dataset, [start], dataclasses.replace(plan, seeds=seeds), out)
+    assert [row["seed"] for row in told] == [0, 1, 2]
+    assert markdown(dataset, told) == markdown(dataset, whole)
+
+
+def test_rows_of_earlier_versions_keep_their_keys(dataset: Dataset, start: Start) -> None:
+    odd = dataclasses.replace(
+        dataset,
+        train=(Example("a", "x", 'b"', fields={"c": "'"}, words=("a",), answers=(("b", 1),)), *dataset.train),
+        further={"mismatched": dataset.dev[:1], "none": ()},
+        skipped={"empty text": 2},
+        outside="oos",
+    )
+    for some in (odd, dataset, dataclasses.replace(dataset, train=dataset.train[:1], test=())):
+        assert data_digest(some) == hashlib.sha256(repr(some).encode()).hexdigest()
+    later = dataclasses.make_dataclass("Example", [("hint", str, "")], bases=(Example,), frozen=True)
+    same, other = (
+        dataclasses.replace(dataset, train=(later("a", "x", hint=hint), *dataset.train)) for hint in ("", "b")
+    )
+    before = dataclasses.replace(dataset, train=(Example("a", "x"), *dataset.train))
+    assert data_digest(same) == data_digest(before) != data_digest(other)
+    # As today's command makes them: the digest of the data, that of the start, the settings, the seed, whether it searches.
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01, "warm_up": 0.1, "weight_decay": 0.01,
+                "max_length": 16, "precision": "float32"}  # fmt: skip
+    told = json.dumps([hashlib.sha256(repr(dataset).encode()).hexdigest(), start.digest(), settings, 3, False])
+    (row,) = run_trials(dataset, [start], Plan(recipe, (3,)))
+    assert row["key"] == hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 def test_a_file_whose_first_row_was_cut_short_begins_anew(tmp_path: Path) -> None:
