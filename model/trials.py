@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pocketfed.model.answer_files import PREDICTIONS, check_answerable, write_answers
 from pocketfed.model.checkpoints import load, tokens_of
 from pocketfed.model.config import MobileBertConfig, preset
 from pocketfed.model.encoded import Encoded, Kind
@@ -22,6 +24,7 @@ from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_
 from pocketfed.model.metrics import goodness
 from pocketfed.model.rows import append_row
 from pocketfed.model.shipped import located, starts_untrained
+from pocketfed.model.spans import Spans
 from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
@@ -129,6 +132,7 @@ def run_trials(
     plan: Plan,
     out: Path | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
+    predictions: Path | None = None,
 ) -> list[Row]:
     """Fine-tunes each start with each seed and measures it on the test split; returns a row a trial.
 
@@ -141,18 +145,22 @@ def run_trials(
     Args:
         dataset: with a test (`Dataset.with_test`).
         out: a JSON-lines file of rows: trials that stand there are not done again, others are added as they end.
+        predictions: a folder for the answers of each final trial to questions on passages, in a folder of its own, by
+            start and seed (`answer_files`). A trial whose answers are not there is done again for them.
 
     Raises:
         DataError, FineTuningError: data that leaves nothing to test, or a loss that diverged.
     """
     if not dataset.test:
         raise DataError(f"{dataset.name} leaves no example to test on; give more data or a test split")
+    if predictions is not None:
+        check_answerable(dataset)
     torch.set_num_threads(1)
     done = {row["key"]: row for row in read_rows(out)} if out else {}
     data = data_digest(dataset)
     rows: list[Row] = []
     for start in starts:
-        desk = _Desk(dataset, start, data, out, done, progress)
+        desk = _Desk(dataset, start, data, out, done, progress, predictions)
         recipe = plan.recipe
         candidates = plan.candidates() if plan.space else []
         if candidates:
@@ -180,8 +188,10 @@ class _Desk:
         out: Path | None,
         done: dict[str, Row],
         progress: Callable[[str, float], None],
+        predictions: Path | None,
     ) -> None:
         self.dataset, self.start, self.out, self.done, self.progress = dataset, start, out, done, progress
+        self.predictions = predictions
         self.kind: Kind = kind_of(dataset)
         self.identity = [data, start.digest()]
         self.tokenizer = Tokenizer(start.vocabulary)
@@ -192,12 +202,16 @@ class _Desk:
         return row.get("phase") == "final" and row["key"] == self._key(recipe, row["seed"], searching=False)
 
     def _key(self, recipe: Recipe, seed: int, searching: bool) -> str:
-        told = json.dumps([*self.identity, asdict(recipe), seed, searching])
+        settings = asdict(recipe)
+        if recipe.device == "cpu":  # rows from before there was another keep their keys
+            del settings["device"]
+        told = json.dumps([*self.identity, settings, seed, searching])
         return hashlib.sha256(told.encode()).hexdigest()[:32]
 
     def trial(self, recipe: Recipe, seed: int, what: str, searching: bool = False) -> Row:
         key = self._key(recipe, seed, searching)
-        if key in self.done:
+        answers = None if searching else self._answers(key, seed)
+        if key in self.done and (answers is None or (answers / PREDICTIONS).exists()):
             return self.done[key]
         begun = time.process_time()
         name = f"{self.start.name}, {what}"
@@ -232,18 +246,31 @@ class _Desk:
         }
         if not searching:
             row |= {"test_source": self.dataset.test_source, "test_examples": len(self.dataset.test)}
-            row["test"] = self._measured(model, tuned.kind, "test", recipe)
+            row["test"] = self._measured(model, tuned.kind, "test", recipe, answers)
             for split in self.dataset.further:
                 row[split] = self._measured(model, tuned.kind, split, recipe)
         row["cpu_seconds"] = round(time.process_time() - begun, 2)
+        if key in self.done:  # it was done again for its answers
+            return self.done[key]
         self.done[key] = row
         if self.out is not None:
             append_row(self.out, row)
         return row
 
-    def _measured(self, model: torch.nn.Module, kind: Kind, split: str, recipe: Recipe) -> dict[str, float]:
+    def _answers(self, key: str, seed: int) -> Path | None:
+        if self.predictions is None:
+            return None
+        name = re.sub(r"[^\w.-]+", "-", self.start.name)
+        return self.predictions / f"{name}-seed{seed}-{key[:8]}"
+
+    def _measured(
+        self, model: torch.nn.Module, kind: Kind, split: str, recipe: Recipe, answers: Path | None = None
+    ) -> dict[str, float]:
         examples = self._encoded(split, recipe.max_length)
-        return kind.score(predict(model, examples, recipe.precision), examples)
+        outputs = predict(model, examples, recipe.precision)
+        if answers is not None and isinstance(kind, Spans):
+            write_answers(answers, kind, outputs, examples)
+        return kind.score(outputs, examples)
 
     def _encoded(self, split: str, max_length: int) -> Encoded:
         if (split, max_length) not in self.encoded:

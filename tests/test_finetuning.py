@@ -189,6 +189,7 @@ def test_a_loss_that_diverges_is_told_with_the_step_and_the_remedy(dataset: Data
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a positive number"),
         ({"precision": "float16"}, "precision is 'float16'; choose one of float32, bfloat16"),
+        ({"device": "gpu"}, "device is 'gpu'; choose one of cpu, cuda, mps"),
         ({"warm_up": 1.0}, "warm_up is 1.0; it must be at least 0 and less than 1"),
     ],
 )
@@ -204,6 +205,31 @@ def test_half_the_bits_give_nearly_the_same_student(dataset: Dataset) -> None:
     fine_tune(model, kind, encoded, dataclasses.replace(RECIPE, precision="bfloat16"), seed=0)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert kind.score(predict(model, encoded), encoded)["accuracy"] > 0.9
+
+
+def test_the_cpu_said_by_name_gives_the_same_bits_and_the_same_trial(dataset: Dataset, start: Start) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    rows = [run_trials(dataset, [start], Plan(r))[0] for r in (recipe, dataclasses.replace(recipe, device="cpu"))]
+    for row in rows:
+        del row["cpu_seconds"]
+    assert rows[0] == rows[1]
+    assert rows[0]["device"] == "cpu"
+
+
+def test_on_an_accelerator_a_student_learns_the_same_and_is_another_trial(dataset: Dataset, start: Start) -> None:
+    place = next((name for name in ("cuda", "mps") if name in accelerators()), None)
+    if place is None:
+        pytest.skip("there is no accelerator here")
+    recipe = dataclasses.replace(RECIPE, epochs=4)
+    rows = [run_trials(dataset, [start], Plan(dataclasses.replace(recipe, device=d)))[0] for d in ("cpu", place)]
+    assert rows[0]["key"] != rows[1]["key"]
+    assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=0.1)
+    assert rows[1]["test"]["accuracy"] > 0.9
+
+
+def accelerators() -> set[str]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return {name for name, here in there.items() if here}
 
 
 # --- out of scope ---------------------------------------------------------------------------------------------------
