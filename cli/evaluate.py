@@ -186,7 +186,7 @@ def _trials(asked: _Asked) -> None:
             )
     wide = starts[0].config.hidden_size >= 512
     longest = min(start.config.max_position_embeddings for start in starts)
-    max_length = asked.max_length or min(longest, 384 if dataset.kind == "spans" else 64)
+    max_length = asked.max_length or min(longest, 384 if dataset.reads_passages else 64)
     if max_length > longest:
         raise CommandError(f"--max-length {max_length} is more than the model's {longest} positions; give less")
     recipe = Recipe(

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from pocketfed.model.encoded import Encoded
-from pocketfed.model.metrics import classification_scores, scope_scores, summarised
+from pocketfed.model.metrics import summarised
 from pocketfed.model.rows import append_row
-from pocketfed.model.supervision import kind_of
+from pocketfed.model.supervision import Classification, kind_of
 from pocketfed.model.tasks import DataError, Dataset, Example
 from pocketfed.model.tfidf import tfidf_guesses
 
@@ -76,9 +76,7 @@ def floor_rows(dataset: Dataset, out: Path | None = None) -> list[Row]:
         done = {row["key"]: row for row in read_rows(out)} if out else {}
         row = _floor_row(dataset, "TF-IDF, logistic regression", {})
         if row["key"] not in done:
-            guessed, expected = tfidf_guesses(dataset), [e.label or "" for e in dataset.test]
-            scores = classification_scores(guessed, expected, dataset.labels)
-            row["test"] = scores | (scope_scores(guessed, expected, dataset.outside) if dataset.outside else {})
+            row["test"] = Classification(dataset.labels, dataset.outside).measured(tfidf_guesses(dataset), dataset.test)
             if out is not None:
                 append_row(out, row)
         rows.append(done.get(row["key"], row))
