@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pocketfed.model.config import MobileBertConfig
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.heads import TextClassifier
+from pocketfed.model.lamb import is_norm_or_bias
 from pocketfed.model.metrics import goodness
 from pocketfed.model.schedules import PRECISIONS
 
@@ -236,8 +237,8 @@ def linear_rate(step: int, steps: int, warm_up: float) -> float:
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """Biases and norms are not decayed (Devlin et al. 2019)."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    decayed = [p for name, p in model.named_parameters() if not is_norm_or_bias(name)]
+    others = [p for name, p in model.named_parameters() if is_norm_or_bias(name)]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
