@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pocketfed.cli.output import CommandError, format_skipped, print_json, progress_bar
+from pocketfed.cli.options import Json, Seed
+from pocketfed.cli.output import CommandError, format_skipped, fraction_teller, print_json, progress_bar
 
 WHOLE = ("epochs", "batch_size")  # settings of a search that are whole numbers
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command was told; what it was not told is "", 0 or None."""
+
+    model: str
+    data: Path
+    train: str
+    epochs: int
+    learning_rate: float | None
+    batch_size: int
+    max_length: int | None
+    seed: int
+    seeds: str
+    task: str
+    metric: str
+    from_scratch: str
+    search: tuple[str, ...]
+    at_most: int
+    examples: int
+    precision: str
+    device: str
+    predictions: Path | None
+    out: Path | None
+    json: bool
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether something is asked for that no device's plan does."""
+        words = (self.seeds, self.task, self.metric, self.from_scratch, self.search, self.precision, self.device)
+        return any(words) or any((self.at_most, self.examples, self.predictions, self.out))
 
 
 def evaluate(
@@ -26,8 +61,11 @@ def evaluate(
         float | None, typer.Option(min=0.0, help="By default 1e-3; 4e-5 from 512 wide on.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_length: Annotated[int | None, typer.Option(min=3, help="Tokens; longer texts are cut. By default 64.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=3, help="Tokens; longer texts are cut. By default 64; of questions on passages 384."),
+    ] = None,
+    seed: Seed = 0,
     seeds: Annotated[str, typer.Option(help="0,1,2,...: fine-tune the whole model with each, in PyTorch.")] = "",
     task: Annotated[
         str, typer.Option(help="Where the data is good for several: intents or slots, oos:label, ...")
@@ -41,59 +79,74 @@ def evaluate(
     at_most: Annotated[int, typer.Option(min=0, help="So many combinations of a search, drawn by the first seed.")] = 0,
     examples: Annotated[int, typer.Option(min=0, help="Train on at most so many; by default on all.")] = 0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps; by default cpu.")] = "",
+    predictions: Annotated[
+        Path | None, typer.Option(help="A folder for the answers to questions on passages, for SQuAD's own script.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="A JSON-lines file of trials, gone on with if it is there; the table beside it.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
+    json: Json = False,
 ) -> None:
     """Measures on a data set's test split. A student without a classifier is fine-tuned on the training split first.
 
-    Without any of --seeds, --task, --metric, --from-scratch, --search, --examples, --precision and --out a classifier is trained as
-    a device would, by its plan; with one of them, and for other kinds of tasks, in PyTorch, each seed anew.
+    Without any of --seeds, --task, --metric, --from-scratch, --search, --at-most, --examples, --precision, --device,
+    --predictions and --out a classifier is trained as a device would, by its plan; with one of them, and for other kinds
+    of tasks, in PyTorch, each seed anew.
     """
     from pocketfed.model.config import STUDENTS
     from pocketfed.model.task_kinds import read_task
 
-    several = bool(seeds or task or metric or from_scratch or search or precision or out or at_most or examples)
-    several = several or model in STUDENTS  # its name comes before a folder's, as in every command
-    if several or read_task(data).kind != "classification":
-        if train != "full":
-            raise CommandError(
-                f"--train {train} is for one run by the device's plan; leave it out, or --seeds and the like"
-            )
-        chosen = {"epochs": epochs, "batch_size": batch_size, "precision": precision or "float32"}
-        chosen |= {"learning_rate": learning_rate, "max_length": max_length}
-        numbers = _seeds(seeds) if seeds else (seed,)
-        space = _space(search or [])
-        _trials(model, data, task, metric, from_scratch, chosen, numbers, space, at_most, examples, out, json)
-        return
-    rate = 1e-3 if learning_rate is None else learning_rate
-    _as_a_device(Path(model), data, train, epochs, rate, batch_size, max_length or 64, seed, json)
+    asked = _Asked(
+        model=model,
+        data=data,
+        train=train,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        seeds=seeds,
+        task=task,
+        metric=metric,
+        from_scratch=from_scratch,
+        search=tuple(search or ()),
+        at_most=at_most,
+        examples=examples,
+        precision=precision,
+        device=device,
+        predictions=predictions,
+        out=out,
+        json=json,
+    )
+    # The name of a preset comes before a folder's, as in every command.
+    if not asked.in_torch and model not in STUDENTS and read_task(data).kind == "classification":
+        _as_a_device(asked)
+    elif train != "full":
+        raise CommandError(
+            f"--train {train} is for one run by the device's plan; leave it out, or --seeds and the like"
+        )
+    else:
+        _trials(asked)
 
 
-def _as_a_device(
-    model_dir: Path,
-    data: Path,
-    train: str,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    json: bool,
-) -> None:
+def _as_a_device(asked: _Asked) -> None:
     from pocketfed.client_sdk.trainer import TrainConfig
     from pocketfed.simulations.central import evaluate_model
 
     config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, seed=seed
+        epochs=asked.epochs,
+        batch_size=asked.batch_size,
+        learning_rate=1e-3 if asked.learning_rate is None else asked.learning_rate,
+        max_length=asked.max_length or 64,
+        seed=asked.seed,
     )
     with progress_bar() as bar:
-        task = bar.add_task("fine-tuning", total=100, note="")
+        tell = fraction_teller(bar)
         report = evaluate_model(
-            model_dir, data, train, config, lambda fraction: bar.update(task, completed=round(100 * fraction))
+            Path(asked.model), asked.data, asked.train, config, lambda fraction: tell("fine-tuning", fraction)
         )
-    if json:
+    if asked.json:
         print_json(report)
         return
     how = (
@@ -107,64 +160,52 @@ def _as_a_device(
     )
 
 
-def _trials(
-    model: str,
-    data: Path,
-    task: str,
-    metric: str,
-    from_scratch: str,
-    settings: dict[str, Any],
-    seeds: tuple[int, ...],
-    space: dict[str, tuple[float, ...]],
-    at_most: int,
-    examples: int,
-    out: Path | None,
-    json: bool,
-) -> None:
+def _trials(asked: _Asked) -> None:
     from pocketfed.model.finetuning import Recipe
     from pocketfed.model.task_kinds import read_task
-    from pocketfed.model.trials import Plan, best_metric, floor_rows, markdown, run_trials, start_of, untrained
+    from pocketfed.model.trial_rows import best_metric, floor_rows, markdown
+    from pocketfed.model.trials import Plan, run_trials, start_of, untrained
 
+    out = asked.out
     if out is not None and out.suffix == ".md":
         raise CommandError(f"{out} is where the table would go; name the file of rows {out.with_suffix('.jsonl')}")
     if out is not None and not out.resolve().parent.is_dir():
         raise CommandError(f"the folder of {out} does not exist; create it, or name another file")
-    dataset = best_metric(read_task(data, task).with_test(), metric)
-    dataset = dataset.with_fewer(examples) if examples else dataset
-    starts = [start_of(model, dataset)]
-    if from_scratch:
-        starts.append(untrained(from_scratch, starts[0]))
+    if asked.predictions is not None and asked.predictions.exists() and not asked.predictions.is_dir():
+        raise CommandError(f"--predictions {asked.predictions} is a file; name a folder")
+    Recipe(device=asked.device or "cpu").place()  # better now than once the data is read
+    seeds, space = _seeds(asked.seeds) if asked.seeds else (asked.seed,), _space(asked.search)
+    dataset = best_metric(read_task(asked.data, asked.task).with_test(), asked.metric)
+    dataset = dataset.with_fewer(asked.examples) if asked.examples else dataset
+    starts = [start_of(asked.model, dataset)]
+    if asked.from_scratch:
+        starts.append(untrained(asked.from_scratch, starts[0]))
         if starts[0].digest() == starts[1].digest():
             raise CommandError(
-                f"--from-scratch {from_scratch} is what is evaluated already; give another preset or a model"
+                f"--from-scratch {asked.from_scratch} is what is evaluated already; give another preset or a model"
             )
     wide = starts[0].config.hidden_size >= 512
-    if settings["learning_rate"] is None:
-        settings["learning_rate"] = 4e-5 if wide else 1e-3
     longest = min(start.config.max_position_embeddings for start in starts)
-    settings["max_length"] = settings["max_length"] or min(longest, 384 if dataset.kind == "spans" else 64)
-    if settings["max_length"] > longest:
-        raise CommandError(
-            f"--max-length {settings['max_length']} is more than the model's {longest} positions; give less"
-        )
-    plan = Plan(Recipe(**settings), seeds, space, at_most)
+    max_length = asked.max_length or min(longest, 384 if dataset.reads_passages else 64)
+    if max_length > longest:
+        raise CommandError(f"--max-length {max_length} is more than the model's {longest} positions; give less")
+    recipe = Recipe(
+        epochs=asked.epochs,
+        batch_size=asked.batch_size,
+        learning_rate=(4e-5 if wide else 1e-3) if asked.learning_rate is None else asked.learning_rate,
+        max_length=max_length,
+        precision=asked.precision or "float32",
+        device=asked.device or "cpu",
+    )
     with progress_bar() as bar:
-        shown: dict[str, Any] = {}
-
-        def tell(what: str, fraction: float) -> None:
-            if what not in shown:
-                for earlier in shown.values():
-                    bar.update(earlier, visible=False)
-                shown[what] = bar.add_task(what, total=100, note="")
-            bar.update(shown[what], completed=round(100 * fraction))
-
-        rows = run_trials(dataset, starts, plan, out, tell)
+        tell = fraction_teller(bar)
+        rows = run_trials(dataset, starts, Plan(recipe, seeds, space, asked.at_most), out, tell, asked.predictions)
         tell("floors", 0.0)
         rows += floor_rows(dataset, out)
     table = markdown(dataset, rows)
     if out is not None:
         out.with_suffix(".md").write_text(table, encoding="utf-8")
-    if json:
+    if asked.json:
         print_json({"rows": rows, "skipped": dict(dataset.skipped)})
         return
     if dataset.skipped:
@@ -184,7 +225,7 @@ def _seeds(given: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def _space(given: list[str]) -> dict[str, tuple[float, ...]]:
+def _space(given: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """
     >>> _space(["learning_rate=1e-3,3e-3", "epochs=3"])
     {'learning_rate': (0.001, 0.003), 'epochs': (3.0,)}

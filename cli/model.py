@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from pocketfed.cli.options import Json, Seed
-from pocketfed.cli.output import CommandError, format_bytes, print_json, print_table, progress_bar, stage_teller
+from pocketfed.cli.output import (
+    CommandError,
+    format_bytes,
+    fraction_teller,
+    print_json,
+    print_table,
+    progress_bar,
+    stage_teller,
+)
 
 
 def distill(
@@ -135,16 +143,7 @@ def quantize(
         seed=seed,
     )
     with progress_bar() as bar:
-        shown: dict[str, Any] = {}
-
-        def tell(what: str, fraction: float) -> None:
-            if what not in shown:
-                for earlier in shown.values():
-                    bar.update(earlier, visible=False)
-                shown[what] = bar.add_task(what, total=100, note="")
-            bar.update(shown[what], completed=round(100 * fraction))
-
-        report = by_options(model_dir, out, options, tell)
+        report = by_options(model_dir, out, options, fraction_teller(bar))
     if json:
         print_json(report)
         return

@@ -190,6 +190,20 @@ def stage_teller(bar: Progress) -> Callable[[Any], None]:
     return tell
 
 
+def fraction_teller(bar: Progress) -> Callable[[str, float], None]:
+    """What is called with a name of what is done and how much of it is: a bar, in place of the one before."""
+    tasks: dict[str, Any] = {}
+
+    def tell(what: str, fraction: float) -> None:
+        if what not in tasks:
+            for earlier in tasks.values():
+                bar.update(earlier, visible=False)
+            tasks[what] = bar.add_task(what, total=100, note="")
+        bar.update(tasks[what], completed=round(100 * fraction))
+
+    return tell
+
+
 def format_seconds(seconds: float) -> str:
     """
     >>> format_seconds(59.4), format_seconds(3600), format_seconds(200_000)

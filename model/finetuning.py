@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from pocketfed.model.config import MobileBertConfig
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.heads import TextClassifier
+from pocketfed.model.lamb import is_norm_or_bias
 from pocketfed.model.metrics import goodness
 from pocketfed.model.schedules import PRECISIONS
 
 GRADIENT_NORM = 1.0
 POOL_BATCHES = 50  # batches that are cut from texts sorted by length: little padding, and still a random order
 EVALUATED_TOKENS = 8192  # in a batch that needs no gradient
+DEVICES = ("cpu", "cuda", "mps")
 
 
 class FineTuningError(RuntimeError):
@@ -30,7 +32,10 @@ class FineTuningError(RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast. warm_up: share of all steps; precision: what matrix products are computed in."""
+    """How long, how fast, and where.
+
+    warm_up: share of all steps. precision: what matrix products are computed in. device: one of DEVICES.
+    """
 
     epochs: int = 3
     batch_size: int = 32
@@ -39,6 +44,7 @@ class Recipe:
     weight_decay: float = 0.01
     max_length: int = 128
     precision: str = "float32"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 3)):
@@ -51,6 +57,23 @@ class Recipe:
                 raise FineTuningError(f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
         if self.precision not in PRECISIONS:
             raise FineTuningError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.device not in DEVICES:
+            raise FineTuningError(f"device is {self.device!r}; choose one of {', '.join(DEVICES)}")
+
+    def place(self) -> torch.device:
+        """The device by that name.
+
+        Raises:
+            FineTuningError: this machine has none.
+        """
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if not there[self.device]:
+            raise FineTuningError(f"there is no {self.device} device here; leave --device out to train on the CPU")
+        return (
+            torch.device(self.device, torch.cuda.current_device())
+            if self.device == "cuda"
+            else torch.device(self.device)
+        )
 
 
 @dataclass(frozen=True)
@@ -91,19 +114,24 @@ def fine_tune(
     metric: str = "",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> Tuned:
-    """Trains `model` in place; with `dev`, the epoch with the best `metric` there is kept, the earliest of equals.
+    """Trains `model` in place, on the recipe's device, where it stays.
 
-    The same arguments give the same bits on one thread of one machine.
+    With `dev`, the epoch with the best `metric` there is kept, the earliest of equals.
+
+    The same arguments give the same bits on one thread of one machine's CPU.
 
     Raises:
-        FineTuningError: a loss no longer finite.
+        FineTuningError: a device that is not there, or a loss no longer finite.
     """
+    place = recipe.place()
+    model.to(place)
     optimizer = _optimizer(model, recipe)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = recipe.epochs * -(-len(train) // recipe.batch_size)
     step, losses, scores = 0, list[float](), list[Mapping[str, float]]()
     best: tuple[float, int, Kind, dict[str, Tensor]] | None = None
-    with torch.random.fork_rng(devices=[]):
+    forked = [] if place.type == "cpu" else [place.index or 0]
+    with torch.random.fork_rng(devices=forked, device_type=place.type if forked else None):
         torch.manual_seed(seed)
         for epoch in range(recipe.epochs):
             model.train()
@@ -143,9 +171,10 @@ def _step(
     parameters: Sequence[nn.Parameter],
     recipe: Recipe,
 ) -> float:
-    ids, mask, targets = batch
+    place = parameters[0].device
+    ids, mask, targets = (tensor.to(place) for tensor in batch)
     optimizer.zero_grad(set_to_none=True)
-    with _computing(recipe.precision):
+    with _computing(recipe.precision, place):
         logits = model(ids, mask)
     loss = kind.loss(logits.float(), targets)
     loss.backward()
@@ -155,14 +184,18 @@ def _step(
 
 
 def predict(model: nn.Module, encoded: Encoded, precision: str = "float32") -> list[NDArray[np.float32]]:
-    """The head's output of each row, in the order of the rows; where it has one a token, (length of the row, outputs)."""
+    """The head's output of each row, in the order of the rows; where it has one a token, (length of the row, outputs).
+
+    Computed where the model is, and brought back.
+    """
     model.eval()
+    place = next(model.parameters()).device
     outputs: list[NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(encoded)
     order = np.argsort(encoded.lengths, kind="stable")
-    with torch.inference_mode(), _computing(precision):
+    with torch.inference_mode(), _computing(precision, place):
         for rows in _by_tokens(order, encoded.lengths):
             ids, mask, _ = encoded.take(rows)
-            logits = model(ids, mask).float().numpy()
+            logits = model(ids.to(place), mask.to(place)).float().cpu().numpy()
             for row, logit in zip(rows, logits, strict=True):
                 outputs[row] = logit[: encoded.lengths[row]] if logit.ndim == 2 else logit
     return outputs
@@ -204,8 +237,8 @@ def linear_rate(step: int, steps: int, warm_up: float) -> float:
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """Biases and norms are not decayed (Devlin et al. 2019)."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    decayed = [p for name, p in model.named_parameters() if not is_norm_or_bias(name)]
+    others = [p for name, p in model.named_parameters() if is_norm_or_bias(name)]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -213,5 +246,5 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-def _computing(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
+def _computing(precision: str, place: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(place.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

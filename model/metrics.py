@@ -169,6 +169,22 @@ def classification_scores(predicted: Sequence[str], expected: Sequence[str], lab
     return scores | ({"f1": binary_f1(predicted, expected, positive_label(labels))} if len(labels) == 2 else {})
 
 
+def answer_scores(predicted: Sequence[str], expected: Sequence[str], questions: Sequence[str]) -> dict[str, float]:
+    """MultiRC's two figures (Khashabi et al. 2018), and accuracy, of answers that are judged right, "1", or wrong.
+
+    f1a: F1 over all answers to all questions. exact: the share of `questions` all answers to which are judged rightly.
+
+    >>> answer_scores(["1", "0", "1"], ["1", "0", "0"], ["q", "q", "r"])["exact"]
+    0.5
+    """
+    wrong = {question for p, e, question in zip(predicted, expected, questions, strict=True) if p != e}
+    return {
+        "f1a": binary_f1(predicted, expected, "1"),
+        "exact": 1 - len(wrong) / len(set(questions)),
+        "accuracy": accuracy(predicted, expected),
+    }
+
+
 def positive_label(labels: Sequence[str]) -> str:
     """Which of two labels says yes: GLUE's 1, true, entailment; else the second in order.
 

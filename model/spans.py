@@ -6,8 +6,9 @@ written, by the offsets of their pieces, where that code aligns normalised text.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +44,15 @@ class Answer:
 
     text: str
     null_score: float
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One of the likeliest answers to a question, with the logits of its two ends; "" is that there is none."""
+
+    text: str
+    start_logit: float
+    end_logit: float
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Spans:
     def score(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> dict[str, float]:
         answers = self.answers(outputs, encoded)
         gold = [[text for text, _ in e.answers] for e in encoded.examples]
-        said = ["" if self.nullable and a.null_score > self.null_threshold else a.text for a in answers]
+        said = [self.said(answer) for answer in answers]
         scores = answer_scores(said, gold)
         if not self.nullable:
             return scores
@@ -108,6 +118,9 @@ class Spans:
             values = [measure(a.text, texts) for a, texts in zip(answers, gold, strict=True)]
             scores[name] = best_threshold(values, null_scores, answered)[0]
         return scores
+
+    def said(self, answer: Answer) -> str:
+        return "" if self.nullable and answer.null_score > self.null_threshold else answer.text
 
     def answers(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> list[Answer]:
         """The best span of each question over all windows of its passage; never empty, unless the passage is."""
@@ -122,19 +135,44 @@ class Spans:
                 best[window.example] = (score, passage[window.offsets[start][0] : window.offsets[end][1]])
         return [Answer(text, none - score) for (score, text), none in zip(best, null, strict=True)]
 
+    def guesses(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> list[list[Guess]]:
+        """The `n_best` likeliest answers to each question, the best first, no text twice.
+
+        Where there may be none, that is among them, and comes on top of them where others are likelier.
+        """
+        every: list[list[Guess]] = [[] for _ in encoded.examples]
+        windows = zip(outputs, encoded.notes, strict=True)
+        for example, some in itertools.groupby(windows, key=lambda pair: pair[1].example):
+            passage = encoded.examples[example].text_pair or ""
+            found: list[tuple[float, Guess]] = []
+            nulls: list[tuple[float, Guess]] = []
+            for logits, window in some:
+                nulls.append((float(logits[0].sum()), Guess("", float(logits[0, 0]), float(logits[0, 1]))))
+                for score, start, end in self._spans(logits, window):
+                    text = passage[window.offsets[start][0] : window.offsets[end][1]]
+                    ends = logits[window.base + start, 0], logits[window.base + end, 1]
+                    found.append((score, Guess(text, float(ends[0]), float(ends[1]))))
+            none = [min(nulls, key=lambda scored: scored[0])] if self.nullable else []
+            by_text: dict[str, Guess] = {}
+            for _, guess in sorted(found + none, key=lambda scored: -scored[0]):
+                by_text.setdefault(guess.text, guess)
+            best = list(by_text.values())[: self.n_best]
+            every[example] = best + [guess for _, guess in none if guess not in best]
+        return every
+
     def _best_span(self, logits: NDArray[np.float32], window: Window) -> tuple[float, int, int] | None:
-        """Score, first and last piece of the best span of a window."""
+        return max(self._spans(logits, window), key=lambda span: span[0], default=None)  # max keeps the first of equals
+
+    def _spans(self, logits: NDArray[np.float32], window: Window) -> Iterator[tuple[float, int, int]]:
+        """Score, first and last piece of each span of a window that may be the answer."""
         inside = logits[window.base : window.base + len(window.offsets)]  # (pieces, 2)
         starts, ends = (np.argsort(-inside[:, side], kind="stable")[: self.n_best] for side in (0, 1))
-        found: tuple[float, int, int] | None = None
         for start in map(int, starts):
             if not window.widest[start]:
                 continue
             for end in map(int, ends):
-                score = float(inside[start, 0] + inside[end, 1])
-                if start <= end < start + self.max_answer_length and (found is None or score > found[0]):
-                    found = (score, start, end)
-        return found
+                if start <= end < start + self.max_answer_length:
+                    yield float(inside[start, 0] + inside[end, 1]), start, end
 
 
 def _starts(pieces: int, room: int, stride: int) -> list[int]:

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketfed.model.encoded import IGNORED, Encoded, Kind, encode_texts, joined
-from pocketfed.model.metrics import accuracy, classification_scores, entity_scores, regression_scores, scope_scores
+from pocketfed.model.metrics import (
+    accuracy,
+    answer_scores,
+    classification_scores,
+    entity_scores,
+    regression_scores,
+    scope_scores,
+)
 from pocketfed.model.spans import Spans
 from pocketfed.model.tasks import DataError, Dataset, Example
 from pocketfed.model.tokenization import Tokenizer
@@ -64,8 +71,13 @@ class Classification:
     def score(self, outputs: Sequence[NDArray[np.float32]], encoded: Encoded) -> dict[str, float]:
         if "choice of" in encoded.examples[0].fields:
             return self._choices(outputs, encoded.examples)
-        guesses = [self._guess(row) for row in outputs]
-        expected = [e.label or "" for e in encoded.examples]
+        return self.measured([self._guess(row) for row in outputs], encoded.examples)
+
+    def measured(self, guesses: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+        """The measures of one guessed label an example."""
+        expected = [e.label or "" for e in examples]
+        if "answer to" in examples[0].fields:
+            return answer_scores(guesses, expected, [e.fields["answer to"] for e in examples])
         scores = classification_scores(guesses, expected, self.labels)
         return scores | (scope_scores(guesses, expected, self.outside) if self.outside else {})
 

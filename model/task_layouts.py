@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pocketfed.model.superglue import reshaped
 from pocketfed.model.task_files import (
     LINE_SUFFIXES,
     ROW_SUFFIXES,
@@ -161,31 +162,7 @@ def _folder(folder: Path, labelled: bool) -> dict[str, Table]:
 
 def read_splits(path: Path, labelled: bool) -> dict[str, Table]:
     """The tables of a file or folder by split; `train` is always there."""
-    return {split: _reshaped(table) for split, table in _splits(path, labelled).items()}
-
-
-def _reshaped(table: Table) -> Table:
-    """Two tasks of SuperGLUE as pairs of texts. WiC: the word before its first sentence. COPA: a row for each choice."""
-    columns = set(table.columns)
-    if {"word", "sentence1", "sentence2", "start1"} <= columns:
-        return replace(
-            table, rows=[{**row, "sentence1": f"{row.get('word')}: {row.get('sentence1')}"} for row in table.rows]
-        )
-    if not {"premise", "choice1", "choice2", "question"} <= columns:
-        return table
-    asked = {"cause": "What was the cause?", "effect": "What happened as a result?"}
-    rows = [
-        {
-            "text": f"{row.get('premise')} {asked.get(str(row.get('question')), '')}",
-            "text_pair": row.get(f"choice{choice + 1}"),
-            "choice of": str(number),
-            **({"label": str(int(row["label"] == choice))} if "label" in row else {}),
-        }
-        for number, row in enumerate(table.rows)
-        for choice in (0, 1)
-    ]
-    named = ("text", "text_pair", "choice of", *(("label",) if "label" in columns else ()))
-    return Table(table.path, named, rows, table.bad)
+    return {split: reshaped(table) for split, table in _splits(path, labelled).items()}
 
 
 def _splits(path: Path, labelled: bool) -> dict[str, Table]:

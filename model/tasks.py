@@ -36,8 +36,13 @@ _TEXTS = ("text", "sentence", "utterance", "question")
 LABELS = ("gold_label", "label", "category", "intent", "class", "quality", "is_duplicate")
 SCORES = ("score", "similarity")
 _USERS = ("user", "speaker")
-# Columns that tell which task of GLUE it is, and what that is measured by.
-_METRICS: Mapping[str, str] = {"acceptability mark": "matthews", "quality": "f1", "is_duplicate": "f1"}
+# Columns that tell which task of GLUE or SuperGLUE it is, and what that is measured by.
+_METRICS: Mapping[str, str] = {
+    "acceptability mark": "matthews",
+    "quality": "f1",
+    "is_duplicate": "f1",
+    "answer to": "f1a",
+}
 _Kind = Literal["texts", "classification", "regression"]
 
 
@@ -80,12 +85,17 @@ class Dataset:
     further: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     outside: str | None = None
 
+    @property
+    def reads_passages(self) -> bool:
+        """Whether questions are asked about passages, several about each."""
+        return self.kind == "spans" or any("answer to" in e.fields for e in self.train[:1])
+
     def with_test(self, fraction: float = 0.2, seed: int = 0) -> Dataset:
         """A data set that surely has a test; `test_source` says where it is from.
 
         Its own test, else dev (which is then no longer dev), else a seeded part of train: of each label `fraction`,
         rounded, but never the label's last example; of questions, those on that part of the passages; of choices, those of that
-        part of the questions.
+        part of the questions; of several answers to judge, those on that part of the passages.
 
         Raises:
             DataError: a fraction not between 0 and 1, or too few examples to hold one out.
@@ -100,7 +110,7 @@ class Dataset:
         held: set[int] = set()
         groups = [[[i] for i, e in enumerate(self.train) if e.label == label] for label in (None, *self.labels)]
         # Whole passages: a question is easier where another on its passage was learnt. And all choices of a question.
-        together = [e.text_pair if self.kind == "spans" else e.fields.get("choice of") for e in self.train]
+        together = [e.text_pair if self.reads_passages else e.fields.get("choice of") for e in self.train]
         if any(what is not None for what in together):
             wholes: dict[str | None, list[int]] = {}
             for i, what in enumerate(together):

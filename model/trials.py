@@ -1,13 +1,12 @@
-"""Fine-tuning again and again: seeds, a search over settings, rows that need not be done twice, and their table."""
+"""Fine-tuning again and again: seeds, a search over settings, rows that need not be done twice."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import os
+import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,17 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pocketfed.model.answer_files import PREDICTIONS, check_answerable, write_answers
 from pocketfed.model.checkpoints import load, tokens_of
 from pocketfed.model.config import MobileBertConfig, preset
 from pocketfed.model.encoded import Encoded, Kind
 from pocketfed.model.finetuning import FineTuningError, Recipe, fine_tune, make_model, predict
-from pocketfed.model.metrics import classification_scores, goodness, scope_scores, summarised
+from pocketfed.model.metrics import goodness
 from pocketfed.model.rows import append_row
 from pocketfed.model.shipped import located, starts_untrained
+from pocketfed.model.spans import Spans
 from pocketfed.model.supervision import kind_of
 from pocketfed.model.tasks import DataError, Dataset
-from pocketfed.model.tfidf import tfidf_guesses
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
+from pocketfed.model.trial_rows import Row, data_digest, read_rows
 
 # Sun et al. 2020, section 4.3: where the best of each task was looked for.
 PAPER_SPACE: Mapping[str, tuple[float, ...]] = {
@@ -36,7 +37,6 @@ PAPER_SPACE: Mapping[str, tuple[float, ...]] = {
     "epochs": tuple(range(2, 11)),
 }
 CHOSEN_ON = 0.1  # of train, held out to choose settings by where there is no dev
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,12 @@ def run_trials(
     plan: Plan,
     out: Path | None = None,
     progress: Callable[[str, float], None] = lambda what, fraction: None,
+    predictions: Path | None = None,
 ) -> list[Row]:
     """Fine-tunes each start with each seed and measures it on the test split; returns a row a trial.
+
+    Rows of other seeds that stand in `out`, of the same data, start and settings, are returned with those of `plan`, in
+    order of their seeds: whoever runs seed after seed ends with the whole table.
 
     The epoch that is kept is the best on dev, where the data has a dev beside its test, else the last. A search chooses
     by dev too, or by a tenth of train that is held out from its trials.
@@ -141,18 +145,22 @@ def run_trials(
     Args:
         dataset: with a test (`Dataset.with_test`).
         out: a JSON-lines file of rows: trials that stand there are not done again, others are added as they end.
+        predictions: a folder for the answers of each final trial to questions on passages, in a folder of its own, by
+            start and seed (`answer_files`). A trial whose answers are not there is done again for them.
 
     Raises:
         DataError, FineTuningError: data that leaves nothing to test, or a loss that diverged.
     """
     if not dataset.test:
         raise DataError(f"{dataset.name} leaves no example to test on; give more data or a test split")
+    if predictions is not None:
+        check_answerable(dataset)
     torch.set_num_threads(1)
     done = {row["key"]: row for row in read_rows(out)} if out else {}
-    data = _digest(dataset)
+    data = data_digest(dataset)
     rows: list[Row] = []
     for start in starts:
-        desk = _Desk(dataset, start, data, out, done, progress)
+        desk = _Desk(dataset, start, data, out, done, progress, predictions)
         recipe = plan.recipe
         candidates = plan.candidates() if plan.space else []
         if candidates:
@@ -163,7 +171,9 @@ def run_trials(
             best = max(tried, key=lambda row: goodness(row["dev"], dataset.metric))  # max keeps the first of equals
             recipe = candidates[tried.index(best)]
             rows += tried
-        rows += [desk.trial(recipe, seed, f"seed {seed}") for seed in plan.seeds]
+        final = [desk.trial(recipe, seed, f"seed {seed}") for seed in plan.seeds]
+        final += [row for row in done.values() if desk.is_final(row, recipe) and row["seed"] not in plan.seeds]
+        rows += sorted(final, key=lambda row: int(row["seed"]))
     return rows
 
 
@@ -178,16 +188,30 @@ class _Desk:
         out: Path | None,
         done: dict[str, Row],
         progress: Callable[[str, float], None],
+        predictions: Path | None,
     ) -> None:
         self.dataset, self.start, self.out, self.done, self.progress = dataset, start, out, done, progress
+        self.predictions = predictions
         self.kind: Kind = kind_of(dataset)
         self.identity = [data, start.digest()]
         self.tokenizer = Tokenizer(start.vocabulary)
         self.encoded: dict[tuple[str, int], Encoded] = {}
 
+    def is_final(self, row: Row, recipe: Recipe) -> bool:
+        """Whether a row of the file is what this start gives with this recipe and the row's own seed."""
+        return row.get("phase") == "final" and row["key"] == self._key(recipe, row["seed"], searching=False)
+
+    def _key(self, recipe: Recipe, seed: int, searching: bool) -> str:
+        settings = asdict(recipe)
+        if recipe.device == "cpu":  # rows from before there was another keep their keys
+            del settings["device"]
+        told = json.dumps([*self.identity, settings, seed, searching])
+        return hashlib.sha256(told.encode()).hexdigest()[:32]
+
     def trial(self, recipe: Recipe, seed: int, what: str, searching: bool = False) -> Row:
-        key = hashlib.sha256(json.dumps([*self.identity, asdict(recipe), seed, searching]).encode()).hexdigest()[:32]
-        if key in self.done:
+        key = self._key(recipe, seed, searching)
+        answers = None if searching else self._answers(key, seed)
+        if key in self.done and (answers is None or (answers / PREDICTIONS).exists()):
             return self.done[key]
         begun = time.process_time()
         name = f"{self.start.name}, {what}"
@@ -222,18 +246,31 @@ class _Desk:
         }
         if not searching:
             row |= {"test_source": self.dataset.test_source, "test_examples": len(self.dataset.test)}
-            row["test"] = self._measured(model, tuned.kind, "test", recipe)
+            row["test"] = self._measured(model, tuned.kind, "test", recipe, answers)
             for split in self.dataset.further:
                 row[split] = self._measured(model, tuned.kind, split, recipe)
         row["cpu_seconds"] = round(time.process_time() - begun, 2)
+        if key in self.done:  # it was done again for its answers
+            return self.done[key]
         self.done[key] = row
         if self.out is not None:
             append_row(self.out, row)
         return row
 
-    def _measured(self, model: torch.nn.Module, kind: Kind, split: str, recipe: Recipe) -> dict[str, float]:
+    def _answers(self, key: str, seed: int) -> Path | None:
+        if self.predictions is None:
+            return None
+        name = re.sub(r"[^\w.-]+", "-", self.start.name)
+        return self.predictions / f"{name}-seed{seed}-{key[:8]}"
+
+    def _measured(
+        self, model: torch.nn.Module, kind: Kind, split: str, recipe: Recipe, answers: Path | None = None
+    ) -> dict[str, float]:
         examples = self._encoded(split, recipe.max_length)
-        return kind.score(predict(model, examples, recipe.precision), examples)
+        outputs = predict(model, examples, recipe.precision)
+        if answers is not None and isinstance(kind, Spans):
+            write_answers(answers, kind, outputs, examples)
+        return kind.score(outputs, examples)
 
     def _encoded(self, split: str, max_length: int) -> Encoded:
         if (split, max_length) not in self.encoded:
@@ -256,102 +293,3 @@ class _Desk:
     def _cut(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         whole = replace(self.dataset, dev=(), test=(), further={}).with_test(CHOSEN_ON)
         return whole.test, whole.train
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file that `run_trials` wrote; none where there is no file. A line cut short by a kill is dropped.
-
-    Raises:
-        DataError: a file of something else.
-    """
-    if not path.exists():
-        return []
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; name a file for the rows")
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        rows = [json.loads(line) for line in whole.splitlines() if line.strip()]
-    except ValueError:
-        rows = [None]
-    cut = not whole and content.startswith(b'{"key": "')  # the very first line
-    if not all(isinstance(row, dict) and "key" in row for row in rows) or (content and not rows and not cut):
-        raise DataError(f"{path} does not hold rows of evaluate; name a new file")
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return rows
-
-
-def floor(dataset: Dataset) -> dict[str, float]:
-    """The measures of a guess that reads nothing: train's commonest label, its mean score, O for every word, no answer."""
-    kind, test = kind_of(dataset), dataset.test
-    said = np.zeros(kind.outputs, np.float32)
-    if dataset.kind == "classification":
-        counts = Counter(e.label for e in dataset.train)
-        said[max(range(len(dataset.labels)), key=lambda i: counts[dataset.labels[i]])] = 1
-    notes: tuple[list[int], ...] = tuple([] for _ in test)  # no word, no window is shown
-    starts = np.zeros(len(test) + 1, np.int64)
-    if dataset.kind == "spans":
-        return kind.score([], Encoded(test, starts[:0], starts[:1], starts[:0]))
-    return kind.score([said] * len(test), Encoded(test, starts[:0], starts, starts[:0], notes=notes))
-
-
-def floor_rows(dataset: Dataset, out: Path | None = None) -> list[Row]:
-    """Rows of what a student has to beat: a guess that reads nothing and, for classification, TF-IDF with a linear model."""
-    guesses = {"regression": "train's mean", "tokens": "always O", "spans": "no answer"}
-    rows = [_floor_row(dataset, guesses.get(dataset.kind, "always the commonest label"), floor(dataset))]
-    known = {e.label for e in dataset.test} <= set(dataset.labels)  # not where a threshold is to tell out of scope
-    if dataset.kind == "classification" and known and "choice of" not in dataset.test[0].fields:
-        done = {row["key"]: row for row in read_rows(out)} if out else {}
-        row = _floor_row(dataset, "TF-IDF, logistic regression", {})
-        if row["key"] not in done:
-            guessed, expected = tfidf_guesses(dataset), [e.label or "" for e in dataset.test]
-            scores = classification_scores(guessed, expected, dataset.labels)
-            row["test"] = scores | (scope_scores(guessed, expected, dataset.outside) if dataset.outside else {})
-            if out is not None:
-                append_row(out, row)
-        rows.append(done.get(row["key"], row))
-    return rows
-
-
-def _floor_row(dataset: Dataset, name: str, scores: Mapping[str, float]) -> Row:
-    key = hashlib.sha256(json.dumps([name, _digest(dataset)]).encode()).hexdigest()[:32]
-    return {"key": key, "data": dataset.name, "start": name, "phase": "floor", "test": dict(scores)}
-
-
-def _digest(dataset: Dataset) -> str:
-    """sha256 in hex of every example, in order."""
-    return hashlib.sha256(repr(dataset).encode()).hexdigest()
-
-
-def markdown(dataset: Dataset, rows: Sequence[Row]) -> str:
-    """Mean, least and greatest of each measure over the seeds, a line a start, and the floors below."""
-    final = [row for row in rows if row["phase"] == "final"]
-    names = sorted(final[0]["test"], key=lambda name: name != dataset.metric)
-    lines = ["| start | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for split in ("test", *dataset.further):
-        for start in dict.fromkeys(row["start"] for row in final):
-            mine = [row[split] for row in final if row["start"] == start]
-            told = {name: f"{mean:.4f} ({low:.4f} to {high:.4f})" for name, mean, low, high in summarised(mine)}
-            shown = start if split == "test" else f"{start}, {split}"
-            lines.append(f"| {shown} | {len(mine)} | " + " | ".join(told.get(name, "") for name in names) + " |")
-    for row in rows:
-        if row["phase"] == "floor":
-            cells = (f"{row['test'][name]:.4f}" if name in row["test"] else "" for name in names)
-            lines.append(f"| {row['start']} | | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def best_metric(dataset: Dataset, name: str) -> Dataset:
-    """The data set, chosen and told by another measure; unchanged for "".
-
-    Raises:
-        DataError: no such measure of its kind.
-    """
-    known = list(floor(dataset)) if name else [""]
-    if name and name not in known:
-        raise DataError(f"{name!r} is not measured on {dataset.name}; choose one of {', '.join(known)}")
-    return replace(dataset, metric=name) if name else dataset

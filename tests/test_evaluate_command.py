@@ -143,6 +143,32 @@ def test_other_kinds_of_tasks_have_their_own_measures(
     assert report["rows"][0]["seed"] == 3
 
 
+def test_answers_are_written_for_each_seed_and_again_only_where_they_are_gone(
+    student: Path, data: Path, tmp_path: Path
+) -> None:
+    from pocketfed.model.answers import answer_scores
+    from pocketfed.model.task_kinds import read_task
+
+    out, folder = tmp_path / "rows.jsonl", tmp_path / "answers"
+    arguments = (student, "--data", data / "squad", "--seeds", "0,1", "--out", out, "--predictions", folder, *FAST)
+    works(*arguments)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    files = sorted(folder.glob("*/predictions.json"))
+    assert [path.parent.name for path in files] == [f"small-seed{row['seed']}-{row['key'][:8]}" for row in rows]
+    asked = read_task(data / "squad").dev
+    for row, path in zip(rows, files, strict=True):
+        said = json.loads(path.read_text())
+        gold = [[text for text, _ in e.answers] for e in asked]
+        assert answer_scores([said[e.fields["id"]] for e in asked], gold).items() <= row["test"].items()
+    before = {path: path.stat().st_mtime_ns for path in files}
+    text, kept = out.read_bytes(), files[0].read_bytes()
+    files[0].unlink()
+    works(*arguments)
+    assert files[0].read_bytes() == kept, "the same trial again"
+    assert files[1].stat().st_mtime_ns == before[files[1]]
+    assert out.read_bytes() == text, "its row stands there already"
+
+
 def test_a_search_is_chosen_from_and_a_preset_learns_its_vocabulary_from_the_data(data: Path) -> None:
     search = ("--search", "learning_rate=1e-3,1e-2", "--search", "epochs=1,2", "--at-most", 2)
     report = json.loads(works("nano", "--data", data / "cola", *search, "--metric", "accuracy", "--json", *FAST))
@@ -170,6 +196,8 @@ def test_a_search_is_chosen_from_and_a_preset_learns_its_vocabulary_from_the_dat
         (("--max-length", 41, "--seeds", "0"), "--max-length 41 is more than the model's 40 positions; give less"),
         (("--out", "rows.md"), "rows.md is where the table would go; name the file of rows rows.jsonl"),
         (("--out", "gone/rows.jsonl"), "the folder of gone/rows.jsonl does not exist; create it, or name another file"),
+        (("--predictions", "answers"), "cola is of the kind classification, and answers are written to questions on passages"),
+        (("--device", "gpu"), "device is 'gpu'; choose one of cpu, cuda, mps"),
         (("--train", "head", "--seeds", "0"), "--train head is for one run by the device's plan"),
         (("--learning-rate", "1e30", "--seeds", "0", "--epochs", 2), "use a lower learning rate than 1e+30"),
     ],
@@ -213,6 +241,28 @@ def test_the_commands_of_the_page_on_tasks_work(
         words = shlex.split(command)
         assert words[:2] == ["pocketfed", "evaluate"]
         works(*words[2:], "--epochs", 1, "--max-length", 24)
+
+
+def test_the_page_and_the_help_name_the_options_that_lead_away_from_the_plan() -> None:
+    from pocketfed.cli.evaluate import evaluate
+
+    named = [
+        set(re.findall(r"--[a-z-]+", re.split(r"\bWithout\s+any\s+of\b", text)[1].split(" a ")[0]))
+        for text in (evaluate.__doc__ or "", DOCUMENT)
+    ]
+    assert named[0] == named[1]
+    assert {"--at-most", "--device", "--predictions", "--out"} < named[0]
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_told_before_anything_is_read(tmp_path: Path, device: str) -> None:
+    import torch
+
+    if {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device]:
+        pytest.skip(f"there is a {device} device here")
+    code, out, err = pocketfed("evaluate", "nano", "--data", tmp_path / "nothing", "--device", device)
+    assert (code, out) == (1, "")
+    assert err == f"pocketfed: there is no {device} device here; leave --device out to train on the CPU\n"
 
 
 def test_the_page_on_tasks_names_every_task_and_measure() -> None:

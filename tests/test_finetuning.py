@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,8 @@ from pocketfed.model.supervision import IGNORED, Classification, Encoded, Regres
 from pocketfed.model.tasks import DataError, Dataset, Example
 from pocketfed.model.tfidf import features, fit
 from pocketfed.model.tokenization import SPECIAL_TOKENS, Tokenizer, Vocabulary
-from pocketfed.model.trials import (
-    Plan,
-    Start,
-    best_metric,
-    floor,
-    floor_rows,
-    markdown,
-    read_rows,
-    run_trials,
-    untrained,
-)
+from pocketfed.model.trial_rows import best_metric, data_digest, floor, floor_rows, markdown, read_rows
+from pocketfed.model.trials import Plan, Start, run_trials, untrained
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "##s", "paris", "oslo", "in", "went", "to", "big", "city")
 VOCABULARY = Vocabulary((*SPECIAL_TOKENS, *WORDS))
@@ -197,6 +189,7 @@ def test_a_loss_that_diverges_is_told_with_the_step_and_the_remedy(dataset: Data
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a positive number"),
         ({"precision": "float16"}, "precision is 'float16'; choose one of float32, bfloat16"),
+        ({"device": "gpu"}, "device is 'gpu'; choose one of cpu, cuda, mps"),
         ({"warm_up": 1.0}, "warm_up is 1.0; it must be at least 0 and less than 1"),
     ],
 )
@@ -212,6 +205,31 @@ def test_half_the_bits_give_nearly_the_same_student(dataset: Dataset) -> None:
     fine_tune(model, kind, encoded, dataclasses.replace(RECIPE, precision="bfloat16"), seed=0)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert kind.score(predict(model, encoded), encoded)["accuracy"] > 0.9
+
+
+def test_the_cpu_said_by_name_gives_the_same_bits_and_the_same_trial(dataset: Dataset, start: Start) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    rows = [run_trials(dataset, [start], Plan(r))[0] for r in (recipe, dataclasses.replace(recipe, device="cpu"))]
+    for row in rows:
+        del row["cpu_seconds"]
+    assert rows[0] == rows[1]
+    assert rows[0]["device"] == "cpu"
+
+
+def test_on_an_accelerator_a_student_learns_the_same_and_is_another_trial(dataset: Dataset, start: Start) -> None:
+    place = next((name for name in ("cuda", "mps") if name in accelerators()), None)
+    if place is None:
+        pytest.skip("there is no accelerator here")
+    recipe = dataclasses.replace(RECIPE, epochs=4)
+    rows = [run_trials(dataset, [start], Plan(dataclasses.replace(recipe, device=d)))[0] for d in ("cpu", place)]
+    assert rows[0]["key"] != rows[1]["key"]
+    assert rows[1]["losses"] == pytest.approx(rows[0]["losses"], rel=0.1)
+    assert rows[1]["test"]["accuracy"] > 0.9
+
+
+def accelerators() -> set[str]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return {name for name, here in there.items() if here}
 
 
 # --- out of scope ---------------------------------------------------------------------------------------------------
@@ -253,6 +271,48 @@ def test_trials_are_rows_in_a_file_and_none_is_done_twice(dataset: Dataset, star
     table = markdown(dataset, more)
     values = [row["test"]["accuracy"] for row in more]
     assert f"| tiny | 3 | {sum(values) / 3:.4f} ({min(values):.4f} to {max(values):.4f}) |" in table
+
+
+def test_calls_seed_by_seed_end_in_the_table_of_one_call_with_all_seeds(
+    dataset: Dataset, start: Start, tmp_path: Path
+) -> None:
+    plan = Plan(dataclasses.replace(RECIPE, epochs=1), seeds=(0, 1, 2))
+    whole = run_trials(dataset, [start], plan, tmp_path / "whole.jsonl")
+    out = tmp_path / "rows.jsonl"
+    # Of other settings, another start and other data, and so of no other table.
+    run_trials(dataset, [start, untrained("nano", start)], Plan(dataclasses.replace(RECIPE, epochs=2), (7,)), out)
+    run_trials(
+        dataclasses.replace(dataset, train=dataset.train[:40]), [start], dataclasses.replace(plan, seeds=(8,)), out
+    )
+    for seeds in ((2,), (0,), (1,)):
+        told = run_trials(dataset, [start], dataclasses.replace(plan, seeds=seeds), out)
+    assert [row["seed"] for row in told] == [0, 1, 2]
+    assert markdown(dataset, told) == markdown(dataset, whole)
+
+
+def test_rows_of_earlier_versions_keep_their_keys(dataset: Dataset, start: Start) -> None:
+    odd = dataclasses.replace(
+        dataset,
+        train=(Example("a", "x", 'b"', fields={"c": "'"}, words=("a",), answers=(("b", 1),)), *dataset.train),
+        further={"mismatched": dataset.dev[:1], "none": ()},
+        skipped={"empty text": 2},
+        outside="oos",
+    )
+    for some in (odd, dataset, dataclasses.replace(dataset, train=dataset.train[:1], test=())):
+        assert data_digest(some) == hashlib.sha256(repr(some).encode()).hexdigest()
+    later = dataclasses.make_dataclass("Example", [("hint", str, "")], bases=(Example,), frozen=True)
+    same, other = (
+        dataclasses.replace(dataset, train=(later("a", "x", hint=hint), *dataset.train)) for hint in ("", "b")
+    )
+    before = dataclasses.replace(dataset, train=(Example("a", "x"), *dataset.train))
+    assert data_digest(same) == data_digest(before) != data_digest(other)
+    # As today's command makes them: the digest of the data, that of the start, the settings, the seed, whether it searches.
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01, "warm_up": 0.1, "weight_decay": 0.01,
+                "max_length": 16, "precision": "float32"}  # fmt: skip
+    told = json.dumps([hashlib.sha256(repr(dataset).encode()).hexdigest(), start.digest(), settings, 3, False])
+    (row,) = run_trials(dataset, [start], Plan(recipe, (3,)))
+    assert row["key"] == hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 def test_a_file_whose_first_row_was_cut_short_begins_anew(tmp_path: Path) -> None:

@@ -119,6 +119,104 @@ def test_the_choices_of_a_question_are_held_out_together(tmp_path: Path) -> None
     assert {asked[1].count(question) for question in asked[1]} == {2}
 
 
+MULTIRC = [
+    {"text": "Anna went to Oslo. Ben stayed.", "questions": [
+        {"question": "Who went?", "answers": [{"text": "Anna", "label": 1, "idx": 0}, {"text": "Ben", "label": 0, "idx": 1},
+                                              {"text": "She", "label": 1, "idx": 2}], "idx": 0},
+        {"question": "Where to?", "answers": [{"text": "Oslo", "label": 1, "idx": 3}, {"text": "Paris", "label": 0, "idx": 4}],
+         "idx": 1}]},
+    {"text": "It rained.", "questions": [{"question": "Was it dry?", "answers": [{"text": "yes", "label": 0, "idx": 5}], "idx": 2}]},
+]  # fmt: skip
+
+
+def test_multirc_is_a_pair_for_each_answer(tmp_path: Path) -> None:
+    rows = [{"idx": i, "version": 1.1, "passage": passage} for i, passage in enumerate(MULTIRC)]
+    broken = [{"idx": 2, "version": 1.1, "passage": "bare"}, {"idx": 3, "passage": {"text": "x", "questions": [{}]}}]
+    write_json(tmp_path / "train.jsonl", [*rows, *broken])
+    write_json(tmp_path / "val.jsonl", rows[1:])
+    unlabelled = {"text": "x", "questions": [{"question": "q", "answers": [{"text": "a", "idx": 0}], "idx": 0}]}
+    write_json(tmp_path / "test.jsonl", [{"idx": 0, "passage": unlabelled}])
+    read = read_task(tmp_path)
+    assert (read.kind, read.metric, read.labels) == ("classification", "f1a", ("0", "1"))
+    assert [(e.text, e.text_pair, e.label, e.fields["answer to"]) for e in read.train] == [
+        ("Who went? Anna", "Anna went to Oslo. Ben stayed.", "1", "0.0"),
+        ("Who went? Ben", "Anna went to Oslo. Ben stayed.", "0", "0.0"),
+        ("Who went? She", "Anna went to Oslo. Ben stayed.", "1", "0.0"),
+        ("Where to? Oslo", "Anna went to Oslo. Ben stayed.", "1", "0.1"),
+        ("Where to? Paris", "Anna went to Oslo. Ben stayed.", "0", "0.1"),
+        ("Was it dry? yes", "It rained.", "0", "1.0"),
+    ]
+    assert [e.text for e in read.dev] == ["Was it dry? yes"]
+    assert read.skipped == {"no passage with questions and answers": 2, "test.jsonl has no labels": 1}
+
+
+def test_multirc_is_told_by_f1_over_answers_and_by_questions_that_are_wholly_right(tmp_path: Path) -> None:
+    from pocketfed.model.supervision import Classification
+
+    write_json(tmp_path / "train.jsonl", [{"idx": i, "passage": passage} for i, passage in enumerate(MULTIRC)])
+    read = read_task(tmp_path)
+    # Right are 1 0 1 | 1 0 | 0. Of three said to be right two are, of three that are two are said: F1 2 * 2 / (3 + 3).
+    # The first question has a mistake, the second has one, the third none.
+    measured = Classification(read.labels).measured(["1", "0", "0", "1", "1", "0"], read.train)
+    assert measured == {"f1a": pytest.approx(2 / 3), "exact": pytest.approx(1 / 3), "accuracy": pytest.approx(4 / 6)}
+
+
+def test_the_answers_on_a_passage_are_held_out_together(tmp_path: Path) -> None:
+    answers = [{"text": "yes", "label": 1}, {"text": "no", "label": 0}]
+    passages = [{"text": f"p{i}", "questions": [{"question": q, "answers": answers} for q in "ab"]} for i in range(10)]
+    write_json(tmp_path / "train.jsonl", [{"idx": 0, "passage": passage} for passage in passages])
+    held = read_task(tmp_path).with_test(0.2)
+    assert (len(held.train), len(held.test)) == (32, 8)
+    assert not {e.text_pair for e in held.train} & {e.text_pair for e in held.test}
+
+
+def test_wsc_marks_the_noun_and_the_pronoun_where_they_stand(tmp_path: Path) -> None:
+    def row(text: str, one: tuple[str, int], two: tuple[str, int], label: bool) -> dict[str, Any]:
+        target = {"span1_text": one[0], "span1_index": one[1], "span2_text": two[0], "span2_index": two[1]}
+        return {"text": text, "target": target, "idx": 0, "label": label}
+
+    text = "Mark told Pete many lies, which Pete kept. He should not."
+    write_json(
+        tmp_path / "train.jsonl",
+        [
+            row(text, ("Mark", 0), ("He", 8), True),
+            row(text, ("pete", 6), ("He", 7), False),  # of two the nearer, and an index that is one off
+            row(text, ("many lies", 3), ("them", 5), False),  # a pronoun that is not spelt so: its index counts
+            row(text, ("Mark", 0), ("He", 11), True),
+            row(text, ("Mark", 0), ("", 0), True),
+            {"text": "no target", "idx": 1, "label": True},
+        ],
+    )
+    read = read_task(tmp_path)
+    assert [(e.text, e.label) for e in read.train] == [
+        ("* Mark * told Pete many lies, which Pete kept. # He # should not.", "true"),
+        ("Mark told Pete many lies, which * Pete * kept. # He # should not.", "false"),
+        ("Mark told Pete * many lies, * # which # Pete kept. He should not.", "false"),
+    ]
+    assert (read.kind, read.metric, read.train[0].text_pair) == ("classification", "accuracy", None)
+    assert read.skipped == {"span not in its text": 3}
+
+
+def test_wnli_is_a_pair_with_a_label_and_its_test_has_none(tmp_path: Path) -> None:
+    head = "index\tsentence1\tsentence2\tlabel\n"
+    write(
+        tmp_path / "train.tsv",
+        head + '0\tI stuck a "pin" in a carrot.\tThe carrot had a hole.\t1\n1\tHe sat.\tShe sat.\t0\n',
+    )
+    write(tmp_path / "dev.tsv", head + "0\tHe sat.\tHe sat down.\t1\n")
+    write(tmp_path / "test.tsv", "index\tsentence1\tsentence2\n0\tHe stood.\tShe stood.\n")
+    read = read_task(tmp_path)
+    assert (read.kind, read.metric, read.labels) == ("classification", "accuracy", ("0", "1"))
+    assert [(e.text, e.text_pair, e.label) for e in read.train + read.dev] == [
+        ('I stuck a "pin" in a carrot.', "The carrot had a hole.", "1"),
+        ("He sat.", "She sat.", "0"),
+        ("He sat.", "He sat down.", "1"),
+    ]
+    assert read.skipped == {"test.tsv has no labels": 1}
+    tested = read.with_test()
+    assert (tested.test_source, len(tested.test), tested.dev) == ("dev", 1, ())
+
+
 # --- out of scope ---------------------------------------------------------------------------------------------------
 
 
