@@ -56,7 +56,8 @@ class RoundResult:
     """What one round ended with; `accuracy` and `loss` are None where nothing was measured.
 
     Where a fleet is simulated also, else None: virtual_s, fleet time since the round before had ended; device_s, for which
-    devices worked, all added up; dropped, how many assignments ended without an update, by why (simulations/virtual.py).
+    devices worked, all added up; dropped, how many assignments ended without an update, by why; fates, by kind, how many were
+    offered, began each phase and were lost in it (simulations/books.py).
     """
 
     number: int
@@ -73,11 +74,13 @@ class RoundResult:
     virtual_s: float | None = None
     device_s: float | None = None
     dropped: Mapping[str, int] | None = None
+    fates: Mapping[str, Mapping[str, int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON files have it: the number is called `round`; without what only fleets have, where there is none."""
         values = dataclasses.asdict(self)
-        values = {k: v for k, v in values.items() if v is not None or k not in ("virtual_s", "device_s", "dropped")}
+        of_fleets = ("virtual_s", "device_s", "dropped", "fates")
+        values = {k: v for k, v in values.items() if v is not None or k not in of_fleets}
         return {"round": values.pop("number"), **values}
 
 

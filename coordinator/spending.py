@@ -24,6 +24,15 @@ class Spent:
     rounds: int = 0
 
 
+def uncounted_in(store: Store, run_id: int) -> tuple[int, int]:
+    """Bytes up and down of assignments that no round has counted: what was under way, or waited, when the run ended."""
+    mine = sa.select(sa.func.sum(Update.bytes), sa.func.sum(Assignment.bytes_down)).select_from(Assignment)
+    mine = mine.outerjoin(Update, Update.assignment_id == Assignment.id)
+    with store.read() as session:
+        up, down = session.execute(mine.where(Assignment.run_id == run_id, Assignment.counted_in.is_(None))).one()
+    return int(up or 0), int(down or 0)
+
+
 def spent_in(store: Store, run_id: int) -> dict[str, Spent]:
     """Device name -> what it has spent in all assignments that the database still has, in order of the names."""
     columns = (

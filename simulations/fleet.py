@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -41,9 +41,28 @@ class Visit:
     battery: float = 1.0
 
 
+def join(visits: Iterable[Visit]) -> list[Visit]:
+    """Visits, in order, of which those that touch and are alike are one."""
+    joined: list[Visit] = []
+    for visit in visits:
+        if joined and joined[-1].end == visit.begin and _alike(joined[-1], visit):
+            joined[-1] = replace(joined[-1], end=visit.end)
+        else:
+            joined.append(visit)
+    return joined
+
+
+def _alike(one: Visit, other: Visit) -> bool:
+    """What the battery has counts off the charger only."""
+    same = (one.charging, one.metered) == (other.charging, other.metered)
+    return same and (one.charging or one.battery == other.battery)
+
+
 @dataclass(frozen=True)
 class FleetDevice:
-    """visits: within [0, period), in order, apart; only those in which the device may take part (`Rules`)."""
+    """visits: within [0, period), in order; only those in which the device may take part (`Rules`). One that begins where
+    another ends is the same stay: the device works on, on its charger or off it.
+    """
 
     tier: str
     ms_per_token: float
@@ -56,18 +75,14 @@ class FleetDevice:
 
     @cached_property
     def _laid_out(self) -> tuple[tuple[Visit, ...], list[float]]:
-        """Visits that touch are one, also the last of a period with the first of the next; with their beginnings."""
-        joined: list[Visit] = []
-        for visit in self.visits:
-            if joined and joined[-1].end == visit.begin:
-                joined[-1] = replace(joined[-1], end=visit.end)
-            else:
-                joined.append(visit)
-        if joined and joined[0].begin == 0 and joined[-1].end == self.period:
-            if len(joined) == 1:
-                joined = [replace(joined[0], end=math.inf)]
-            else:
-                joined = [*joined[1:-1], replace(joined[-1], end=self.period + joined[0].end)]
+        """Joined, also the last of a period with the first of the next; with their beginnings."""
+        joined = join(self.visits)
+        first, last = joined[0], joined[-1]
+        if first.begin == 0 and last.end == self.period and _alike(first, last):
+            if len(joined) > 1:
+                joined = [*joined[1:-1], replace(last, end=self.period + first.end)]
+            elif first.charging:  # off the charger the battery is what it was again when the next period begins
+                joined = [replace(first, end=math.inf)]
         return tuple(joined), [visit.begin for visit in joined]
 
     def visit(self, at: float) -> Visit | None:
@@ -93,6 +108,8 @@ class FleetDevice:
             return visits[0]
         lap, within = divmod(at, self.period)
         place = bisect_right(begins, within) - 1
+        if place + 1 < len(begins) and lap * self.period + begins[place + 1] <= at:
+            place += 1  # `at` is where that one begins, as sums of floats are rounded
         shift = (lap - (place < 0)) * self.period  # before the first: the last one of the period before
         visit = visits[place]
         return replace(visit, begin=visit.begin + shift, end=visit.end + shift)
@@ -148,18 +165,20 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Work:
-    """What an assignment asks of a device."""
+    """What an assignment asks of a device. artifact_bytes: the part of down_bytes that is the artifact."""
 
     down_bytes: int
     tokens: float
     up_bytes: int
+    artifact_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Journey:
     """One device's way through an assignment: when it begins and ends, seconds; how long each phase would take.
 
-    lost: the phase in which the device is lost, or nothing. silent: then it tells nobody.
+    lost: the phase in which the device is lost, or nothing. silent: then it tells nobody. stopped: the phase in which it was
+        told to stop. artifact_bytes: the first of down_bytes.
     """
 
     begin: float
@@ -168,11 +187,13 @@ class Journey:
     lost: str = ""
     silent: bool = False
     down_bytes: int = 0
+    artifact_bytes: int = 0
+    stopped: str = ""
 
     def phase(self, at: float) -> str:
-        """What the device does at a moment of its way."""
-        if self.lost and at >= self.end:
-            return self.lost
+        """What the device does at a moment of its way, or did last."""
+        if at >= self.end:
+            return self.lost or self.stopped or PHASES[-1]
         left = at - self.begin
         for name in PHASES:
             if left < self.seconds[name] or name == "upload":
@@ -190,11 +211,17 @@ class Journey:
         took, passed = self.seconds["download"], max(0.0, min(at, self.end) - self.begin)
         return self.down_bytes if passed >= took else int(self.down_bytes * passed / took)
 
+    def left(self, at: float) -> Journey:
+        """As it is if the device has to go then, and says so."""
+        return replace(self, end=at, lost=self.phase(at), silent=False) if at < self.end else self
 
-def travel(
-    device: FleetDevice, work: Work, begin: float, leaves: float, dropout: Dropout, dice: Sequence[float]
-) -> Journey:
-    """What becomes of an assignment that a device takes at `begin`, if it has to go at `leaves`.
+    def stop(self, at: float) -> Journey:
+        """As it is if the device is told to stop then: whatever would have come of it has not."""
+        return replace(self, end=at, lost="", silent=False, stopped=self.phase(at)) if at < self.end else self
+
+
+def travel(device: FleetDevice, work: Work, begin: float, dropout: Dropout, dice: Sequence[float]) -> Journey:
+    """What becomes of an assignment that a device takes at `begin`, if it does not have to go.
 
     dice: three uniform numbers: lost while training, where in it, lost before the upload.
     """
@@ -209,7 +236,4 @@ def travel(
         end, lost = begin + seconds["download"] + dice[1] * seconds["training"], "training"
     elif dice[2] < dropout.upload:
         end, lost = trained, "upload"
-    whole = Journey(begin, end, seconds, lost, bool(lost), work.down_bytes)
-    if leaves < end:
-        return replace(whole, end=leaves, lost=replace(whole, lost="").phase(leaves), silent=False)
-    return whole
+    return Journey(begin, end, seconds, lost, bool(lost), work.down_bytes, work.artifact_bytes)

@@ -87,7 +87,7 @@ def _traced(path: Path, device: TracedDevice, rules: Rules, period: float) -> Fl
             "looked at); leave it out or change the rules"
         )
     return FleetDevice(
-        device.tier, device.ms_per_token, device.down_bps, device.up_bps, allowed, period,
+        device.tier, device.ms_per_token, device.down_bps, device.up_bps, allowed, period, device.battery_wh, device.watts,
     )  # fmt: skip
 
 

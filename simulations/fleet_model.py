@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pocketfed.simulations.fleet import HOUR_S, MOST, WEEK_S, FleetDevice, FleetError, Rules, Visit, check_ranges
+from pocketfed.simulations.fleet import HOUR_S, MOST, WEEK_S, FleetDevice, FleetError, Rules, Visit, check_ranges, join
 
 MAX_DRAWS = 1000  # weeks, of a device that was not there in any
 
@@ -101,28 +101,28 @@ class FleetModel:
             )
         return FleetDevice(
             tier.name, tier.ms_per_token * slower, tier.download_mbps * wider, tier.upload_mbps * wider,
-            tuple(sorted(visits, key=lambda visit: visit.begin)), WEEK_S, tier.battery_wh, tier.watts,
+            tuple(join(sorted(visits, key=lambda visit: visit.begin))), WEEK_S, tier.battery_wh, tier.watts,
         )  # fmt: skip
 
     def _draw_week(self, tier: Tier, offset: float, random: np.random.Generator) -> Iterable[Visit]:
         """One draw a day, from noon to noon: a device with a small one comes early and leaves late.
 
-        So an hour's share of devices is as asked for, and a day's hours hang together.
+        So an hour's share of devices is as asked for, and a day's hours hang together. Whether it charges, how full its battery
+        is, and what link it has are drawn for every visit, and anew at noon.
         """
         hours = np.resize(np.asarray(self.availability), 168)
         eager = np.roll(np.repeat(random.random(7), 24), 12)
         there = eager < hours  # (168,) by local hour
-        if there.all():
-            blocks = [(0.0, WEEK_S)]
-        else:
-            edges = np.flatnonzero(there & ~np.roll(there, 1))
-            blocks = [(h * HOUR_S, (h + int(np.argmin(np.roll(there, -h)))) * HOUR_S) for h in map(int, edges)]
-            blocks = sorted(
-                ((begin - offset) % WEEK_S, (begin - offset) % WEEK_S + end - begin) for begin, end in blocks
-            )
-        for begin, end in blocks:
+        noon = np.arange(168) % 24 == 12
+        edges = map(int, np.flatnonzero(there & (noon | ~np.roll(there, 1))))
+        blocks = [(h, h + 1 + int(np.argmax(np.roll(noon | ~there, -h - 1)))) for h in edges]
+        # Where one ends and another begins it is the same number: they touch.
+        spans = sorted(tuple((hour % 168 * HOUR_S - offset) % WEEK_S for hour in block) for block in blocks)
+        for begin, end in spans:
             charging, metered = random.random() < tier.charging, random.random() < tier.metered
-            visit = Visit(begin, min(end, WEEK_S), charging, metered, 1.0 if charging else float(random.random()))
-            if end > WEEK_S:  # it goes on at the week's beginning
-                yield replace(visit, begin=0.0, end=end - WEEK_S)
+            visit = Visit(begin, end, charging, metered, 1.0 if charging else float(random.random()))
+            if end <= begin:  # it goes on at the week's beginning
+                if end > 0:
+                    yield replace(visit, begin=0.0)
+                visit = replace(visit, end=WEEK_S)
             yield visit

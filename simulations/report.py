@@ -19,13 +19,19 @@ from pocketfed.simulations.resuming import flat
 FORMAT = 1
 PACKAGES = ("pocketfed", "numpy", "onnxruntime", "flwr", "torch", "tokenizers", "SQLAlchemy")
 LINE_NAMES = {"central": "all data in one place", "local": "each device alone, mean", "previous": "the model before"}
-# How an assignment can end without an update: the phase it was in, and why (simulations/virtual.py).
-DROPPED = {
-    "download": ("download", "the device was lost or had to go"),
-    "training": ("training", "the device was lost, had to go or could not train"),
-    "upload": ("upload", "the device was lost or had to go"),
-    "deadline": ("any", "the round's deadline came first"),
-    "surplus": ("any", "the round had enough updates"),
+# What devices do with an assignment, by its kind and phase, and why one ends that nobody lost (simulations/books.py).
+DOING = {
+    "train": {"download": "download", "training": "training", "upload": "upload"},
+    "evaluate": {
+        "download": "evaluation: download",
+        "training": "evaluation: measuring",
+        "upload": "evaluation: answer",
+    },
+}
+TOLD = {
+    "deadline": "the round's deadline came first",
+    "surplus": "the round had enough updates",
+    "absent": "the offer ended before the device came",
 }
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -100,7 +106,8 @@ def write_report(run: Mapping[str, Any], folder: Path, partition_svg: str = "") 
     tables = {
         "Final figures": _figures([run]),
         "Costs": _costs(run),
-        "Why devices dropped": _dropped(run),
+        "Where assignments ended": _lost(run),
+        "Told to stop by the round": _stopped(run),
         "Data and model": _facts(run),
         "Configuration": _pairs(flat(run["config"])),
         "Environment": _pairs(flat(run["environment"])),
@@ -214,6 +221,7 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> Table:
     for key, told in (("bytes_up", "bytes up a device"), ("bytes_down", "bytes down a device")):
         row(told, [(run.get("costs") or {}).get(key) for run in runs])
     row("training, s a device", [(run.get("costs") or {}).get("device_seconds") for run in runs])
+    row("all phases, s a device", [(run.get("costs") or {}).get("worked_seconds") for run in runs])
     row("estimated energy, J a device", [(run.get("costs") or {}).get("joules") for run in runs])
     row("wall clock, s", [(run.get("costs") or {}).get("wall_s") for run in runs])
     row("the fleet's clock, h", [_hours(run) for run in runs])
@@ -230,32 +238,68 @@ def _costs(run: Mapping[str, Any]) -> Table:
     costs = run.get("costs") or {}
     if not costs:
         return ["", "value"], []
-    energy, whose = costs["energy"], {"measured": "as measured here", "fleet": "by the fleet's model"}
-    model = f"{energy['watts']:g} W x seconds + {energy['joules_per_mb_up']:g} J a MB up + {energy['joules_per_mb_down']:g} J a MB down"
+    whose = {"measured": "as measured here", "fleet": "by the fleet's model"}
+    uncounted = (costs.get("uncounted_bytes_up", 0), costs.get("uncounted_bytes_down", 0))
     rows = [
         ["devices", figure(costs["devices"])],
         ["bytes up a device, mean and most", f"{figure(costs['bytes_up'])}, {figure(costs['most_bytes_up'])}"],
         ["bytes down a device, mean and most", f"{figure(costs['bytes_down'])}, {figure(costs['most_bytes_down'])}"],
+        ["of that in no round, up and down", ", ".join(map(figure, uncounted))],
         [f"training, s a device, {whose.get(costs['seconds_are'], '')}", figure(costs["device_seconds"])],
         ["training, s of all devices", figure(costs["total_device_seconds"])],
+        ["download, training and upload, s a device", figure(costs.get("worked_seconds"))],
+        ["download, training and upload, s of all devices", figure(costs.get("total_worked_seconds"))],
         ["estimated energy, J a device", figure(costs["joules"])],
         ["estimated energy, J of all devices", figure(costs["total_joules"])],
-        ["the estimate", model],
+        ["the estimate", _energy_model(costs)],
     ]
-    return ["", "value"], rows
+    return ["", "value"], [row for row in rows if row[1] not in ("", "0, 0")]
 
 
-def _dropped(run: Mapping[str, Any]) -> Table:
-    """With a fleet: assignments that ended without an update, of all rounds, by phase and reason."""
-    rounds, counted = run["rounds"], Counter[str]()
-    for r in rounds:
-        counted.update(r.get("dropped") or {})
-    asked = sum(r["devices"] + r["failed"] for r in rounds)
+def _energy_model(costs: Mapping[str, Any]) -> str:
+    energy, tiers = costs["energy"], costs.get("tier_watts")
+    if tiers:
+        watts = ", ".join(f"{clean(tier, 60)} {value:g} W" for tier, value in tiers.items())
+        return f"watts x seconds of download, training and upload, which also drain the batteries: {watts}"
+    sent = f"{energy['joules_per_mb_up']:g} J a MB up + {energy['joules_per_mb_down']:g} J a MB down"
+    return f"{energy['watts']:g} W x seconds of training + {sent}"
+
+
+def _fates(run: Mapping[str, Any]) -> dict[str, Counter[str]]:
+    """With a fleet: by kind of assignment, the counts of all rounds together."""
+    found: dict[str, Counter[str]] = {}
+    for r in run["rounds"]:
+        for kind, counts in (r.get("fates") or {}).items():
+            found.setdefault(kind, Counter()).update(counts)
+    return {kind: found[kind] for kind in DOING if kind in found}
+
+
+def _lost(run: Mapping[str, Any]) -> Table:
+    """By phase: who began it, and who was lost in it, had to go or could not."""
     rows = [
-        [*DROPPED.get(why, (clean(why), "")), figure(counted[why]), f"{counted[why] / asked:.1%}" if asked else ""]
-        for why in sorted(counted, key=lambda why: ([*DROPPED, why].index(why), why))
+        [name, figure(fate[f"began {phase}"]), figure(fate[phase]), _share(fate[phase], fate[f"began {phase}"])]
+        for kind, fate in _fates(run).items()
+        for phase, name in DOING[kind].items()
     ]
-    return ["phase", "why", "assignments", "of all asked"], rows
+    return ["phase", "began it", "lost in it", "of those that began it"], rows
+
+
+def _stopped(run: Mapping[str, Any]) -> Table:
+    rows = [
+        [f"evaluation: {told}" if kind == "evaluate" else told, figure(fate[why]), _share(fate[why], fate["offered"])]
+        for kind, fate in _fates(run).items()
+        for why, told in TOLD.items()
+        if fate[why]
+    ]
+    return ["why", "assignments", "of all offered"], rows
+
+
+def _share(part: int, whole: int) -> str:
+    """
+    >>> _share(1, 8), _share(0, 0)
+    ('12.5%', '')
+    """
+    return f"{part / whole:.1%}" if whole else ""
 
 
 def _facts(run: Mapping[str, Any]) -> Table:

@@ -18,11 +18,11 @@ from pocketfed.coordinator.answers import enrol_virtual, real_device
 from pocketfed.coordinator.artifacts import publish_artifact
 from pocketfed.coordinator.progress import RoundResult, create_run, results_of
 from pocketfed.coordinator.rounds import drive_run, recall_end
-from pocketfed.coordinator.spending import spent_in
+from pocketfed.coordinator.spending import spent_in, uncounted_in
 from pocketfed.coordinator.store import Store, by_clock
 from pocketfed.model.tasks import Dataset, read_dataset
 from pocketfed.simulations.backends import parse_backend
-from pocketfed.simulations.costs import cost_of
+from pocketfed.simulations.costs import EnergyModel, cost_of
 from pocketfed.simulations.device_states import DeviceStates, states_beside
 from pocketfed.simulations.findings import Material, find, keep_lines
 from pocketfed.simulations.fleet import Fleet
@@ -83,6 +83,10 @@ def simulate(
         raise SimulationError(f"{config.data} leaves no example to test on; give more data or a test split")
     dealt = partition(dataset.train, config.partition, config.devices, config.run.seed)
     fleet = load_fleet(config.fleet, config.devices, config.run.seed) if config.fleet else None
+    if fleet is not None and config.energy != EnergyModel():
+        raise SimulationError(
+            f"the energy of the fleet {fleet.name!r} is that of its own watts; set them in its file, or leave out energy"
+        )
     parts, aside = hold_out(
         dict(zip(device_names(config.devices), dealt, strict=True)), config.hold_out, config.run.seed
     )
@@ -214,8 +218,8 @@ def _simulate(
         spent_in(store, run_id),
         config.devices,
         config.energy,
-        virtual.training_s if virtual else None,
-        setting.clock.s if virtual else None,
+        uncounted_in(store, run_id),
+        virtual.worked if virtual else None,
         time.perf_counter() - began if virtual else None,
     )
     node_of = {name: node for node, name in grid.devices.items()}
@@ -255,7 +259,7 @@ def _simulate(
         found=found,
         data=setting.data,
         virtual_s=round(setting.clock.s, 6) if virtual else None,
-        device_s=round(virtual.device_s, 6) if virtual else None,
+        device_s=round(virtual.worked.device_s, 6) if virtual else None,
         dealt=(label_counts(dataset.train, list(setting.parts.values()), dataset.labels), dataset.labels, title),
     )
 

@@ -26,7 +26,8 @@ RESULTS = "results.jsonl"
 COLUMNS = {
     "accuracy": "accuracy", "loss": "loss", "central": "central", "local": "local", "previous": "before",
     "devices_mean": "devices", "devices_p10": "p10", "worst_decile": "worst decile", "local_p10": "local p10",
-    "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "s a device", "virtual_h": "virtual h",
+    "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "training s", "worked_seconds": "all phases s",
+    "virtual_h": "virtual h",
 }  # fmt: skip
 
 
@@ -129,6 +130,7 @@ def row_of(result: SimulationResult, run: Mapping[str, Any]) -> dict[str, Any]:
         "bytes_up": costs.get("round_bytes_up", 0.0),
         "bytes_down": costs.get("round_bytes_down", 0.0),
         "device_seconds": costs.get("device_seconds"),
+        "worked_seconds": costs.get("worked_seconds"),
         "virtual_h": None if virtual is None else virtual / 3600,
         "wall_s": round(costs.get("wall_s") or 0.0, 3),
         "parameters": run["model"]["trainable_parameters"],

@@ -13,7 +13,8 @@ from pocketfed.simulations.fleet import MOST, FleetError
 
 NEEDED = ("device", "active", "inactive")
 # What a device is stands in each of its rows, or in the first; else it is this.
-DEFAULTS = {"computation": 1.0, "communication": 20_000.0, "download": math.nan, "upload": math.nan}
+DEFAULTS = {"computation": 1.0, "communication": 20_000.0, "download": math.nan, "upload": math.nan,
+            "battery_wh": 15.0, "watts": 4.0}  # fmt: skip
 OPTIONAL = (*DEFAULTS, "tier", "charging", "metered", "battery")
 
 
@@ -36,6 +37,8 @@ class TracedDevice:
     down_bps: float
     up_bps: float
     rows: tuple[TracedRow, ...]
+    battery_wh: float
+    watts: float
 
 
 def read_trace(path: Path) -> list[TracedDevice]:
@@ -90,7 +93,10 @@ def _device(name: str, found: list[tuple[str, dict[str, str]]]) -> TracedDevice:
     both = values["communication"]
     down, up = (both if math.isnan(values[c]) else values[c] for c in ("download", "upload"))
     tier = (first.get("tier") or "").strip() or "trace"
-    return TracedDevice(name, tier, values["computation"], 1000 * down, 1000 * up, tuple(row for row, _ in rows))
+    return TracedDevice(
+        name, tier, values["computation"], 1000 * down, 1000 * up, tuple(row for row, _ in rows), values["battery_wh"],
+        values["watts"],
+    )  # fmt: skip
 
 
 def _row(where: str, cells: Mapping[str, str]) -> TracedRow:

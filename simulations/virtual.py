@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,14 +16,17 @@ from pocketfed.coordinator.arrivals import ended, newly_expired, open_until
 from pocketfed.coordinator.assignments import Assignments, portions
 from pocketfed.coordinator.config import RunConfig
 from pocketfed.coordinator.forms import Form
-from pocketfed.coordinator.grid import ENOUGH, NEVER, FleetGrid, Stopped, Watch
+from pocketfed.coordinator.grid import NEVER, FleetGrid, Stopped, Watch
 from pocketfed.coordinator.progress import RoundResult, begin_attempt, find_place
 from pocketfed.coordinator.store import Assignment, Blob, Device, Store, Update, now
 from pocketfed.coordinator.strategy import THETA
 from pocketfed.coordinator.validation import check_form
 from pocketfed.model.codecs import parse_codec
 from pocketfed.model.parameters import Split, encode_vector
+from pocketfed.simulations.books import PRIVATE, attempt_of, book
+from pocketfed.simulations.costs import FleetWork
 from pocketfed.simulations.fleet import FORWARD, PHASES, Fleet, Journey, Work, travel
+from pocketfed.simulations.whereabouts import Whereabouts
 
 START = datetime(2024, 1, 1, tzinfo=UTC)  # a Monday; every fleet begins then, so that all dates are reproducible
 DOING = {"download": "downloading", "training": "training", "upload": "uploading"}
@@ -119,8 +121,7 @@ class VirtualGrid(FleetGrid):
         self.devices, self.seed, self.lease_s = dict(computing.devices), run.seed, run.lease_s
         ordered = sorted(self.devices, key=lambda node: self.devices[node])
         self._profiles = dict(zip(ordered, fleet.devices, strict=True))
-        self._away: dict[int, float] = {}  # until when
-        self._worked: defaultdict[tuple[int, float], float] = defaultdict(float)  # s, by node and its visit's beginning
+        self._where = Whereabouts(self._profiles, fleet.rules)
         self._hold_artifact: set[int] = set()
         self._asked: dict[str, Any] = {}  # messages under way
         self._journeys: dict[str, Journey] = {}
@@ -149,21 +150,7 @@ class VirtualGrid(FleetGrid):
         return devices
 
     def _next_there(self, node: int) -> float:
-        profile, at = self._profiles[node], max(self.clock.s, self._away.get(node, 0.0))
-        visit = profile.visit(at)
-        if visit is not None and self._left_s(node, visit.begin, at) > 0:
-            return at
-        if visit is None:
-            return profile.next_there(at)
-        return math.inf if math.isinf(visit.end) else profile.next_there(visit.end)
-
-    def _left_s(self, node: int, began: float, at: float) -> float:
-        """Seconds that a device can work on in the visit that it is in: until it goes, or its battery is low."""
-        profile = self._profiles[node]
-        visit = profile.visit(at)
-        if visit is None:
-            return 0.0
-        return min(visit.end - at, self.fleet.rules.work_s(profile, visit) - self._worked[node, began])
+        return self._where.next_there(node, self.clock.s)
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +165,7 @@ class VirtualGrid(FleetGrid):
             if self._dice(row_id)[0] < self.fleet.rules.dropout.download:  # it never comes for its assignment
                 lost = dict.fromkeys(PHASES, 0.0)
                 self._journeys[row_id] = Journey(self.clock.s, self.clock.s, lost, "download", True)
-                self._away[node] = self.clock.s + self.fleet.rules.away_s
+                self._where.lose(node, self.clock.s)
                 continue
             at = self._next_there(node)
             if at < math.inf:
@@ -188,7 +175,7 @@ class VirtualGrid(FleetGrid):
     def _dice(self, row_id: str) -> Sequence[float]:
         """Four uniform numbers that the run's seed, the round, the attempt and the device's name decide, and nothing else."""
         message = self._asked[row_id]
-        place = (message.content["config"]["server-round"], _attempt(row_id), message.metadata.message_type)
+        place = (message.content["config"]["server-round"], attempt_of(row_id), message.metadata.message_type)
         text = f"{self.seed} {place} {self.devices[message.metadata.dst_node_id]}"
         digest = sha256(text.encode()).digest()
         return [int.from_bytes(digest[i : i + 8], "little") / 2**64 for i in range(0, 32, 8)]
@@ -204,28 +191,22 @@ class VirtualGrid(FleetGrid):
                 journey = self._set_out(session, node, row)
                 self._journeys[row.id] = journey
                 session.get_one(Device, node).last_seen_at = now()
-                row.bytes_down = journey.down_bytes
+                row.bytes_down = journey.downloaded(journey.end)
                 # Heartbeats come until the end, whatever it is.
                 row.lease_until = self.clock.at(journey.end + self.lease_s)
-                if journey.silent:
-                    self._lose(node, row.id)
-                else:
+                if not journey.silent:
                     heapq.heappush(self._events, _Event(journey.end, self.devices[node], row.id, comes=False))
 
     def _set_out(self, session: Any, node: int, row: Assignment) -> Journey:
         profile, name, at = self._profiles[node], self.devices[node], self.clock.s
         if row.parameters not in self._bytes:
             self._bytes[row.parameters] = session.get_one(Blob, row.parameters).bytes
-        down = self._bytes[row.parameters] + (0 if node in self._hold_artifact else self.computing.artifact_bytes)
+        artifact = 0 if node in self._hold_artifact else self.computing.artifact_bytes
         trains = row.kind == "train"
         up = super()._form(row.config).most_bytes if trains else 0
-        work = Work(down, self._tokens(name, row.config, trains), up)
-        visit = profile.visit(at)
-        leaves = at + (self._left_s(node, visit.begin, at) if visit is not None else 0.0)
-        journey = travel(profile, work, at, leaves, self.fleet.rules.dropout, self._dice(row.id)[1:])
-        if visit is not None and not visit.charging:
-            self._worked[node, visit.begin] += journey.end - at
-        if journey.downloaded(journey.end) == down:
+        work = Work(artifact + self._bytes[row.parameters], self._tokens(name, row.config, trains), up, artifact)
+        journey = self._where.set_out(node, travel(profile, work, at, self.fleet.rules.dropout, self._dice(row.id)[1:]))
+        if journey.downloaded(journey.end) >= artifact:
             self._hold_artifact.add(node)
         return journey
 
@@ -236,9 +217,6 @@ class VirtualGrid(FleetGrid):
         steps = max(1, math.ceil(self.demand.examples[name] / int(config["batch_size"])) * int(config["epochs"]))
         share = min(1.0, int(config["max_steps"]) / steps) if config.get("max_steps") else 1.0
         return self.demand.tokens[name] * int(config["epochs"]) * share
-
-    def _lose(self, node: int, row_id: str) -> None:
-        self._away[node] = self._journeys[row_id].end + self.fleet.rules.away_s
 
     # ---- waiting -----------------------------------------------------------------------------------------------------
 
@@ -344,65 +322,65 @@ class VirtualGrid(FleetGrid):
 
     def replies(self, sent: Messages) -> Iterator[Any]:
         yield from super().replies(sent)
+        self._stop_told()
+
+    def _stop_told(self) -> None:
+        """Assignments that were closed while devices were at them end there."""
         with self.store.write() as session:
             for row in newly_expired(session, self.run_id):
                 self._cut(row)
 
     def _cut(self, row: Assignment) -> None:
-        """A device that was told to stop has done, and downloaded, only so much."""
+        """A device that was told to stop has done, and downloaded, only so much; then it is there as before."""
         journey = self._journeys.get(row.id)
         if journey is None or row.finished_at is None or row.accepted_at is None:
             return
         at = self.clock.seconds(row.finished_at)
+        journey = self._journeys[row.id] = self._where.stop(row.device_id, journey, at)
         row.phase, row.bytes_down = DOING[journey.phase(at)], journey.downloaded(at)
-        if row.bytes_down < journey.down_bytes:
+        if row.bytes_down < journey.artifact_bytes:
             self._hold_artifact.discard(row.device_id)
 
     @property
-    def device_s(self) -> float:
-        return float(sum(book["device_s"] for book in self._books.values()))
-
-    @property
-    def training_s(self) -> float:
-        """The part of `device_s` in which nothing went up or down."""
-        return float(sum(book["training_s"] for book in self._books.values()))
+    def worked(self) -> FleetWork:
+        """What the run has cost so far; once it has ended (`finish`), all of it."""
+        training_s, device_s, joules = (
+            float(sum(booked.get(name, 0.0) for booked in self._books.values()))
+            for name in ("training_s", "device_s", "joules")
+        )
+        watts = {device.tier: device.watts for device in self._profiles.values()}
+        return FleetWork(training_s, device_s, joules, self.clock.s, dict(sorted(watts.items())))
 
     def told(self, result: RoundResult) -> RoundResult:
         """With what a round took on the clock, cost the devices, and lost of their work."""
         self._book(result.number, result.number)
-        book = {name: value for name, value in self._books[result.number].items() if name != "training_s"}
-        return dataclasses.replace(result, **book)
+        told = {name: value for name, value in self._books[result.number].items() if name not in PRIVATE}
+        return dataclasses.replace(result, **told)
 
     def finish(self) -> None:
         """The run has ended: what was still under way cost something, too."""
+        self._stop_told()
         self._book(UNCOUNTED, None)
 
     def _book(self, name: int, counted_in: int | None) -> None:
         if name in self._books:
             return
-        device_s, training_s, dropped = 0.0, 0.0, Counter[str]()
-        for row in ended(self.store, self.run_id, counted_in):
+        rows = ended(self.store, self.run_id, counted_in)
+        passed = self.clock.s - sum(booked["virtual_s"] for booked in self._books.values())
+        self._books[name] = {"virtual_s": round(passed, 6), **book(rows, self._journeys, self._profiles)}
+        for row in rows:
             self._asked.pop(row.id, None)
-            journey = self._journeys.pop(row.id, None)
-            closed = self.clock.s if row.finished_at is None else self.clock.seconds(row.finished_at)
-            if journey is not None:
-                device_s += max(0.0, min(journey.end, closed) - journey.begin)
-                training_s += journey.trained(closed)
-            if row.status in ("failed", "expired"):
-                dropped[_why(row, journey, closed)] += 1
-        passed = self.clock.s - sum(book["virtual_s"] for book in self._books.values())
-        seconds = {"virtual_s": round(passed, 6), "device_s": round(device_s, 6), "training_s": round(training_s, 6)}
-        self._books[name] = {**seconds, "dropped": dict(sorted(dropped.items()))}
+            self._journeys.pop(row.id, None)
 
     # ---- going on where another process was left ---------------------------------------------------------------------
 
     def capture(self) -> dict[str, Any]:
+        self._where.forget(self.clock.s)
         if not self.computing.remembers:
             return {}
         state = {
+            **self._where.capture(),
             "s": self.clock.s,
-            "away": self._away,
-            "worked": dict(self._worked),
             "holds": sorted(self._hold_artifact),
             "journeys": {row_id: dataclasses.asdict(journey) for row_id, journey in self._journeys.items()},
             "coming": [[event.at, event.device, event.row_id] for event in self._events if event.comes],
@@ -415,8 +393,8 @@ class VirtualGrid(FleetGrid):
         state = held.get("virtual")
         if state is None:
             return
-        self.clock.s, self._away, self._books = state["s"], state["away"], state["books"]
-        self._worked, self._hold_artifact = defaultdict(float, state["worked"]), set(state["holds"])
+        self._where.recall(state)
+        self.clock.s, self._books, self._hold_artifact = state["s"], state["books"], set(state["holds"])
         self._journeys = {row_id: Journey(**journey) for row_id, journey in state["journeys"].items()}
         self._events = [_Event(at, device, row_id, comes=True) for at, device, row_id in state["coming"]]
 
@@ -433,7 +411,8 @@ class VirtualGrid(FleetGrid):
                 if journey is None or (journey.lost == "download" and journey.silent):
                     continue
                 row.status, row.accepted_at = "accepted", self.clock.at(journey.begin)
-                row.bytes_down, row.lease_until = journey.down_bytes, self.clock.at(journey.end + self.lease_s)
+                row.bytes_down = journey.downloaded(journey.end)
+                row.lease_until = self.clock.at(journey.end + self.lease_s)
                 if not journey.silent:
                     self._events.append(_Event(journey.end, self.devices[row.device_id], row_id, comes=False))
         self._events = [event for event in self._events if event.row_id in under_way]
@@ -448,19 +427,5 @@ class VirtualGrid(FleetGrid):
             self._book(place.number - 1, place.number - 1)
 
 
-def _why(row: Any, journey: Journey | None, closed: float) -> str:
-    """What the device was doing when it was lost, `deadline` or `surplus` (the round had enough) if it was not."""
-    if journey is not None and journey.lost and journey.end <= closed:
-        return journey.lost
-    if row.status == "failed":
-        return "training"
-    return "surplus" if row.error == ENOUGH else "deadline"
-
-
 def _gone(journey: Journey) -> str:
     return f"the device's conditions ended while it was {DOING[journey.lost]}"
-
-
-def _attempt(row_id: str) -> int:
-    """See `grid.assignment_id`: run-round-attempt-device-kind."""
-    return int(row_id.split("-")[2])

@@ -23,9 +23,10 @@ from pocketfed.coordinator.spending import Spent
 from pocketfed.model.tasks import Dataset, Example
 from pocketfed.simulations import baselines, charts, costs, report, served, sweep
 from pocketfed.simulations.baselines import LINES, BaselineError, budget, parse_lines, training
-from pocketfed.simulations.costs import CostError, EnergyModel, cost_of
+from pocketfed.simulations.costs import CostError, EnergyModel, FleetWork, cost_of
 from pocketfed.simulations.experiment import settings_of
 from pocketfed.simulations.report import ReportError, describe, read_run, write_comparison, write_report
+from pocketfed.simulations.resuming import SimulationError
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, encode_examples, simulate
 from pocketfed.simulations.served import hold_out, spread_of, yardstick
 
@@ -191,8 +192,13 @@ def test_costs_of_two_rounds_added_up_by_hand() -> None:
     assert (found.device_seconds, found.total_device_seconds, found.seconds_are) == (10.0, 40.0, "measured")
     assert (found.total_joules, found.joules) == (2 * 40 + 4 + 6, 22.5)
     assert (found.wall_s, found.virtual_s) == (6.0, None)
-    fleet = cost_of(rounds, spent, 4, EnergyModel(), training_s=100.0, virtual_s=7200.0)
+    assert (found.worked_seconds, found.tier_watts) == (None, None)
+    work = FleetWork(training_s=100.0, device_s=160.0, joules=640.0, virtual_s=7200.0, watts={"all": 4.0})
+    fleet = cost_of(rounds, spent, 4, EnergyModel(), (0, 400_000), work)
     assert (fleet.device_seconds, fleet.seconds_are, fleet.virtual_s) == (25.0, "fleet", 7200.0)
+    assert (fleet.worked_seconds, fleet.total_worked_seconds) == (40.0, 160.0)
+    assert (fleet.bytes_up, fleet.bytes_down, fleet.uncounted_bytes_down) == (1_000_000, 3_100_000, 100_000)
+    assert (fleet.joules, fleet.total_joules, fleet.energy) == (160.0, 640.0, None)  # 4 W, whatever EnergyModel says
     assert (found.round_bytes_up, found.round_bytes_down) == (1_000_000, 2_000_000)  # 4 MB down were the artifact
     with pytest.raises(CostError, match=r"energy.watts is -1; it must be a finite number"):
         EnergyModel(watts=-1)
@@ -277,21 +283,47 @@ def test_a_report_needs_nothing_but_itself_and_escapes_every_name(
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_a_report_says_in_which_phase_and_why_devices_dropped(
+def section(markdown: str, heading: str) -> list[list[str]]:
+    """The rows of a table below its head."""
+    lines = markdown.split(f"## {heading}\n\n")[1].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_a_fleets_report_says_where_assignments_ended_and_what_all_of_it_cost(
     config: SimulationConfig, result: SimulationResult, tmp_path: Path
 ) -> None:
-    run = describe(result, settings_of(config), RUN.name)
-    write_report(run, tmp_path / "always there")
-    assert "Why devices dropped" not in (tmp_path / "always there" / "report.html").read_text()
-    told = {"devices": 3, "failed": 5}
-    dropped = [None, {"upload": 1, "training": 3, "surplus": 1}, {"training": 1}]
-    rounds = [r | told | {"dropped": why} for r, why in zip(run["rounds"], dropped, strict=True)]
-    write_report(run | {"rounds": rounds}, tmp_path)
-    assert """| training | the device was lost, had to go or could not train | 4 | 16.7% |
-| upload | the device was lost or had to go | 1 | 4.2% |
-| any | the round had enough updates | 1 | 4.2% |
-""" in (tmp_path / "report.md").read_text()
-    assert "could not train" in read_page(tmp_path / "report.html").text
+    """About half are lost before their download; the others train for less than a second and upload until the deadline."""
+    write_report(describe(result, settings_of(config), RUN.name), tmp_path / "no fleet")
+    without = (tmp_path / "no fleet" / "report.md").read_text()
+    assert "Where assignments ended" not in without
+    assert "3 W x seconds of training + 2.3 J a MB up" in without
+    (tmp_path / "f.toml").write_text(
+        "[dropout]\ndownload = 0.5\n[[tiers]]\nname = 'thin'\nupload_mbps = 1e-6\nwatts = 2.5\n"
+    )
+    run = dataclasses.replace(RUN, rounds=1, deadline_s=5.0, wait_s=600.0, max_attempts=1)
+    told = simulate(dataclasses.replace(config, fleet=str(tmp_path / "f.toml"), run=run))
+    assert told.found is not None
+    assert told.found.costs is not None
+    write_report(describe(told, settings_of(config), "t"), tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    (download, training, upload) = section(page, "Where assignments ended")
+    lost = int(download[2])
+    assert download == ["download", "6", str(lost), f"{lost / 6:.1%}"]
+    assert training == ["training", str(6 - lost), "0", "0.0%"]
+    assert upload == ["upload", str(6 - lost), "0", "0.0%"]
+    (stopped,) = section(page, "Told to stop by the round")
+    assert stopped == ["the round's deadline came first", str(6 - lost), f"{(6 - lost) / 6:.1%}"]
+    costs = dict(section(page, "Costs"))
+    assert told.found.costs.total_worked_seconds == pytest.approx(5 * (6 - lost), abs=0.1)
+    assert told.found.costs.total_joules == pytest.approx(2.5 * 5 * (6 - lost), abs=0.3)
+    assert costs["the estimate"].endswith("which also drain the batteries: thin 2.5 W")
+    assert "download, training and upload, s of all devices" in costs
+    assert told.found.costs.total_device_seconds < 1  # of training
+
+
+def test_a_fleets_energy_is_its_own(config: SimulationConfig) -> None:
+    with pytest.raises(SimulationError, match="the energy of the fleet 'steady' is that of its own watts; set them in"):
+        simulate(dataclasses.replace(config, fleet="steady", energy=EnergyModel(watts=9.0)))
 
 
 def test_runs_are_laid_over_each_other_with_what_differs(

@@ -23,9 +23,11 @@ from pocketfed.coordinator.config import LocalTraining, RunConfig
 from pocketfed.coordinator.grid import ENOUGH
 from pocketfed.coordinator.progress import RoundResult, RunError, create_run
 from pocketfed.coordinator.rounds import drive_run
+from pocketfed.coordinator.spending import spent_in, uncounted_in
 from pocketfed.coordinator.store import Assignment, History, Round, Store, Update, by_clock, device_named, now
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset
+from pocketfed.simulations.costs import EnergyModel, cost_of
 from pocketfed.simulations.fleet import WEEK_S, Dropout, Fleet, FleetDevice, Rules, Visit
 from pocketfed.simulations.grids import InProcessGrid
 from pocketfed.simulations.run import SimulationConfig, encode_examples, simulate
@@ -34,6 +36,7 @@ from pocketfed.simulations.virtual import START, Demand, VirtualClock, VirtualGr
 SECONDS = {"a": 10, "b": 20, "c": 95}
 ALWAYS = (Visit(0.0, WEEK_S),)
 LOCAL = LocalTraining(batch_size=4, max_length=32)
+SPARED = 16
 
 
 def device(visits: tuple[Visit, ...] = ALWAYS, **others: Any) -> FleetDevice:
@@ -83,7 +86,7 @@ class World:
                 self.store, self.run_id, grid, config, on_round=lambda r: self.results.append(grid.told(r))
             )
             grid.finish()
-        self.device_s, self.training_s = grid.device_s, grid.training_s
+        self.grid, self.device_s, self.training_s = grid, grid.worked.device_s, grid.worked.training_s
         return theta
 
     def rows(self, table: type[Any] = Assignment, *order: Any) -> list[Any]:
@@ -211,6 +214,115 @@ def test_a_battery_ends_a_visit_and_what_was_used_of_it_stays_used(world: World,
     assert world.ended(1)["c"] == ("failed", 30.0)
     assert world.ended(1)["b"] == ("aggregated", 20.0)
     assert world.ended(2) == {"a": ("aggregated", 40.0), "b": ("failed", 40.0)}  # c has nothing left
+
+
+def test_a_device_that_is_plugged_in_or_pulled_out_works_on(world: World, tmp_path: Path) -> None:
+    """0.3 - 0.2 of 1 Wh at 36 W is 10 s. b: off the charger until 5 s, then on it. c: on it until 50 s, then 10 s more."""
+    parts = {"battery_wh": 1.0, "watts": 36.0}
+    b = device((Visit(0.0, 5.0, charging=False, battery=0.3), Visit(5.0, WEEK_S)), **parts)
+    c = device((Visit(0.0, 50.0), Visit(50.0, WEEK_S, charging=False, battery=0.3)), **parts)
+    world.drive(tmp_path / "spool", {"b": b, "c": c})
+    assert world.ended() == {"a": ("aggregated", 10.0), "b": ("aggregated", 20.0), "c": ("failed", 60.0)}
+
+
+def test_a_battery_that_is_empty_is_charged_by_the_next_day(world: World, tmp_path: Path) -> None:
+    """It lasts for 15 s of the first day: a round and half of the next."""
+    off = {"charging": False, "battery": 0.3}
+    days = (Visit(0.0, 86_400.0, **off), Visit(86_400.0, WEEK_S, **(off | {"battery": 0.9})))
+    a = device(days, battery_wh=1.5, watts=36.0)
+    nobody = device((Visit(WEEK_S - 1, WEEK_S),))
+    world.drive(tmp_path / "spool", {"a": a, "b": nobody, "c": nobody}, rounds=3, wait_s=WEEK_S)
+    ended = [("aggregated", 10.0), ("failed", 15.0), ("aggregated", 86_410.0)]
+    assert [world.ended(n)["a"] for n in (1, 2, 3)] == ended
+
+
+def test_who_is_told_to_stop_pays_only_for_what_it_has_done(world: World, tmp_path: Path) -> None:
+    """c's battery lasts 30 s: 20 s until the round has enough, so 10 s of the next one."""
+    low = device((Visit(0.0, WEEK_S, charging=False, battery=0.5),), battery_wh=1.0, watts=36.0)
+    world.drive(tmp_path / "spool", {"c": low}, rounds=2, cohort=2, over_selection=0.5)
+    assert world.ended(1)["c"] == ("expired", 20.0)
+    assert world.ended(2)["c"] == ("failed", 30.0)
+    assert world.device_s == near(10 + 20 + 20 + 10 + 20 + 10)
+
+
+def test_who_is_told_to_stop_was_not_lost_and_is_there_for_the_next_round(world: World, tmp_path: Path) -> None:
+    """By this seed c alone would be lost in round 1, before its upload at 95 s: but at 20 s it is told to stop."""
+    rules = Rules(Dropout(upload=0.4), away_s=1000.0)
+    world.drive(tmp_path / "spool", rules=rules, rounds=2, cohort=2, over_selection=0.5, seed=SPARED)
+    assert world.ended(1) == {"a": ("aggregated", 10.0), "b": ("aggregated", 20.0), "c": ("expired", 20.0)}
+    assert world.results[1].dropped == {"surplus": 1}
+    assert "c" in world.ended(2)
+    world.drive(tmp_path / "spool", rules=rules, rounds=2, seed=SPARED)  # waited for, it is lost, and away
+    assert world.results[1].dropped == {"upload": 1}
+    assert "c" not in world.ended(2)
+
+
+def test_who_goes_or_is_stopped_while_downloading_is_booked_with_what_had_come(world: World, tmp_path: Path) -> None:
+    """a and b 60 s and c 30 s of 100 kbit/s, which the parameters alone take longer; b is there until the deadline."""
+    size = 4 * world.trainer.size
+    slow = {"down_bps": 8 * size / 100.0}  # 100 s, and more for the header
+    goes = dataclasses.replace(device((Visit(0.0, 60.0),)), **slow)
+    stays = dataclasses.replace(device(), **slow)
+    world.drive(tmp_path / "spool", {"a": goes, "b": stays, "c": device()}, deadline_s=80.0, quorum=1)
+    found = {world.nodes[row.device_id]: (row.status, row.phase, row.bytes_down) for row in world.rows()}
+    assert found["a"][0] == "failed"
+    assert found["a"][2] == pytest.approx(0.6 * size, abs=1)
+    assert (found["b"][:2], found["b"][2]) == (("expired", "downloading"), pytest.approx(0.8 * size, rel=0.001))
+    spent = spent_in(world.store, world.run_id)
+    assert [spent[name].bytes_down for name in "ab"] == [found[name][2] for name in "ab"]
+    assert world.results[1].bytes_down == sum(row.bytes_down for row in world.rows())
+
+
+def test_a_round_tells_who_began_each_phase_and_who_was_lost_in_it(world: World, tmp_path: Path) -> None:
+    """a goes while it trains; b answers; c is stopped. The evaluation waits for a, which is not there, and for
+    c, which takes 95 / 3 s of it.
+    """
+    a = device((Visit(0.0, 5.0),))
+    world.drive(tmp_path / "spool", {"a": a}, deadline_s=25.0, evaluate_on_devices=True)
+    trained = {"began download": 3, "began training": 3, "began upload": 1, "training": 1, "deadline": 1, "offered": 3}
+    measured = {"began download": 2, "began training": 2, "began upload": 1, "deadline": 2, "offered": 3}
+    assert world.results[1].fates == {"train": trained, "evaluate": measured}
+
+
+def test_energy_is_what_the_batteries_give(world: World, tmp_path: Path) -> None:
+    """2 W for 10 s, 3 W for 20 s, and 5 W for the 50 s until c is told to stop."""
+    fleet = {name: device(watts=watts) for name, watts in zip(SECONDS, (2.0, 3.0, 5.0), strict=True)}
+    world.drive(tmp_path / "spool", fleet, deadline_s=50.0)
+    assert world.grid.worked.joules == pytest.approx(2 * 10 + 3 * 20 + 5 * 50, abs=0.1)
+
+
+def test_what_no_round_has_counted_was_spent_too(world: World, tmp_path: Path) -> None:
+    """FedBuff ends at 20 s with a and b: c has downloaded for 20 of 100 s, and no round has that."""
+    size = 4 * world.trainer.size
+    slow = dataclasses.replace(device(), down_bps=8 * size / 100.0)
+    world.drive(tmp_path / "spool", {"c": slow}, mode="fedbuff", buffer=2, cohort=3)
+    up, down = uncounted_in(world.store, world.run_id)
+    assert (up, down) == (0, pytest.approx(0.2 * size, rel=0.001))
+    costs = cost_of(world.results, spent_in(world.store, world.run_id), 3, EnergyModel(), (up, down), world.grid.worked)
+    spent = spent_in(world.store, world.run_id)
+    assert costs.bytes_down * 3 == sum(s.bytes_down for s in spent.values()) == world.results[1].bytes_down + down
+    assert costs.bytes_up * 3 == sum(s.bytes_up for s in spent.values())
+    assert costs.uncounted_bytes_down * 3 == down
+    assert (costs.total_device_seconds, costs.total_worked_seconds) == (near(30), near(50))
+    assert costs.total_joules == near(4 * 50)
+
+
+def test_what_is_over_is_forgotten(world: World, tmp_path: Path) -> None:
+    """They come for half a minute an hour, off the charger, and about half of them are lost each time."""
+    hours = tuple(Visit(3600.0 * h, 3600.0 * h + 30, charging=False, battery=0.9) for h in range(6))
+    world.drive(
+        tmp_path / "spool",
+        {name: device(hours) for name in SECONDS},
+        Rules(Dropout(training=0.5), away_s=60.0),
+        rounds=5,
+        min_devices=3,
+        wait_s=WEEK_S,
+        max_failed_rounds=9,
+    )
+    assert world.clock.s > 4 * 3600
+    held = world.grid.capture()["virtual"]  # what a checkpoint has
+    assert held["worked"] == {}
+    assert all(until > world.clock.s for until in held["away"].values())
 
 
 @pytest.mark.parametrize(
