@@ -169,12 +169,12 @@ def classification_scores(predicted: Sequence[str], expected: Sequence[str], lab
     return scores | ({"f1": binary_f1(predicted, expected, positive_label(labels))} if len(labels) == 2 else {})
 
 
-def answer_scores(predicted: Sequence[str], expected: Sequence[str], questions: Sequence[str]) -> dict[str, float]:
+def judged_scores(predicted: Sequence[str], expected: Sequence[str], questions: Sequence[str]) -> dict[str, float]:
     """MultiRC's two figures (Khashabi et al. 2018), and accuracy, of answers that are judged right, "1", or wrong.
 
     f1a: F1 over all answers to all questions. exact: the share of `questions` all answers to which are judged rightly.
 
-    >>> answer_scores(["1", "0", "1"], ["1", "0", "0"], ["q", "q", "r"])["exact"]
+    >>> judged_scores(["1", "0", "1"], ["1", "0", "0"], ["q", "q", "r"])["exact"]
     0.5
     """
     wrong = {question for p, e, question in zip(predicted, expected, questions, strict=True) if p != e}

@@ -16,9 +16,9 @@ from torch import Tensor
 from pocketfed.model.encoded import IGNORED, Encoded, Kind, encode_texts, joined
 from pocketfed.model.metrics import (
     accuracy,
-    answer_scores,
     classification_scores,
     entity_scores,
+    judged_scores,
     regression_scores,
     scope_scores,
 )
@@ -77,7 +77,7 @@ class Classification:
         """The measures of one guessed label an example."""
         expected = [e.label or "" for e in examples]
         if "answer to" in examples[0].fields:
-            return answer_scores(guesses, expected, [e.fields["answer to"] for e in examples])
+            return judged_scores(guesses, expected, [e.fields["answer to"] for e in examples])
         scores = classification_scores(guesses, expected, self.labels)
         return scores | (scope_scores(guesses, expected, self.outside) if self.outside else {})
 
