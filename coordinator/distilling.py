@@ -17,7 +17,8 @@ from pocketfed.model.config import SHARED_WITH_TEACHER, TEACHERS, ConfigError, M
 from pocketfed.model.config import preset as student_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want to be told of a mistake
-    from pocketfed.model.distillation import Distillation, Place, Result, Score, Tick
+    from pocketfed.model.distillation import Distillation, Result, Score, Tick
+    from pocketfed.model.places import Place
     from pocketfed.model.schedules import Schedule
     from pocketfed.model.token_store import TokenCorpus
     from pocketfed.model.tokenization import Vocabulary
@@ -191,7 +192,7 @@ def prepare_distillation(
     student_changes, teacher_changes, schedule_changes, vocabulary_path = _sorted_overrides(overrides or {})
     config = student_of(preset).with_changes(**student_changes)
     from pocketfed.model import corpus as text
-    from pocketfed.model import distillation, schedules, stages, teacher, token_store, tokenization
+    from pocketfed.model import places, schedules, stages, teacher, token_store, tokenization
 
     schedule = schedules.schedule_for(preset)
     taught_first = options.teacher is None and schedule_changes.get("strategy", schedule.strategy) != "none"
@@ -233,7 +234,7 @@ def prepare_distillation(
         )
     if schedule.strategy != "none":
         stages.check_reading(taught, length, schedule.pairs)
-    place = distillation.Place.here(options.device)
+    place = places.Place.here(options.device)
     tokens, read = place.in_turn(lambda: _encoded(paths, vocabulary, work / "corpus", length, token_store))
     return Material(preset, config, taught, schedule, seed, vocabulary, tokens, read, weights, options, place)
 
