@@ -954,7 +954,7 @@ def test_two_processes_of_torchrun_train_one_student(text: Path, tmp_path: Path)
         text=True,
     )
     together, alone = json.loads(two.stdout), json.loads(one.stdout)
-    # The same texts a step; a mean of two processes' means weighs hidden tokens a little differently.
+    # The same texts a step, each process's weighed by what it holds.
     assert together["scores"]["student"]["loss"] == pytest.approx(alone["scores"]["student"]["loss"], rel=0.01)
     assert load(tmp_path / "two").config == load(tmp_path / "one").config
 
