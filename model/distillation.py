@@ -250,13 +250,12 @@ class Distillation:
                 )
         stage.trained.eval()
 
-    def _check(self, stage: Stage, label: str, step: int, loss: float, norm: float = 0.0) -> None:
+    def _check(self, stage: Stage, label: str, step: int, loss: float, norm: float | None = None) -> None:
         """Raises DistillationError where a step's loss or gradient says that the weights have run away."""
         where = f"{label}: the loss is {loss:g}"
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DistillationError(
-                f"{where} and the gradient's norm {norm:g} at step {step} of {stage.steps}; {self._remedy(stage)}"
-            )
+        if not (math.isfinite(loss) and math.isfinite(norm or 0.0)):
+            gradient = "" if norm is None else f" and the gradient's norm {norm:g}"
+            raise DistillationError(f"{where}{gradient} at step {step} of {stage.steps}; {self._remedy(stage)}")
         before = self.losses.get(label, [])
         if before and has_diverged(before[0], [*before[1 - LONG :], loss]):
             raise DistillationError(
