@@ -61,7 +61,9 @@ def distill(
     options = distilling.DistillOptions(teacher, keep_teacher, device, licence, tensorboard, save_every, keep_heads)
     paths, settings = [*corpus, *(more or [])], key_values(set_ or [])
     if dry_run:
-        _print_plan(distilling.plan_distillation(paths, preset, out, steps, seed, settings, options), json)
+        costs = distilling.plan_distillation(paths, preset, out, steps, seed, settings, options)
+        if costs:  # torchrun: the first process speaks for all
+            _print_plan(costs, json)
         return
     with progress_bar() as bar:
         report = distilling.distill(paths, preset, out, steps, seed, settings, stage_teller(bar), options)
@@ -91,6 +93,9 @@ def _print_plan(costs: list[dict[str, Any]], json: bool) -> None:
         ["stage", "steps", "tokens", "FLOPs", "hours"],
         [[r["name"], f"{r['steps']:,}", f"{r['tokens']:,}", f"{r['flops']:.2e}", f"{r['hours']:,.2f}"] for r in rows],
     )
+    for cost in costs:
+        if cost["note"]:
+            print(f"{cost['name']}: {cost['note']}")
 
 
 def quantize(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pocketfed.coordinator import distilling_inputs as inputs
 from pocketfed.coordinator import model_card, pipeline
-from pocketfed.model.config import BASELINES, SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig, any_preset
+from pocketfed.model.config import BASELINES, SHARED_WITH_TEACHER, TEACHERS, ConfigError, MobileBertConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a caller may only want to be told of a mistake
-    from pocketfed.model.distillation import Distillation, Place, Result, Tick
+    from pocketfed.model.distillation import Distillation, Result, Tick
+    from pocketfed.model.places import Place
     from pocketfed.model.schedules import Schedule
     from pocketfed.model.token_store import TokenCorpus
     from pocketfed.model.tokenization import Vocabulary
@@ -71,28 +71,25 @@ def distill(
         ConfigError, CorpusError, VocabularyError, DistillationError, CheckpointError: one sentence each; nothing is
             written to `out` unless everything went well.
     """
-    from pocketfed.model import checkpoints, distillation, teacher
+    from pocketfed.model import checkpoints, distillation, places, teacher
     from pocketfed.model.training_log import training_log
 
     options = options or DistillOptions()
     written = [Path(p) for p in (out, options.keep_teacher, options.keep_heads) if p is not None]
-    places = Counter(Path(p).resolve() for p in (*written, options.teacher) if p is not None)
-    twice = next((p for p in written if places[p.resolve()] > 1), None)
+    named = Counter(Path(p).resolve() for p in (*written, options.teacher) if p is not None)
+    twice = next((p for p in written if named[p.resolve()] > 1), None)
     if twice is not None:
         raise ConfigError(f"{twice} is named for two models, and one would replace the other; name another folder")
     for folder in written:
         checkpoints.check_writable(folder)  # better now than after the training
-    try:
-        material = prepare_distillation(corpus, preset, _work_folder(out), steps, seed, overrides, options)
-        with training_log(options.tensorboard) as log:
-            run = material.start(_work_folder(out), _both(progress, log))
+    place = places.Place.here(options.device)
+    with _working_in(_work_folder(out), place) as work:
+        material = prepare_distillation(corpus, preset, work, steps, seed, overrides, options, place)
+        with training_log(options.tensorboard if place.first else None) as log:
+            run = material.start(work, _both(progress, log))
             result = run.run()
-    except BaseException:
-        if not (_work_folder(out) / distillation.CHECKPOINT).exists():  # nothing to go on from
-            shutil.rmtree(_work_folder(out), ignore_errors=True)
-        raise
     report = material.report(out, result)
-    if not run.place.first:
+    if not place.first:
         return report
     if options.keep_teacher is not None:
         teacher.save_pretrained(run.teacher, material.vocabulary, options.keep_teacher)
@@ -119,15 +116,36 @@ def plan_distillation(
 ) -> list[dict[str, Any]]:
     """What `distill` would do with the same arguments: steps, tokens, FLOPs and hours of each stage. Trains nothing.
 
+    Vocabulary and encoded text stay in the folder `OUT.work`, where `distill` looks for them. Of the processes of torchrun
+    the first one alone gets an answer.
+
     Raises:
         As `distill`.
     """
+    from pocketfed.model import places
     from pocketfed.model.planning import plan
 
     options = options or DistillOptions()
-    with tempfile.TemporaryDirectory(prefix="pocketfed-plan-") as folder:
-        material = prepare_distillation(corpus, preset, Path(folder), steps, seed, overrides, options)
-        return [dataclasses.asdict(cost) for cost in plan(material.start(None, None))]
+    place = places.Place.here(options.device)
+    with _working_in(_work_folder(out), place) as work:
+        material = prepare_distillation(corpus, preset, work, steps, seed, overrides, options, place)
+        costs = plan(material.start(None, None))
+    return [dataclasses.asdict(cost) for cost in costs] if place.first else []
+
+
+@contextmanager
+def _working_in(work: Path, place: Place) -> Iterator[Path]:
+    """The work folder; where something goes wrong it is kept if there is a checkpoint to go on from."""
+    from pocketfed.model.distillation import CHECKPOINT
+
+    try:
+        yield work
+    except BaseException:
+        if place.first and not (work / CHECKPOINT).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        place.leave()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,81 +204,61 @@ def prepare_distillation(
     seed: int,
     overrides: Mapping[str, Any] | None,
     options: DistillOptions,
+    place: Place | None = None,
 ) -> Material:
-    """Read settings, vocabulary and text; the encoded text lies in `work` and is used again if it is there."""
-    student_changes, teacher_changes, schedule_changes, vocabulary_path = _sorted_overrides(overrides or {})
-    config = any_preset(preset).with_changes(**student_changes)
-    from pocketfed.model import corpus as text
-    from pocketfed.model import distillation, schedules, stages, teacher, token_store, tokenization
+    """Read settings, teacher, vocabulary and text; the last two lie in `work` and are used again if they are there."""
+    from pocketfed.model import places, teacher
 
-    schedule = schedules.schedule_for(preset)
-    taught_first = options.teacher is None and schedule_changes.get("strategy", schedule.strategy) != "none"
-    schedule = _changed_schedule(schedule, schedule_changes, steps, config.num_hidden_layers, taught_first)
+    settings = inputs.read_settings(preset, overrides or {}, steps, options.teacher)
+    place = place or places.Place.here(options.device)
     paths = [Path(path) for path in corpus]
-    weights, given = None, None
-    if options.teacher is not None:
-        if teacher_changes:
-            key = next(iter(teacher_changes))
-            raise ConfigError(
-                f"teacher.{key} is set and the teacher is given; a trained teacher is what it is, so leave one out"
-            )
-        trained, given = teacher.load_teacher(options.teacher)
-        weights, teacher_changes = trained.state_dict(), trained.config.to_dict()
-    if vocabulary_path is not None:
-        vocabulary = tokenization.load_vocabulary(vocabulary_path)
-        if given is not None and vocabulary != given:
-            raise ConfigError(
-                f"{vocabulary_path} is not the vocabulary of {options.teacher}, whose teacher would read other words; leave it out"
-            )
-    elif given is not None:
-        vocabulary = given
+    trained, given = (None, None) if options.teacher is None else teacher.load_teacher(options.teacher)
+    if settings.vocabulary is not None:
+        vocabulary = inputs.named_vocabulary(settings.vocabulary, given, options.teacher)
     else:
-        sentences = (sentence for document in text.read_documents(paths) for sentence in document)
-        vocabulary = tokenization.train_vocabulary(sentences, config.vocab_size)
-    config = config.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
-    shared = {name: getattr(config, name) for name in REACHES_TEACHER}
-    taught = TEACHERS.get(preset, config).with_changes(**(shared | teacher_changes))
-    if preset in BASELINES and schedule.strategy != "none":
+        size = settings.student.vocab_size
+        vocabulary = given or place.in_turn(lambda: inputs.trained_vocabulary(paths, size, work))
+    student = settings.student.with_changes(vocab_size=len(vocabulary), pad_token_id=vocabulary.pad_id)
+    if trained is None:
+        shared = {name: getattr(student, name) for name in REACHES_TEACHER}
+        taught = TEACHERS.get(preset, student).with_changes(**(shared | dict(settings.teacher)))
+    else:
+        taught = trained.config
+    if preset in BASELINES and settings.schedule.strategy != "none":
         raise ConfigError(
-            f"{preset} is pre-trained without a teacher, and schedule.strategy is {schedule.strategy!r}; leave it out"
+            f"{preset} is pre-trained without a teacher, and schedule.strategy is {settings.schedule.strategy!r}; leave it out"
         )
-    stages.check_pair(config, taught, schedule.attention)  # before hours are spent on encoding the text
+    length = _checked_length(student, taught, settings.schedule, options)
+    tokens, read = place.in_turn(lambda: inputs.encoded_text(paths, vocabulary, work, length))
+    weights = None if trained is None else trained.state_dict()
+    return Material(preset, student, taught, settings.schedule, seed, vocabulary, tokens, read, weights, options, place)
+
+
+def _checked_length(
+    student: MobileBertConfig, teacher: MobileBertConfig, schedule: Schedule, options: DistillOptions
+) -> int:
+    """The tokens of a text. What does not fit is refused here, before hours are spent on encoding the text."""
+    from pocketfed.model import stages
+    from pocketfed.model.schedules import LEAST_LENGTH
+
+    stages.check_pair(student, teacher, schedule.attention)
     if options.keep_teacher is not None and options.teacher is None and schedule.strategy == "none":
         raise ConfigError(
             f"schedule.strategy=none trains no teacher, so there is none to keep in {options.keep_teacher}; leave one out"
         )
-    length = schedule.max_length or config.max_position_embeddings
-    if length > config.max_position_embeddings:
+    length, most = schedule.max_length or student.max_position_embeddings, student.max_position_embeddings
+    if length > most:
         raise ConfigError(
-            f"schedule.max_length is {length} and the student has {config.max_position_embeddings} positions; shorten it, or "
+            f"schedule.max_length is {length} and the student has {most} positions; shorten it, or "
             "set max_position_embeddings too"
         )
+    if length < LEAST_LENGTH:
+        raise ConfigError(
+            f"max_position_embeddings is {length} and texts of so few tokens teach nothing; set at least {LEAST_LENGTH}"
+        )
     if schedule.strategy != "none":
-        stages.check_reading(taught, length, schedule.pairs)
-    place = distillation.Place.here(options.device)
-    tokens, read = place.in_turn(lambda: _encoded(paths, vocabulary, work / "corpus", length, token_store))
-    return Material(preset, config, taught, schedule, seed, vocabulary, tokens, read, weights, options, place)
-
-
-def _encoded(
-    paths: Sequence[Path], vocabulary: Vocabulary, folder: Path, length: int, store: ModuleType
-) -> tuple[TokenCorpus, dict[str, Any]]:
-    """The text as tokens, encoded into `folder` unless it lies there; and what it is."""
-    from pocketfed.model.corpus import corpus_digest, describe_files, read_documents
-    from pocketfed.model.tokenization import Tokenizer
-
-    held = store.read_index(folder)
-    if (
-        held.get("vocabulary") == vocabulary.digest()
-        and held.get("max_length") == length
-        and held.get("text") == corpus_digest(read_documents(paths))
-    ):
-        tokens = store.open_corpus(folder, vocabulary)
-    else:
-        tokens = store.store_corpus(read_documents(paths), Tokenizer(vocabulary), folder, length)
-        held = store.read_index(folder)
-    read = {"documents": held["documents"], "tokens": tokens.tokens, "sha256": held["text"]}
-    return tokens, {**read, "files": describe_files(paths)}
+        stages.check_reading(teacher, length, schedule.pairs)
+    return length
 
 
 def _work_folder(out: Path) -> Path:
@@ -274,45 +272,3 @@ def _both(first: Progress | None, second: Progress | None) -> Progress | None:
                 one(tick)
 
     return tell
-
-
-def _sorted_overrides(
-    overrides: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Path | None]:
-    """Overrides by what they change: student, teacher, schedule, vocabulary. Texts are read as JSON where they are."""
-    known = {f.name for f in dataclasses.fields(MobileBertConfig)}
-    student: dict[str, Any] = {}
-    teacher: dict[str, Any] = {}
-    schedule: dict[str, Any] = {}
-    vocabulary: Path | None = None
-    for key, value in overrides.items():
-        part, _, name = key.rpartition(".")
-        if key == "vocabulary":
-            vocabulary = Path(str(value))
-        elif part == "schedule":
-            schedule[name] = _value(value)
-        elif part in ("", "teacher") and name in known:
-            (teacher if part else student)[name] = _value(value)
-        else:
-            raise ConfigError(f"there is no setting {key!r}; set KEY, teacher.KEY, schedule.KEY or vocabulary")
-    return student, teacher, schedule, vocabulary
-
-
-def _value(text: Any) -> Any:
-    if not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _changed_schedule(
-    schedule: Schedule, changes: Mapping[str, Any], steps: int | None, layers: int, taught_first: bool
-) -> Schedule:
-    known = [f.name for f in dataclasses.fields(schedule)]
-    unknown = next((name for name in changes if name not in known), None)
-    if unknown is not None:
-        raise ConfigError(f"there is no setting 'schedule.{unknown}'; there are {', '.join(known)}")
-    changed = dataclasses.replace(schedule, **changes)
-    return changed if steps is None else changed.scaled(steps, layers, taught_first)

@@ -137,6 +137,7 @@ def model_card(material: Material, result: Result, report: Mapping[str, Any], co
             "|---|---|---|",
             *stages,
             "",
+            *(line for change in result.changes for line in (f"Stopped and gone on with: {change}.", "")),
             *_as_json("Student", material.student.to_dict()),
             *([] if material.schedule.strategy == "none" else _as_json("Teacher", material.teacher.to_dict())),
             *_as_json("Schedule", dataclasses.asdict(result.schedule)),

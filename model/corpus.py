@@ -216,6 +216,15 @@ def corpus_digest(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
+def corpus_files(paths: Sequence[Path]) -> list[Path]:
+    """All files that `read_documents` would read, in its order.
+
+    Raises:
+        CorpusError: nothing there.
+    """
+    return [file for path in paths for file in _files(Path(path))]
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]

@@ -4,45 +4,54 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocketfed.model.config import MobileBertConfig
+from pocketfed.model.divergence import LONG, has_diverged, is_calm
+from pocketfed.model.places import Place
 from pocketfed.model.pretraining import Batches, FeatureScore, MaskedScore, score_features, score_masked
 from pocketfed.model.schedules import DistillationError, Schedule
-from pocketfed.model.stages import MaskedWords, Stage, check_pair, make_optimizer, student_stages
+from pocketfed.model.stages import MaskedWords, Stage, check_pair, learning_only, make_optimizer, student_stages
 from pocketfed.model.teacher import FeatureTeacher, PreTrainingModel, Teacher, copy_from_teacher, make_teacher
 from pocketfed.model.token_store import TokenCorpus, split_held_out
 from pocketfed.model.tokenization import Vocabulary
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 Score = MaskedScore | FeatureScore
 GRADIENT_NORM = 1.0
 CHECKPOINT = "checkpoint.safetensors"
 SAVE_EVERY_S = 60.0
+RATES = (
+    "teacher_rate",
+    "transfer_rate",
+    "distillation_rate",
+)  # may change between a checkpoint and what goes on from it
 
 
 @dataclass(frozen=True)
 class Tick:
-    """After a step. loss: of that step; tokens: real ones so far in this process; tokens_per_s: over the last steps."""
+    """After a step. tokens: real ones of all steps so far, in all processes; tokens_per_s: over the last steps."""
 
     stage: str
     step: int  # of the stage, from 1
     steps: int
-    loss: float
+    loss: float  # of that step, as are the next two
+    gradient_norm: float  # before it was clipped
+    rate: float  # the highest of all groups'
     tokens: int
     tokens_per_s: float
     seconds_left: float  # of all stages, at the pace of this one
@@ -67,49 +76,11 @@ class Result:
     schedule: Schedule
     seed: int
     seconds: float  # of this process; what went before an interruption does not count
+    changes: tuple[str, ...] = ()  # of rates, when the run went on from a checkpoint
 
 
 def no_progress(tick: Tick) -> None:
     """For callers that do not watch."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where training runs: one process of `ranks` (torchrun), on one device."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rank: int = 0
-    ranks: int = 1
-
-    @classmethod
-    def here(cls, device: str = "cpu") -> Place:
-        """Reads torchrun's variables and joins its group.
-
-        Raises:
-            DistillationError: a device that is not there.
-        """
-        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if device == "cuda" and not torch.cuda.is_available():
-            raise DistillationError("there is no CUDA device here; leave --device out to train on the CPU")
-        where = (
-            torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
-        )
-        if ranks > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        return cls(where, rank, ranks)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """The first process works alone, the others after it: what it leaves on disk is there for them."""
-        if self.ranks > 1 and not self.first:
-            dist.barrier()
-        done = work()
-        if self.ranks > 1 and self.first:
-            dist.barrier()
-        return done
 
 
 class Distillation:
@@ -120,7 +91,7 @@ class Distillation:
         folder: for checkpoints; None keeps none.
 
     Raises:
-        DistillationError: a pair that does not fit, or a checkpoint of another run.
+        DistillationError: a pair that does not fit, or batches too small for so many processes and parts.
         CorpusError: too little text to hold some out.
     """
 
@@ -148,16 +119,14 @@ class Distillation:
             "whole_words": schedule.whole_words,
             "most_hidden": schedule.most_hidden,
         }
-        self.batches = Batches(
-            training,
-            vocabulary,
-            schedule.batch_size,
-            seed,
-            rank=self.place.rank,
-            ranks=self.place.ranks,
-            **how,
-        )
-        larger = schedule.teacher_batch_size
+        least, larger = self.place.ranks * schedule.accumulate, schedule.teacher_batch_size
+        fewest = min(len(training), schedule.batch_size, larger or schedule.batch_size)
+        if fewest < least:
+            raise DistillationError(
+                f"{fewest} texts cannot be shared by {self.place.ranks} processes in {schedule.accumulate} parts each; give a "
+                "larger corpus and schedule.batch_size, or fewer processes and a smaller schedule.accumulate"
+            )
+        self.batches = Batches(training, vocabulary, schedule.batch_size, seed, least=least, **how)
         self.teacher_batches = replace(self.batches, batch_size=larger) if larger else self.batches
         self.held_out = Batches(held_out, vocabulary, schedule.batch_size, seed, **how)
         with torch.random.fork_rng(devices=[]):
@@ -180,6 +149,7 @@ class Distillation:
         self.losses: dict[str, list[float]] = {}
         self.scores: dict[str, Score] = {}
         self._stage, self._step, self._tokens = 0, 0, 0
+        self._changes: list[str] = []
         self._identity = _identity(student_config, teacher_config, schedule, seed, corpus, vocabulary, teacher)
 
     # ---- the loop --------------------------------------------------------------------------------------------------
@@ -188,7 +158,8 @@ class Distillation:
         """Train to the end, from wherever the checkpoint stands; the same arguments give the same bits on a CPU.
 
         Raises:
-            DistillationError: a loss no longer finite (the message names stage and step; the last good checkpoint stays).
+            DistillationError: a loss no longer finite, or far above where its stage began (the message names stage and step;
+                the last good checkpoint stays, and a run with lower rates goes on from it); a checkpoint of another run.
         """
         begun = time.monotonic()
         state = self._resume()
@@ -204,7 +175,8 @@ class Distillation:
         student = {n: v.detach().cpu().clone() for n, v in self.student.mobilebert.state_dict().items()}
         teacher = {n: v.detach().cpu().clone() for n, v in self.teacher.state_dict().items()}
         losses = {name: tuple(values) for name, values in self.losses.items()}
-        return Result(student, teacher, losses, self.scores, self.schedule, self.seed, time.monotonic() - begun)
+        seconds, changes = time.monotonic() - begun, tuple(self._changes)
+        return Result(student, teacher, losses, self.scores, self.schedule, self.seed, seconds, changes)
 
     def _before(self, stage: Stage) -> None:
         if stage.trained is self.student and not self.scores.get("student before"):
@@ -216,7 +188,15 @@ class Distillation:
 
     def _after(self, stage: Stage) -> None:
         name = "teacher" if stage.trained is self.teacher else "student"
-        self.scores[f"{name} transferred" if stage.name == "transfer" else name] = self._score(stage.trained)
+        score = self._score(stage.trained)
+        values = [value for value in asdict(score).values() if value is not None]
+        finite = all(bool(torch.isfinite(value).all()) for value in stage.trained.state_dict().values())
+        if not finite or not all(map(math.isfinite, values)):
+            raise DistillationError(
+                f"{stage.name}: after its last step, {stage.steps}, the weights are useless (on held-out text: {score}); "
+                f"{self._remedy(stage)}"
+            )
+        self.scores[f"{name} transferred" if stage.name == "transfer" else name] = score
 
     def _score(self, model: PreTrainingModel) -> Score:
         teacher = self.teacher
@@ -234,54 +214,95 @@ class Distillation:
         optimizer = make_optimizer(self.schedule.optimizer, stage.groups())
         if optimizer_state:
             _restore_optimizer(optimizer, optimizer_state)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         # The paper's recipe has dropout off while a student follows its teacher, on while a model learns by itself.
         stage.trained.train(isinstance(stage, MaskedWords))
         saved = time.monotonic()
         pace = _Pace()
-        while self._step < stage.steps:
-            rates = stage.rates(self._step)
-            for place, group in enumerate(optimizer.param_groups):
-                group["lr"] = rates[place] if len(rates) > 1 else rates[0]
-            label, loss, norm, tokens = self._descend(stage, optimizer, parameters)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise DistillationError(
-                    f"{label}: the loss is {loss} and the gradient's norm {norm} at step {self._step + 1} of "
-                    f"{stage.steps}; use a lower rate, or a student with normalization_type layer_norm"
+        with learning_only(stage.trained, _parameters(optimizer)):
+            while self._step < stage.steps:
+                rates = stage.rates(self._step)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                label = stage.label(self._step)
+                loss, norm, tokens = self._descend(stage, optimizer)
+                self._check(stage, label, self._step + 1, loss, norm)
+                # Now the weights are known to be good: a checkpoint made after a step could hold what the next one dies of.
+                due = self.folder is not None and time.monotonic() - saved >= self.save_every_s
+                if due and is_calm(self.losses.get(label, []), loss):
+                    self.save(optimizer)
+                    saved = time.monotonic()
+                optimizer.step()
+                self._step += 1
+                self._tokens += tokens
+                self.losses.setdefault(label, []).append(loss)
+                if self._step == stage.steps or stage.label(self._step) != label:
+                    self._check(stage, label, self._step, self._loss_now(stage))  # no further step would tell
+                pace.add(tokens)
+                left = stage.steps - self._step + sum(later.steps for later in self.stages[self._stage + 1 :])
+                self.progress(
+                    Tick(
+                        label,
+                        self._step,
+                        stage.steps,
+                        loss,
+                        norm,
+                        max(rates),
+                        self._tokens,
+                        pace.tokens_per_s,
+                        left * pace.seconds_a_step,
+                    )
                 )
-            # Now the weights are known to be good: a checkpoint made after a step could hold what the next one dies of.
-            if self.folder is not None and time.monotonic() - saved >= self.save_every_s:
-                self.save(optimizer)
-                saved = time.monotonic()
-            optimizer.step()
-            self._step += 1
-            self._tokens += tokens
-            self.losses.setdefault(label, []).append(loss)
-            pace.add(tokens)
-            left = stage.steps - self._step + sum(later.steps for later in self.stages[self._stage + 1 :])
-            self.progress(
-                Tick(label, self._step, stage.steps, loss, self._tokens, pace.tokens_per_s, left * pace.seconds_a_step)
-            )
         stage.trained.eval()
 
-    def _descend(
-        self, stage: Stage, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
-    ) -> tuple[str, float, float, int]:
-        """Gradients of one step, clipped. Returns what it was a step of, its loss, the gradient's norm, its tokens."""
-        batch = self.batches_of(stage).batch(self._step, stage.number)
-        # A step's dropout depends on where it is, not on how the process came there.
-        torch.manual_seed(_mix(self.seed, stage.number, self._step, self.place.rank))
+    def _check(self, stage: Stage, label: str, step: int, loss: float, norm: float | None = None) -> None:
+        """Raises DistillationError where a step's loss or gradient says that the weights have run away."""
+        where = f"{label}: the loss is {loss:g}"
+        if not (math.isfinite(loss) and math.isfinite(norm or 0.0)):
+            gradient = "" if norm is None else f" and the gradient's norm {norm:g}"
+            raise DistillationError(f"{where}{gradient} at step {step} of {stage.steps}; {self._remedy(stage)}")
+        before = self.losses.get(label, [])
+        if before and has_diverged(before[0], [*before[1 - LONG :], loss]):
+            raise DistillationError(
+                f"{where} at step {step} of {stage.steps}, far above the {before[0]:g} that it began with; {self._remedy(stage)}"
+            )
+
+    def _remedy(self, stage: Stage) -> str:
+        rate = f"schedule.{stage.rate_name}"
+        remedy = f"use a lower rate ({rate} is {getattr(self.schedule, stage.rate_name):g})"
+        if stage.trained.config.normalization_type != "layer_norm":
+            remedy += ", or a student with normalization_type layer_norm"
+        if self.folder is None or not (self.folder / CHECKPOINT).is_file():
+            return remedy
+        return f"{remedy}; with a lower {rate} the same command goes on from the last good checkpoint"
+
+    def _descend(self, stage: Stage, optimizer: torch.optim.Optimizer) -> tuple[float, float, int]:
+        """Gradients of one step, clipped. Returns its loss, the gradient's norm before, its tokens."""
         optimizer.zero_grad(set_to_none=True)
-        parts = batch.split(self.schedule.accumulate)
+        loss, tokens = self._pass(stage, self._step)
+        loss = self._add_up(_parameters(optimizer, moving=True), loss)
+        norm = float(nn.utils.clip_grad_norm_(_parameters(optimizer), GRADIENT_NORM))
+        return loss, norm, tokens
+
+    @torch.no_grad()
+    def _loss_now(self, stage: Stage) -> float:
+        """The loss on the last step's batch with the weights as they are after it."""
+        loss, _ = self._pass(stage, self._step - 1)
+        return self._add_up([], loss)
+
+    def _pass(self, stage: Stage, step: int) -> tuple[float, int]:
+        """This process's share of a step's loss and, unless gradients are off, of its gradients; and the whole batch's tokens."""
+        whole = self.batches_of(stage).batch(step, stage.number)
+        # A step's dropout depends on where it is, not on how the process came there.
+        torch.manual_seed(_mix(self.seed, stage.number, step, self.place.rank))
+        mine = whole.rows(slice(self.place.rank, None, self.place.ranks)) if self.place.ranks > 1 else whole
         total = 0.0
-        for part in parts:
+        for part in mine.split(self.schedule.accumulate):
             with self.precision():
-                loss = stage.loss(part.to(self.place.device), self._step) / len(parts)
-            loss.backward()
+                loss = stage.loss(part.to(self.place.device), step, part.shares_of(whole))
+            if loss.requires_grad:
+                loss.backward()
             total += float(loss.detach())
-        total = self._average(parameters, total)
-        norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
-        return stage.label(self._step), total, norm, int(batch.attention_mask.sum()) * self.place.ranks
+        return total, int(whole.attention_mask.sum())
 
     def batches_of(self, stage: Stage) -> Batches:
         return self.teacher_batches if stage.trained is self.teacher else self.batches
@@ -291,17 +312,19 @@ class Distillation:
             return torch.autocast(self.place.device.type, torch.bfloat16)
         return nullcontext()
 
-    def _average(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
-        """Means over processes, of the gradients in place and of the loss."""
+    def _add_up(self, parameters: Sequence[nn.Parameter], loss: float) -> float:
+        """Sums over processes, of the gradients in place and of the loss: each has its share of the batch's."""
         if self.place.ranks == 1:
             return loss
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients] + [torch.tensor([loss], device=self.place.device)])
-        dist.all_reduce(flat)
-        flat /= self.place.ranks
+        # A part in which nothing is hidden has no gradient where the others have one.
+        some = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        had = torch.tensor([float(p.grad is not None) for p in parameters] + [loss], device=self.place.device)
+        flat = torch.cat([gradient.reshape(-1) for gradient in some] + [had])
+        self.place.add_up(flat)
         at = 0
-        for gradient in gradients:
-            gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+        for p, gradient, anywhere in zip(parameters, some, flat[-len(had) : -1].tolist(), strict=True):
+            if anywhere:
+                p.grad = gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
             at += gradient.numel()
         return float(flat[-1])
 
@@ -326,6 +349,9 @@ class Distillation:
             "step": self._step,
             "tokens": self._tokens,
             "scores": {name: asdict(score) for name, score in self.scores.items()},
+            "labels": list(self.losses),
+            "rates": {name: getattr(self.schedule, name) for name in RATES},
+            "changes": self._changes,
         }
         path = self.folder / CHECKPOINT
         partial = path.with_suffix(".partial")
@@ -363,8 +389,15 @@ class Distillation:
             self._stage, self._step, self._tokens = (int(where[key]) for key in ("stage", "step", "tokens"))
             kind = FeatureScore if self._followed(self.teacher) else MaskedScore
             self.scores = {name: kind(**score) for name, score in where["scores"].items()}
-            names = [n for n in tensors if n.startswith("losses.")]
-            self.losses = {n.removeprefix("losses."): tensors[n].tolist() for n in sorted(names, key=_stage_order)}
+            self.losses = {label: tensors[f"losses.{label}"].tolist() for label in where["labels"]}
+            self._changes = [str(change) for change in where["changes"]]
+            for name in RATES:
+                before, now = float(where["rates"][name]), getattr(self.schedule, name)
+                if before != now:
+                    at = f"step {self._step} of {self.stages[self._stage].name}"
+                    self._changes.append(f"schedule.{name} was {before:g} until {at} and is {now:g} from there")
+                    if self.place.first:
+                        log.warning("going on from %s: %s", path, self._changes[-1])
             return {n: v for n, v in tensors.items() if n.startswith("optimizer.")}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, DistillationError):
@@ -398,6 +431,11 @@ class _Pace:
         return self._span[0] / max(1, len(self._marks) - 1)
 
 
+def _parameters(optimizer: torch.optim.Optimizer, moving: bool = False) -> list[nn.Parameter]:
+    """All that are in its groups; `moving`: in those whose rate is not 0."""
+    return [p for group in optimizer.param_groups if group["lr"] or not moving for p in group["params"]]
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     held = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": torch.as_tensor(v) for i, state in held.items() for name, v in state.items()}
@@ -409,12 +447,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
         _, index, name = key.split(".", 2)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _stage_order(name: str) -> tuple[int, int]:
-    stage, _, part = name.removeprefix("losses.").partition("/")
-    known = ("teacher", "transfer", "distillation", "representations", "masked words")
-    return known.index(stage) if stage in known else len(known), int(part or 0)
 
 
 def _mix(*numbers: int) -> int:
@@ -431,8 +463,9 @@ def _identity(
     vocabulary: Vocabulary,
     given: Mapping[str, Tensor] | None,
 ) -> str:
-    """Of two runs that have it in common, one can go on with the other's checkpoint."""
-    content = [student.to_dict(), teacher.to_dict(), asdict(schedule), seed, vocabulary.digest(), given is not None]
+    """Of two runs that have it in common, one can go on with the other's checkpoint: all but the rates, which may be lowered."""
+    kept = {name: value for name, value in asdict(schedule).items() if name not in RATES}
+    content = [student.to_dict(), teacher.to_dict(), kept, seed, vocabulary.digest(), given is not None]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(corpus.chunks).tobytes())
     for shard in corpus.shards:

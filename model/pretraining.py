@@ -44,38 +44,50 @@ class MaskedBatch:
         """The same texts with nothing hidden."""
         return replace(self, input_ids=self.input_ids.masked_scatter(self.chosen, self.targets))
 
+    def rows(self, rows: slice) -> MaskedBatch:
+        """Some of the texts."""
+        here = torch.zeros(len(self.input_ids), dtype=torch.bool)
+        here[rows] = True
+        return MaskedBatch(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            self.token_type_ids[rows],
+            self.chosen[rows],
+            self.targets[here[self.chosen.nonzero()[:, 0]]],
+            self.next_sentence[rows],
+        )
+
     def split(self, parts: int) -> list[MaskedBatch]:
-        """At most so many batches of consecutive texts, of equal number but for the last; none without a hidden token."""
+        """At most so many batches of consecutive texts, of equal number but for the last."""
         if parts == 1:
             return [self]
         size = -(-len(self.input_ids) // parts)
-        counts = self.chosen.sum(1)
-        out = []
-        for start in range(0, len(self.input_ids), size):
-            rows = slice(start, start + size)
-            before, here = int(counts[:start].sum()), int(counts[rows].sum())
-            if here:
-                out.append(
-                    MaskedBatch(
-                        self.input_ids[rows],
-                        self.attention_mask[rows],
-                        self.token_type_ids[rows],
-                        self.chosen[rows],
-                        self.targets[before : before + here],
-                        self.next_sentence[rows],
-                    )
-                )
-        return out
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self.input_ids), size)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What losses are means over."""
+        return {
+            "hidden": len(self.targets),
+            "pairs": int((self.next_sentence != NO_PAIR).sum()),
+            "tokens": int(self.attention_mask.sum()),
+            "texts": len(self.input_ids),
+        }
+
+    def shares_of(self, whole: MaskedBatch) -> dict[str, float]:
+        """How much of a whole batch this part of it holds; 1 of what neither has."""
+        held = whole.counts
+        return {what: 1.0 if count == held[what] else count / held[what] for what, count in self.counts.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batches:
     """Batch number n of a stage is a pure function of the seed and n, so training can go on from any step.
 
     Args:
         pairs: make sentence pairs where a chunk has two sentences. whole_words: hide words, not pieces.
         most_hidden: tokens of a text; 0 for no limit.
-        rank, ranks: this process takes every `ranks`-th text of each batch.
+        least: texts that every batch must have; what is left over at the end of an epoch joins another batch if it is fewer.
     """
 
     corpus: TokenCorpus
@@ -85,16 +97,17 @@ class Batches:
     pairs: bool = True
     whole_words: bool = False
     most_hidden: int = 0
-    rank: int = 0
-    ranks: int = 1
-    _lengths: Ints = field(init=False, repr=False, compare=False)
+    least: int = 1
+    _lengths: Ints = field(init=False, repr=False)
+    _orders: dict[tuple[int, int], list[Ints]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_lengths", self.corpus.lengths)
 
     @property
     def an_epoch(self) -> int:
-        return -(-len(self.corpus) // self.batch_size)
+        whole, left = divmod(len(self.corpus), self.batch_size)
+        return whole + (left >= self.least or (left > 0 and not whole))
 
     def batch(self, number: int, stage: int = 0) -> MaskedBatch:
         """`stage` keeps stages from seeing the same masks in the same order."""
@@ -103,22 +116,29 @@ class Batches:
         rng = np.random.default_rng([self.seed, stage, number, 1])
         return make_batch(self.corpus, order[place], self, rng)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - one object a run, and it holds two epochs' orders
     def _order(self, stage: int, epoch: int) -> list[Ints]:
-        return epoch_order(self._lengths, self.batch_size, np.random.default_rng([self.seed, stage, epoch, 0]))
+        """Of the last two epochs asked for it is kept."""
+        if (stage, epoch) not in self._orders:
+            rng = np.random.default_rng([self.seed, stage, epoch, 0])
+            self._orders[stage, epoch] = epoch_order(self._lengths, self.batch_size, rng, self.least)
+            for oldest in list(self._orders)[:-2]:
+                del self._orders[oldest]
+        return self._orders[stage, epoch]
 
-    def __hash__(self) -> int:
-        return id(self)
 
+def epoch_order(lengths: Ints, batch_size: int, rng: np.random.Generator, least: int = 1) -> list[Ints]:
+    """Each chunk once, in batches of similar length and random order: little padding, and no order to learn from.
 
-def epoch_order(lengths: Ints, batch_size: int, rng: np.random.Generator) -> list[Ints]:
-    """Each chunk once, in batches of similar length and random order: little padding, and no order to learn from."""
+    Fewer than `least` left over at the end join the batch before.
+    """
     order = rng.permutation(len(lengths))
     batches: list[Ints] = []
     for start in range(0, len(order), batch_size * POOL):
         pool = order[start : start + batch_size * POOL]
         pool = pool[lengths[pool].argsort(kind="stable")]
         batches.extend(pool[i : i + batch_size] for i in range(0, len(pool), batch_size))
+    if len(batches) > 1 and len(batches[-1]) < least:
+        batches[-2:] = [np.concatenate(batches[-2:])]
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -139,8 +159,7 @@ def make_batch(corpus: TokenCorpus, indices: Ints, how: Batches, rng: np.random.
         mask[row, :end] = 1
     hidden, chosen = mask_tokens(ids, mask, vocabulary, rng, how.whole_words, how.most_hidden)
     labels = np.array([label for _, _, label in rows], np.int64)
-    mine = slice(how.rank, None, how.ranks)
-    arrays = (hidden[mine], mask[mine], types[mine], chosen[mine], ids[mine][chosen[mine]], labels[mine])
+    arrays = (hidden, mask, types, chosen, ids[chosen], labels)
     return MaskedBatch(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays))
 
 

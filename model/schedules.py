@@ -10,6 +10,7 @@ from typing import Literal
 LOWER_LAYER_RATE = 0.1  # layers already transferred go on learning, ten times slower
 STRATEGIES = ("progressive", "joint", "auxiliary", "none")
 PRECISIONS = ("float32", "bfloat16")
+LEAST_LENGTH = 8  # tokens of a text: three are special, and a hidden word needs others around it
 
 
 class DistillationError(RuntimeError):
@@ -62,6 +63,11 @@ class Schedule:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise DistillationError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+        if 0 < self.max_length < LEAST_LENGTH:
+            raise DistillationError(
+                f"max_length is {self.max_length} and texts of so few tokens teach nothing, three being special; set at least "
+                f"{LEAST_LENGTH}, or 0 for the model's own"
+            )
         for name in ("teacher_rate", "transfer_rate", "distillation_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketfed.model.config import SHARED_WITH_BERT, SHARED_WITH_TEACHER, MobileBertConfig
 from pocketfed.model.lamb import Lamb, parameter_groups
@@ -72,13 +74,18 @@ def check_reading(teacher: MobileBertConfig, length: int, pairs: bool) -> None:
         )
 
 
+Terms = list[tuple[str, Tensor]]  # each a mean over what `MaskedBatch.counts` has under that name
+WHOLE = {"hidden": 1.0, "pairs": 1.0, "tokens": 1.0, "texts": 1.0}
+
+
 class Stage(ABC):
-    """Some steps on one model. `groups` are the optimizer's; `rates(step)` gives one rate a group, or one for all."""
+    """Some steps on one model. `groups` are the optimizer's; `rates(step)` gives one rate a group."""
 
     name: str
     number: int  # keeps the stages' batches apart
     steps: int
     trained: PreTrainingModel
+    rate_name: str  # the schedule's setting of its peak
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]: ...
@@ -87,7 +94,18 @@ class Stage(ABC):
     def rates(self, step: int) -> list[float]: ...
 
     @abstractmethod
-    def loss(self, batch: MaskedBatch, step: int) -> Tensor: ...
+    def terms(self, batch: MaskedBatch, step: int) -> Terms:
+        """What the loss is the sum of."""
+
+    def loss(self, batch: MaskedBatch, step: int, shares: Mapping[str, float] = WHOLE) -> Tensor:
+        """With what `batch.shares_of(whole)` gives, the losses of a whole batch's parts add up to its own."""
+        # A mean over nothing is left out: it is no number.
+        terms = [value * shares[what] for what, value in self.terms(batch, step) if shares[what]]
+        return sum(terms, torch.zeros((), device=batch.input_ids.device))
+
+    @functools.cached_property
+    def _group_count(self) -> int:
+        return len(self.groups())
 
     def label(self, step: int) -> str:
         """The stage, and what of it a step belongs to."""
@@ -104,16 +122,20 @@ class MaskedWords(Stage):
     steps: int
     peak: float
     warm_up: float
+    rate_name: str = "teacher_rate"
 
     def groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.trained.named_parameters(), self.peak)
 
     def rates(self, step: int) -> list[float]:
-        return [self.peak * linear_decay(step, self.steps, self.warm_up)]
+        return [self.peak * linear_decay(step, self.steps, self.warm_up)] * self._group_count
 
-    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+    def terms(self, batch: MaskedBatch, step: int) -> Terms:
         words, pairs = self.trained(batch.input_ids, batch.attention_mask, batch.chosen, batch.token_type_ids)
-        return masked_language_loss(words, batch.targets) + next_sentence_loss(pairs, batch.next_sentence)
+        return [
+            ("hidden", masked_language_loss(words, batch.targets)),
+            ("pairs", next_sentence_loss(pairs, batch.next_sentence)),
+        ]
 
 
 @dataclass
@@ -129,13 +151,13 @@ class Transfer(Stage):
     schedule: Schedule
     number: int = 2
     name: str = "transfer"
+    rate_name: str = "transfer_rate"
 
     def __post_init__(self) -> None:
         self.steps = self.schedule.transfer_steps
         self.layers = self.trained.config.num_hidden_layers
         self.phases = phase_steps(self.steps, self.layers)
         self.progressive = self.schedule.strategy == "progressive"
-        self._of_layer: list[int] = []  # the layer of each group
         if self.progressive and self.steps < self.layers:
             raise DistillationError(
                 f"{self.steps} transfer steps are too few for {self.layers} layers; give each layer at least one"
@@ -145,31 +167,35 @@ class Transfer(Stage):
         return f"{self.name}/{phase_of(step, self.phases)[0] + 1}" if self.progressive else self.name
 
     def groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = []
-        self._of_layer = []
+        return [group for groups in self._groups_of_layers() for group in groups]
+
+    def _groups_of_layers(self) -> list[list[dict[str, Any]]]:
+        of_layers = []
         for layer, block in enumerate(self.trained.mobilebert.encoder.layer):
             learning = list(block.named_parameters())
             if layer == 0 and not self.teacher.config.use_bottleneck:  # its embeddings were approximated, not copied
                 learning += self.trained.mobilebert.embeddings.named_parameters()
-            mine = parameter_groups(learning, self.schedule.transfer_rate)
-            groups += mine
-            self._of_layer += [layer] * len(mine)
-        return groups
+            of_layers.append(parameter_groups(learning, self.schedule.transfer_rate))
+        return of_layers
+
+    @functools.cached_property
+    def _layer_of_group(self) -> list[int]:
+        return [layer for layer, groups in enumerate(self._groups_of_layers()) for _ in groups]
 
     def rates(self, step: int) -> list[float]:
         peak, warm_up = self.schedule.transfer_rate, self.schedule.phase_warm_up
         if not self.progressive:
-            return [peak * phase_decay(step, self.steps, warm_up)]
+            return [peak * phase_decay(step, self.steps, warm_up)] * len(self._layer_of_group)
         of_layer = layer_rates(step, self.phases, peak, warm_up)
-        return [of_layer[layer] for layer in self._of_layer]
+        return [of_layer[layer] for layer in self._layer_of_group]
 
-    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
-        if not self.progressive:
-            ours, theirs = encode_both(self.trained, self.teacher, batch)
-            return transfer_loss(ours, theirs, batch.attention_mask, self.schedule, range(self.layers))
-        layer, _ = phase_of(step, self.phases)
-        ours, theirs = encode_both(self.trained, self.teacher, batch, layer + 1)
-        return transfer_loss(ours, theirs, batch.attention_mask, self.schedule, [layer])
+    def terms(self, batch: MaskedBatch, step: int) -> Terms:
+        layers, depth = list(range(self.layers)), None
+        if self.progressive:
+            layer, _ = phase_of(step, self.phases)
+            layers, depth = [layer], layer + 1
+        ours, theirs = encode_both(self.trained, self.teacher, batch, depth)
+        return [("tokens", transfer_loss(ours, theirs, batch.attention_mask, self.schedule, layers))]
 
 
 @dataclass
@@ -186,25 +212,29 @@ class Predictions(Stage):
     transfer: bool = False
     number: int = 3
     name: str = "distillation"
+    rate_name: str = "distillation_rate"
 
     def groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.trained.named_parameters(), self.schedule.distillation_rate)
 
     def rates(self, step: int) -> list[float]:
-        return [self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)]
+        rate = self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)
+        return [rate] * self._group_count
 
-    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+    def terms(self, batch: MaskedBatch, step: int) -> Terms:
         ours, theirs = encode_both(self.trained, self.teacher, batch)
         with torch.no_grad():
             target = self.teacher.predict(theirs.last[batch.chosen])
         words = self.trained.predict(ours.last[batch.chosen])
         related = self.trained.relate(ours.last, batch.attention_mask)
-        loss = pretraining_distillation_loss(words, target, batch.targets)
-        loss = loss + next_sentence_loss(related, batch.next_sentence)
+        terms = [
+            ("hidden", pretraining_distillation_loss(words, target, batch.targets)),
+            ("pairs", next_sentence_loss(related, batch.next_sentence)),
+        ]
         if self.transfer:
             layers = range(self.trained.config.num_hidden_layers)
-            loss = loss + transfer_loss(ours, theirs, batch.attention_mask, self.schedule, layers)
-        return loss
+            terms.append(("tokens", transfer_loss(ours, theirs, batch.attention_mask, self.schedule, layers)))
+        return terms
 
 
 @dataclass
@@ -220,24 +250,41 @@ class Representations(Stage):
     steps: int
     number: int = 3
     name: str = "representations"
+    rate_name: str = "distillation_rate"
 
     def groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.trained.mobilebert.named_parameters(), self.schedule.distillation_rate)
 
     def rates(self, step: int) -> list[float]:
-        return [self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)]
+        rate = self.schedule.distillation_rate * linear_decay(step, self.steps, self.schedule.warm_up)
+        return [rate] * self._group_count
 
-    def loss(self, batch: MaskedBatch, step: int) -> Tensor:
+    def terms(self, batch: MaskedBatch, step: int) -> Terms:
         ours, theirs = encode_both(self.trained, self.teacher, batch)
         mask, layers = batch.attention_mask, range(self.trained.config.num_hidden_layers)
-        loss = transfer_loss(ours, theirs, mask, self.schedule, layers)
+        terms = [("tokens", transfer_loss(ours, theirs, mask, self.schedule, layers))]
         if self.schedule.sentence_weight:
             vectors = (
                 self.trained.mobilebert.pool_tokens(ours.last, mask),
                 self.teacher.mobilebert.pool_tokens(theirs.last, mask),
             )
-            loss = loss + self.schedule.sentence_weight * sentence_loss(*vectors)
-        return loss
+            terms.append(("texts", self.schedule.sentence_weight * sentence_loss(*vectors)))
+        return terms
+
+
+@contextmanager
+def learning_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Nothing else of the model gets gradients meanwhile: they would cost time and memory, and nobody would use them."""
+    learning = {id(p) for p in parameters}
+    resting = [p for p in model.parameters() if p.requires_grad and id(p) not in learning]
+    try:
+        for p in resting:
+            p.requires_grad_(False)
+            p.grad = None
+        yield
+    finally:
+        for p in resting:
+            p.requires_grad_(True)
 
 
 def encode_both(
@@ -285,7 +332,8 @@ def student_stages(student: PreTrainingModel, teacher: Teacher | None, schedule:
     """
     if teacher is None or schedule.strategy == "none":
         peak, warm_up = schedule.distillation_rate, schedule.warm_up
-        return [MaskedWords(student, "masked words", 3, schedule.student_steps, peak, warm_up)]
+        steps, rate_name = schedule.student_steps, "distillation_rate"
+        return [MaskedWords(student, "masked words", 3, steps, peak, warm_up, rate_name)]
     transferred = bool((schedule.feature_maps or schedule.attention) and schedule.transfer_steps)
     if isinstance(teacher, FeatureTeacher):
         if not (schedule.feature_maps or schedule.attention or schedule.sentence_weight):

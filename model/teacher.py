@@ -203,6 +203,8 @@ def load_pretrained(folder: Path) -> tuple[PreTrainingModel, Vocabulary]:
 
 def _with_heads(folder: Path, config: MobileBertConfig, tensors: Mapping[str, Tensor]) -> PreTrainingModel:
     remedy = "a teacher needs its pre-training heads, so give a folder that `pocketfed distill --keep-teacher` made, or a plain BERT's"
+    if not any(name.startswith("cls.") for name in tensors):
+        raise CheckpointError(f"{folder} has no pre-training heads, as a student has none; {remedy}")
     return _filled(PreTrainingModel(config), tensors, f"{folder} has", remedy)
 
 

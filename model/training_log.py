@@ -1,4 +1,4 @@
-"""Losses and speed of a distillation as TensorBoard events."""
+"""Losses, rates, gradients and speed of a distillation as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pocketfed.model.distillation import Tick
 
 @contextmanager
 def training_log(folder: Path | None) -> Iterator[Callable[[Tick], None] | None]:
-    """Writes each step's loss and speed as TensorBoard events.
+    """Writes each step's loss, learning rate, gradient norm and speed as TensorBoard events.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -25,11 +25,10 @@ def training_log(folder: Path | None) -> Iterator[Callable[[Tick], None] | None]
     except ImportError:
         raise ConfigError("TensorBoard is not installed; run `pip install 'pocketfed[tensorboard]'`") from None
     writer = SummaryWriter(str(folder))
-    counts: dict[str, int] = {}
 
     def log(tick: Tick) -> None:
-        counts[tick.stage] = step = counts.get(tick.stage, tick.step - 1) + 1
-        writer.add_scalar(f"loss/{tick.stage}", tick.loss, step)
+        for name, value in (("loss", tick.loss), ("rate", tick.rate), ("gradient_norm", tick.gradient_norm)):
+            writer.add_scalar(f"{name}/{tick.stage}", value, tick.step)
         writer.add_scalar("tokens_per_second", tick.tokens_per_s, tick.tokens)
 
     try:

@@ -282,10 +282,16 @@ def test_a_text_of_one_sentence_is_no_pair(tmp_path: Path) -> None:
 
 def test_processes_share_a_batch_between_them(corpus: TokenCorpus) -> None:
     whole = Batches(corpus, LETTERS, 6, 0).batch(3)
-    parts = [Batches(corpus, LETTERS, 6, 0, rank=rank, ranks=2).batch(3) for rank in (0, 1)]
+    parts = [whole.rows(slice(rank, None, 2)) for rank in (0, 1)]
     assert parts[0].input_ids.equal(whole.input_ids[0::2])
     assert parts[1].input_ids.equal(whole.input_ids[1::2])
     assert sum(len(p.targets) for p in parts) == len(whole.targets)
+    for part in parts:
+        hidden = part.whole()  # targets are those of the part's own positions
+        assert part.targets.equal(hidden.input_ids[part.chosen])
+        assert {tuple(row) for row in hidden.input_ids.tolist()} <= {
+            tuple(row) for row in whole.whole().input_ids.tolist()
+        }
 
 
 def test_masking_hides_fifteen_percent_of_ordinary_tokens_as_bert_does() -> None:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -36,6 +37,7 @@ from pocketfed.model.objectives import (
     next_sentence_loss,
     pretraining_distillation_loss,
 )
+from pocketfed.model.places import Place
 from pocketfed.model.planning import plan
 from pocketfed.model.pretraining import NO_PAIR, Batches, MaskedBatch, score_masked
 from pocketfed.model.quantization import QuantizationError
@@ -48,8 +50,17 @@ from pocketfed.model.schedules import (
     phase_steps,
     schedule_for,
 )
-from pocketfed.model.stages import MaskedWords, Transfer, check_pair, make_optimizer, student_stages
-from pocketfed.model.teacher import PreTrainingModel, copy_from_teacher, load_pretrained
+from pocketfed.model.stages import (
+    MaskedWords,
+    Predictions,
+    Representations,
+    Stage,
+    Transfer,
+    check_pair,
+    make_optimizer,
+    student_stages,
+)
+from pocketfed.model.teacher import FeatureTeacher, PreTrainingModel, copy_from_teacher, load_pretrained
 from pocketfed.model.token_store import TokenCorpus, store_corpus
 from pocketfed.model.tokenization import Tokenizer, Vocabulary, train_vocabulary
 
@@ -103,10 +114,15 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenCorpus, Voc
 
 
 def distilled(
-    material: tuple[TokenCorpus, Vocabulary], schedule: Schedule, seed: int = 0, **more: Any
+    material: tuple[TokenCorpus, Vocabulary],
+    schedule: Schedule,
+    seed: int = 0,
+    norm: str = SMALL.normalization_type,
+    **more: Any,
 ) -> tuple[Distillation, Result]:
     corpus, vocabulary = material
-    student, teacher = fitted(SMALL, vocabulary), fitted(SMALL_TEACHER, vocabulary)
+    student = fitted(SMALL, vocabulary).with_changes(normalization_type=norm)
+    teacher = fitted(SMALL_TEACHER, vocabulary)
     run = Distillation(student, teacher, corpus, vocabulary, schedule, seed, **more)
     return run, run.run()
 
@@ -441,32 +457,134 @@ def test_other_strategies_train_too(material: tuple[TokenCorpus, Vocabulary], st
     assert ("teacher" in result.scores) == (strategy != "none")
 
 
-def test_parts_of_a_batch_add_up_to_its_gradient(material: tuple[TokenCorpus, Vocabulary]) -> None:
+def stages_of(material: tuple[TokenCorpus, Vocabulary]) -> dict[str, Stage]:
+    """One of each kind, in float64, on untrained models."""
+    torch.manual_seed(0)
+    student = PreTrainingModel(fitted(SMALL, material[1])).double().eval()
+    teacher = PreTrainingModel(fitted(SMALL_TEACHER, material[1])).double().eval()
+    encoder = FeatureTeacher(teacher.config).double().eval()
+    return {
+        "masked words": MaskedWords(student, "teacher", 1, 10, 1e-3, 0.1),
+        "progressive": Transfer(student, teacher, dataclasses.replace(QUICK, transfer_steps=10)),
+        "joint": Transfer(student, teacher, dataclasses.replace(QUICK, strategy="joint")),
+        "predictions": Predictions(student, teacher, QUICK, 10, transfer=True),
+        "representations": Representations(student, encoder, QUICK, 10),
+    }
+
+
+def uneven(material: tuple[TokenCorpus, Vocabulary]) -> MaskedBatch:
+    """Of 13 texts: few are of two segments, the first ones are the shorter ones, and the last has nothing hidden."""
     corpus, vocabulary = material
-    batch = Batches(corpus, vocabulary, 12, 0).batch(0)
-    assert batch.chosen.sum(1).unique().numel() == 1  # of one length, so that parts weigh the same
+    batch = Batches(corpus, vocabulary, 13, 0).batch(0)
+    mask, chosen, targets = batch.attention_mask.clone(), batch.chosen.clone(), batch.input_ids.clone()
+    targets[chosen] = batch.targets
+    mask[:5, 7:] = 0
+    chosen &= mask == 1
+    chosen[5:9, 1:6] = True
+    chosen[12] = False
+    follows = torch.full((13,), NO_PAIR)
+    follows[[1, 7, 8]] = torch.tensor([1, 0, 1])
+    return MaskedBatch(batch.input_ids, mask, batch.token_type_ids, chosen, targets[chosen], follows)
+
+
+@pytest.mark.parametrize("kind", ["masked words", "progressive", "joint", "predictions", "representations"])
+def test_unequal_parts_of_a_batch_and_processes_that_share_it_add_up_to_its_loss_and_gradient(
+    material: tuple[TokenCorpus, Vocabulary], kind: str
+) -> None:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        stage = MaskedWords(PreTrainingModel(fitted(SMALL, vocabulary)).eval(), "teacher", 1, 10, 1e-3, 0.1)
+        stage, whole = stages_of(material)[kind], uneven(material)
+    parameters = [p for group in stage.groups() for p in group["params"]]
+    assert len({tuple(part.counts.values()) for part in whole.split(4)}) == 4  # no two weigh the same
 
-    def gradient(parts: int) -> torch.Tensor:
+    def gradient(parts: list[MaskedBatch]) -> tuple[float, torch.Tensor]:
         stage.trained.zero_grad()
-        for part in batch.split(parts):
-            (stage.loss(part, 0) / parts).backward()
-        return torch.cat([p.grad.flatten() for p in stage.trained.parameters() if p.grad is not None])
+        losses = [stage.loss(part, 7, part.shares_of(whole)) for part in parts]
+        for loss in losses:
+            if loss.requires_grad:
+                loss.backward()
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        return float(sum(losses).detach()), flat
 
-    torch.testing.assert_close(gradient(3), gradient(1), rtol=1e-4, atol=1e-6)
+    loss, expected = gradient([whole])
+    assert loss == float(stage.loss(whole, 7).detach())
+    shared = [whole.rows(slice(rank, None, 3)) for rank in range(3)]
+    for parts in (whole.split(2), whole.split(4), whole.split(13), shared, [p for s in shared for p in s.split(2)]):
+        total, flat = gradient(parts)
+        assert total == pytest.approx(loss, rel=1e-12)
+        torch.testing.assert_close(flat, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_loss_that_is_not_finite_stops_with_stage_and_step_and_leaves_the_last_good_checkpoint(
-    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+def test_a_tail_too_short_for_all_processes_and_parts_joins_the_batch_before(
+    material: tuple[TokenCorpus, Vocabulary],
+) -> None:
+    corpus, vocabulary = material
+    for texts, sizes in ((13, [4, 4, 5]), (15, [4, 4, 7]), (16, [4] * 4), (3, [3])):
+        few = corpus.select(np.arange(texts))
+        batches = Batches(few, vocabulary, 4, 0, least=4)
+        assert batches.an_epoch == len(sizes)
+        epoch = [batches.batch(number) for number in range(batches.an_epoch)]
+        assert sorted(len(batch.input_ids) for batch in epoch) == sizes
+        for batch in epoch if texts > 3 else ():
+            parts = [part for rank in (0, 1) for part in batch.rows(slice(rank, None, 2)).split(2)]
+            assert len(parts) == 4
+            assert all(len(part.targets) for part in parts)
+    with pytest.raises(
+        DistillationError, match="32 texts cannot be shared by 40 processes in 1 parts each; give a larger"
+    ):
+        Distillation(
+            fitted(SMALL, vocabulary),
+            fitted(SMALL_TEACHER, vocabulary),
+            corpus,
+            vocabulary,
+            QUICK,
+            0,
+            place=Place(ranks=40),
+        )
+
+
+def test_what_a_stage_does_not_train_gets_no_gradient_while_it_trains_and_can_have_one_after(
+    material: tuple[TokenCorpus, Vocabulary],
+) -> None:
+    resting: dict[str, set[str]] = {}
+
+    def watch(tick: Tick) -> None:
+        model = run.teacher if tick.stage == "teacher" else run.student
+        named = dict(model.named_parameters())
+        resting[tick.stage] = {name.split(".")[1] for name, p in named.items() if not p.requires_grad}
+        assert not any(p.grad is not None for p in named.values() if not p.requires_grad)
+
+    schedule = QUICK.scaled(8, layers=2)
+    run = Distillation(
+        fitted(SMALL, material[1]), fitted(SMALL_TEACHER, material[1]), *material, schedule, 0, progress=watch
+    )
+    run.run()
+    heads = {"embeddings", "predictions", "seq_relationship"}
+    assert resting == {"teacher": set(), "transfer/1": heads, "transfer/2": heads, "distillation": set()}
+    assert all(p.requires_grad for model in (run.student, run.teacher) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        (1e30, r"distillation: the loss is (nan|inf) and the gradient's norm nan at step 2 of \d+; "),
+        (30.0, r"distillation: the loss is \S+ at step \d of \d+, far above the \d\S+ that it began with; "),
+    ],
+    ids=["no number", "too high"],
+)
+def test_weights_that_run_away_stop_the_run_with_the_remedy_and_a_lower_rate_goes_on_from_the_last_good_ones(
+    material: tuple[TokenCorpus, Vocabulary],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rate: float,
+    said: str,
 ) -> None:
     # In the student's last stage: what was reached before must not be lost.
-    hopeless = dataclasses.replace(QUICK.scaled(16, layers=2), distillation_rate=1e30, warm_up=0.0)
-    said = rf"distillation: the loss is .* at step 2 of {hopeless.distillation_steps}; use a lower rate"
+    hopeless = dataclasses.replace(QUICK.scaled(24, layers=2), distillation_rate=rate, warm_up=0.0)
+    named = re.escape(f"(schedule.distillation_rate is {rate:g})")
+    remedy = rf"{said}use a lower rate {named}.* goes on from the last good checkpoint"
     for _ in range(2):  # the second run goes on from the checkpoint, to the same end
-        with pytest.raises(DistillationError, match=said):
-            distilled(material, hopeless, folder=tmp_path, save_every_s=0.0)
+        with pytest.raises(DistillationError, match=remedy):
+            distilled(material, hopeless, norm="layer_norm", folder=tmp_path, save_every_s=0.0)
         assert place_in(tmp_path / CHECKPOINT) == (2, 0)  # before the step that spoilt the weights
         with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -474,6 +592,51 @@ def test_a_loss_that_is_not_finite_stops_with_stage_and_step_and_leaves_the_last
         assert {n for n in held if n.startswith("losses.")} == {
             f"losses.{n}" for n in ("teacher", "transfer/1", "transfer/2")
         }
+    assert not caplog.messages
+    lower = dataclasses.replace(hopeless, distillation_rate=1e-3)
+    _, result = distilled(material, lower, norm="layer_norm", folder=tmp_path)
+    assert (
+        result.losses == distilled(material, lower, norm="layer_norm")[1].losses
+    )  # nothing of the hopeless rate is left
+    assert result.changes == (
+        f"schedule.distillation_rate was {rate:g} until step 0 of distillation and is 0.001 from there",
+    )
+    assert [m.partition(": ")[2] for m in caplog.messages] == list(result.changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [
+        ({"distillation_rate": 1e30}, "distillation"),
+        ({"teacher_rate": 1e30}, "teacher"),
+        ({"transfer_rate": 1e30}, "transfer/1"),  # of the first of two phases: the second begins with other losses
+        ({"distillation_rate": 30.0, "optimizer": "lamb"}, "distillation"),
+    ],
+)
+def test_the_last_update_of_a_stage_or_a_phase_is_looked_at_too(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path, changes: dict[str, Any], stage: str
+) -> None:
+    schedule = dataclasses.replace(QUICK.scaled(4, layers=2), warm_up=0.0, phase_warm_up=0.0, **changes)
+    with pytest.raises(DistillationError, match=rf"{stage}: the loss is .* at step 1 of [12].*; use a lower rate"):
+        distilled(material, schedule, folder=tmp_path, save_every_s=0.0)
+    where = 0 if stage == "teacher" else 1 if stage == "transfer/1" else 2
+    assert place_in(tmp_path / CHECKPOINT) == (where, 0)
+
+
+def test_weights_are_not_kept_where_the_loss_is_higher_than_it_was(
+    material: tuple[TokenCorpus, Vocabulary], tmp_path: Path
+) -> None:
+    kept: list[tuple[int, int]] = []
+
+    def watch(tick: Tick) -> None:
+        kept.append(place_in(tmp_path / CHECKPOINT))
+
+    # Some tens of times higher, for long: each step alone might be a bad batch.
+    rising = dataclasses.replace(QUICK.scaled(60, layers=2), strategy="none", distillation_rate=3.0, warm_up=0.0)
+    with pytest.raises(DistillationError, match=r"the loss is \d+\.\d+ at step 25 of 30, far above the 6\.\d+"):
+        distilled(material, rising, norm="layer_norm", folder=tmp_path, save_every_s=0.0, progress=watch)
+    assert set(kept) == {(0, 0)}
+    assert len(kept) == 24
 
 
 class KilledError(Exception):
@@ -732,7 +895,7 @@ def test_a_teacher_that_is_kept_teaches_again(text: Path, tmp_path: Path) -> Non
     card = (tmp_path / "one" / "README.md").read_text()
     assert "Licence: CC0-1.0." in card
     assert card.startswith("---\nlicense: cc0-1.0\n")
-    with pytest.raises(CheckpointError, match="a teacher needs its pre-training heads"):
+    with pytest.raises(CheckpointError, match="one has no pre-training heads, as a student has none; a teacher needs"):
         distilling.distill(
             [text], "nano", tmp_path / "three", steps=16, options=distilling.DistillOptions(teacher=tmp_path / "one")
         )
@@ -831,7 +994,7 @@ def test_two_processes_of_torchrun_train_one_student(text: Path, tmp_path: Path)
         text=True,
     )
     together, alone = json.loads(two.stdout), json.loads(one.stdout)
-    # The same texts a step; a mean of two processes' means weighs hidden tokens a little differently.
+    # The same texts a step, each process's weighed by what it holds.
     assert together["scores"]["student"]["loss"] == pytest.approx(alone["scores"]["student"]["loss"], rel=0.01)
     assert load(tmp_path / "two").config == load(tmp_path / "one").config
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pocketfed.coordinator.distilling import DistillOptions, distill
-from pocketfed.model.checkpoints import CheckpointError
+from pocketfed.model.checkpoints import CheckpointError, save_folder
 from pocketfed.model.config import STUDENTS, TEACHERS, ConfigError
 from pocketfed.model.corpus import CorpusError
 from pocketfed.model.mobilebert import MobileBert
@@ -120,3 +120,41 @@ def test_sequences_longer_than_the_model_has_positions(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a sequence of 513 tokens is longer than the model's 512 positions; cut it"):
         model(ids, torch.ones_like(ids))
     assert model(ids[:, :512], torch.ones_like(ids)[:, :512]).last.shape == (1, 512, 64)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7])
+def test_texts_too_short_to_learn_from(tmp_path: Path, length: int) -> None:
+    said = (
+        rf"max_length is {length} and texts of so few tokens teach nothing, three being special; set at least 8, or 0"
+    )
+    refused(tmp_path, DistillationError, said, overrides={"schedule.max_length": length})
+    said = rf"max_position_embeddings is {length} and texts of so few tokens teach nothing; set at least 8"
+    refused(tmp_path, ConfigError, said, overrides={"max_position_embeddings": length})
+
+
+def test_a_vocabulary_that_is_not_there(tmp_path: Path) -> None:
+    said = r"there is no vocabulary at nothere\.txt; give a vocab\.txt"
+    refused(tmp_path, ConfigError, said, overrides={"vocabulary": "nothere.txt"})
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", ""])
+def test_a_device_of_an_unknown_kind_is_refused_before_the_text_is_read(tmp_path: Path, device: str) -> None:
+    said = rf"the device '{device}' is not known; choose one of cpu, cuda"
+    refused(tmp_path, DistillationError, said, content=b"", options=DistillOptions(device=device))
+
+
+def test_a_teacher_that_is_a_student_without_heads(tmp_path: Path) -> None:
+    student = MobileBert(STUDENTS["nano"].with_changes(vocab_size=len(VOCABULARY)))
+    save_folder(tmp_path / "teacher", student.config, student.state_dict(), VOCABULARY)
+    said = "teacher has no pre-training heads, as a student has none; a teacher needs its pre-training heads"
+    refused(tmp_path, CheckpointError, said, options=DistillOptions(teacher=tmp_path / "teacher"))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "transfer", "distillation"])
+def test_a_rate_whose_very_last_update_spoils_the_weights(tmp_path: Path, stage: str) -> None:
+    changes = {f"schedule.{stage}_rate": 1e30, "schedule.warm_up": 0, "schedule.phase_warm_up": 0}
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(LINES)
+    with pytest.raises(DistillationError, match=rf"{stage}.*the loss is .* at step 1 of .*use a lower rate"):
+        distill([corpus], "nano", tmp_path / "student", steps=4, overrides=changes)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
