@@ -47,7 +47,10 @@ def command_line(
     overrides: Mapping[str, Any],
     options: DistillOptions,
 ) -> str:
-    """What makes a student again. Of paths only the last part: where they lay concerns nobody else, and the same run has the same card anywhere."""
+    """What makes a student again. Of paths only the last part: where they lay concerns nobody else.
+
+    The student's own folder is not named: the same run has the same card wherever it is written to.
+    """
     words = ["pocketfed", "distill"]
     for path in corpus:
         words += ["--corpus", _name(path)]
