@@ -95,7 +95,7 @@ def distill(
         teacher.save_pretrained(run.teacher, material.vocabulary, options.keep_teacher)
     if options.keep_heads is not None:
         teacher.save_pretrained(run.student, material.vocabulary, options.keep_heads)
-    command = model_card.command_line(corpus, preset, out, steps, seed, overrides or {}, options)
+    command = model_card.command_line(corpus, preset, steps, seed, overrides or {}, options)
     card = model_card.model_card(material, result, report, command)
     words = material.vocabulary
     checkpoint = checkpoints.Checkpoint(material.student, result.student, words.tokens, lower_case=words.lower_case)

@@ -42,17 +42,19 @@ def front_matter(licence: str) -> list[str]:
 def command_line(
     corpus: Sequence[Path],
     preset: str,
-    out: Path,
     steps: int | None,
     seed: int,
     overrides: Mapping[str, Any],
     options: DistillOptions,
 ) -> str:
-    """What makes a student again. Of paths only the last part: where they lay concerns nobody else."""
+    """What makes a student again. Of paths only the last part: where they lay concerns nobody else.
+
+    The student's own folder is not named: the same run has the same card wherever it is written to.
+    """
     words = ["pocketfed", "distill"]
     for path in corpus:
         words += ["--corpus", _name(path)]
-    words += ["--preset", preset, "--out", _name(out), "--seed", str(seed)]
+    words += ["--preset", preset, "--out", "student", "--seed", str(seed)]
     words += [] if steps is None else ["--steps", str(steps)]
     for key, value in overrides.items():
         text = value if isinstance(value, str) else _name(value) if isinstance(value, Path) else json.dumps(value)
