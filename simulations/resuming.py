@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,17 @@ UNFINISHED_FILE = "unfinished.db"  # of a run without a database, in the folder 
 
 class SimulationError(ValueError):
     """A simulation that cannot be set up."""
+
+
+class Stopwatch:
+    """Seconds that a run has taken on this machine. before: in processes that it was stopped in, up to their last commit."""
+
+    def __init__(self) -> None:
+        self.before, self._began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self._began
 
 
 def digest_of(dataset: Dataset) -> str:
