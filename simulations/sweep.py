@@ -26,7 +26,7 @@ RESULTS = "results.jsonl"
 COLUMNS = {
     "accuracy": "accuracy", "loss": "loss", "central": "central", "local": "local", "previous": "before",
     "devices_mean": "devices", "devices_p10": "p10", "worst_decile": "worst decile", "local_p10": "local p10",
-    "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "s a device", "virtual_h": "fleet's",  # and a unit
+    "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "training s", "virtual_h": "fleet's",  # and a unit
 }  # fmt: skip
 LEGEND = {
     "central": "accuracy of training in one place",
@@ -38,7 +38,7 @@ LEGEND = {
     "local p10": "the 10th percentile of each device alone",
     "B up": "bytes a device sends in a round that it takes part in",
     "B down": "that it is sent, the artifact left out",
-    "s a device": "training in the whole run, the mean over all devices",
+    "training s": "a device's training in the whole run, the mean over all devices",
     **{f"fleet's {unit.name}": "the whole run on the fleet's clock" for unit in UNITS},
 }
 
