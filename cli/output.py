@@ -46,12 +46,41 @@ def check_json(path: Path | None) -> None:
     Raises:
         CommandError: a file that cannot be written there.
     """
-    if path is not None and path.is_dir():
-        raise CommandError(f"--json {path} is a folder; name a file")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise CommandError(
-            f"--json {path} cannot be written, there is no folder {path.absolute().parent}; create it first"
-        )
+    check_file("--json", path)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Can it be written, in a folder that is there? What an option names, before the work begins.
+
+    Raises:
+        CommandError: no.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise CommandError(f"{option} {path} is a folder; name a file")
+    if not folder.is_dir():
+        raise CommandError(f"{option} {path} cannot be written, there is no folder {folder}; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"{option} {path} cannot be written, you may not write into {folder}; name another place")
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Is it a folder that can be written into, or can it be made, its parents with it?
+
+    Raises:
+        CommandError: no.
+    """
+    if path is None:
+        return
+    whole = path.absolute()
+    there = next(place for place in (whole, *whole.parents) if place.exists())
+    if not there.is_dir():
+        told = "is a file" if there == whole else f"cannot be made, {there} is a file"
+        raise CommandError(f"{option} {path} {told}; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CommandError(f"{option} {path} cannot be written, you may not write into {there}; name another place")
 
 
 def check_database(database: str | None) -> None:
@@ -72,8 +101,13 @@ def check_database(database: str | None) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -20,12 +20,12 @@ from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences
 from flwr.app import Message
 
 from pocketfed.client_sdk.errors import TrainingError
-from pocketfed.client_sdk.flower_app import answering, make_client_app
+from pocketfed.client_sdk.flower_app import answering
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Asking, Batch
 from pocketfed.coordinator.store import Store
 from pocketfed.model.parameters import Vector
-from pocketfed.simulations.grids import InProcessGrid, Material, failed
+from pocketfed.simulations.grids import DeviceMaterial, InProcessGrid, failed
 
 if TYPE_CHECKING:
     from pocketfed.model.stacked import StackedStudent
@@ -70,10 +70,9 @@ class BatchedGrid(InProcessGrid):
     """
 
     def __init__(
-        self, store: Store, run_id: int, devices: Mapping[int, str], material: Material, tokens: int = TOKENS
+        self, store: Store, run_id: int, devices: Mapping[int, str], material: DeviceMaterial, tokens: int = TOKENS
     ) -> None:
-        app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
-        super().__init__(store, run_id, app, devices, material.trainer.artifact.manifest.bytes)
+        super().__init__(store, run_id, material.app(), devices, material.artifact_bytes)
         self.material, self.tokens = material, tokens
         self.student = stack(material.trainer)
 

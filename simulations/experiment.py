@@ -204,8 +204,9 @@ def _checked(own: dataclasses.Field[Any], value: Any) -> Any:
         return Path(str(value))
     if own.name == "energy":
         known = {f.name for f in dataclasses.fields(EnergyModel)}
-        strange = sorted(set(value) - known) if isinstance(value, Mapping) else ["a table"]
-        if strange:
+        if not isinstance(value, Mapping):
+            raise ExperimentError(f"energy is {value!r}; it must be a table, such as energy.watts = 3")
+        if strange := sorted(set(value) - known):
             raise ExperimentError(f"energy has no {strange[0]!r}; it has {', '.join(sorted(known))}")
         return EnergyModel(**value)
     wanted = type(own.default)

@@ -16,10 +16,9 @@ from pocketfed.coordinator import flwr_compat
 # isort: split
 from flwr.app import Context, Message
 
-from pocketfed.client_sdk.flower_app import make_client_app
 from pocketfed.coordinator.store import Store
 from pocketfed.simulations.backends import BackendError
-from pocketfed.simulations.grids import InProcessGrid, Material, answer_of
+from pocketfed.simulations.grids import DeviceMaterial, InProcessGrid, answer_of
 from pocketfed.simulations.sharing import open_shared, share
 
 TRIES = 3
@@ -33,9 +32,10 @@ class RayGrid(InProcessGrid):
     the scratch folder and the artifact under the same path.
     """
 
-    def __init__(self, store: Store, run_id: int, devices: Mapping[int, str], material: Material, count: int) -> None:
-        app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
-        super().__init__(store, run_id, app, devices, material.trainer.artifact.manifest.bytes)
+    def __init__(
+        self, store: Store, run_id: int, devices: Mapping[int, str], material: DeviceMaterial, count: int
+    ) -> None:
+        super().__init__(store, run_id, material.app(), devices, material.artifact_bytes)
         self._backend = start_backend(count)
         folder = str(share(material))
         self._backend.build(partial(open_app, folder))
@@ -126,8 +126,7 @@ def open_app(folder: str) -> Callable[[Message, Context], Message]:
 @lru_cache(maxsize=1)
 def _opened(folder: str) -> Callable[[Message, Context], Message]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    material = open_shared(Path(folder))
-    app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
+    app = open_shared(Path(folder)).app()
 
     def call(message: Message, context: Context) -> Message:
         flwr_compat.enter_run(context.run_id)

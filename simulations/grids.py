@@ -31,6 +31,7 @@ from pocketfed.coordinator.validation import check_form
 from pocketfed.model.parameters import Vector
 from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.device_states import DeviceStates
+from pocketfed.simulations.resuming import Stopwatch
 
 KINDS: Mapping[str, Any] = {kind.__name__: kind for kind in (ConfigRecord, MetricRecord)}
 BUNCH = 256  # answers written in one transaction
@@ -39,7 +40,7 @@ BUNCH_S = 1.0  # or what has come in so long: the dashboard shows a round while 
 
 
 @dataclass(frozen=True)
-class Material:
+class DeviceMaterial:
     """What virtual devices are made of.
 
     Args:
@@ -58,8 +59,18 @@ class Material:
         name = str(context.node_config["device"])
         return name, self.examples.take(self.parts[name])
 
+    def app(self) -> ClientApp:
+        """What every device runs."""
+        return make_client_app(lambda: self.trainer, self.local, seeded_noise=True)
 
-def make_grid(backend: str, store: Store, run_id: int, devices: Mapping[int, str], material: Material) -> InProcessGrid:
+    @property
+    def artifact_bytes(self) -> int:
+        return self.trainer.artifact.manifest.bytes
+
+
+def make_grid(
+    backend: str, store: Store, run_id: int, devices: Mapping[int, str], material: DeviceMaterial
+) -> InProcessGrid:
     """The grid of one of `backends.BACKENDS`; whoever asked for it closes it.
 
     Raises:
@@ -78,8 +89,7 @@ def make_grid(backend: str, store: Store, run_id: int, devices: Mapping[int, str
         from pocketfed.simulations.flower_ray import RayGrid
 
         return RayGrid(store, run_id, devices, material, count)
-    app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
-    return InProcessGrid(store, run_id, app, devices, material.trainer.artifact.manifest.bytes)
+    return InProcessGrid(store, run_id, material.app(), devices, material.artifact_bytes)
 
 
 def random_duration(device: str, round_number: int) -> float:
@@ -118,6 +128,7 @@ class InProcessGrid(RecordedGrid):
             True  # what stays on devices is kept with every checkpoint: for nothing where nobody comes back
         )
         self.states: DeviceStates | None = None  # where; if nowhere, within the checkpoint
+        self.stopwatch: Stopwatch | None = None  # kept with every checkpoint, where rounds' own seconds are a fleet's
 
     def available(self) -> dict[int, str]:
         return {node: name for node, name in self.devices.items() if node not in self.set_aside}
@@ -201,6 +212,7 @@ class InProcessGrid(RecordedGrid):
             filled = {node: state for node, state in states.items() if state}
             held = {"states": filled} if filled else {}
         self._touched = set()
+        held |= {"wall_s": self.stopwatch.seconds} if self.stopwatch is not None else {}
         ends = {row_id: [end, asked_in] for row_id, (end, _, asked_in) in self._ends.items()}
         return held | ({"clock": self._clock, "ends": ends} if ends else {})
 
@@ -213,6 +225,8 @@ class InProcessGrid(RecordedGrid):
                 {name: v if isinstance(v, ArrayRecord) else KINDS[kind](v) for name, (kind, v) in records.items()}
             )
         self._clock = held.get("clock", 0.0)
+        if self.stopwatch is not None:
+            self.stopwatch.before = held.get("wall_s", 0.0)
         for row_id, (end, asked_in) in held.get("ends", {}).items():
             self._ends[row_id] = (end, self.message_of(row_id), asked_in)
         self._hold_artifact = self.took_part()

@@ -131,9 +131,9 @@ def _shards(examples: Sequence[Example], each: int, devices: int, random: np.ran
 def _by_column(examples: Sequence[Example], column: str, devices: int) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
-        value = _value(example, column)
+        value = value_of(example, column)
         if value is None:
-            known = {name for e in examples for name in ("user", "label", *e.fields) if _value(e, name) is not None}
+            known = {name for e in examples for name in ("user", "label", *e.fields) if value_of(e, name) is not None}
             have = ", ".join(sorted(known)) or "no column"
             raise PartitionError(f"example {i} has no {column!r}, so by:{column} cannot place it; the data has {have}")
         groups.setdefault(value, []).append(i)
@@ -145,7 +145,8 @@ def _by_column(examples: Sequence[Example], column: str, devices: int) -> list[l
     return [sorted(i for value in largest_first[d::devices] for i in groups[value]) for d in range(devices)]
 
 
-def _value(example: Example, column: str) -> str | None:
+def value_of(example: Example, column: str) -> str | None:
+    """Of `user`, `label` or a field, whatever the case of its name; None or empty where an example has none."""
     if column == "user":
         return example.user
     if column == "label":

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_COLUMNS = 1000  # more devices share columns
-LEFT, TOP, BARS, GAP = 170, 56, 90, 14
+WIDTH, RIGHT = 640, 18  # as plots have it; wider where there are more columns than that
+TOP, BARS, GAP = 56, 90, 14
 # From light to dark in one hue, so that it can be read without telling colours apart; nothing at all is grey.
 LIGHT, DARK, NONE = (222, 235, 247), (8, 48, 107), (242, 242, 242)
 NAMED = 60  # so many labels are named one by one
@@ -27,44 +28,46 @@ def draw_partition(counts: NDArray[np.int64], labels: Sequence[str], title: str)
     totals = held.sum(1)
     per_device = totals / np.diff(np.append(starts, devices))
     shares = (held / np.maximum(totals, 1)[:, None]).T  # (labels, columns)
-    width = max(800, columns)
+    left = max(64, 44 + round(6.7 * max((len(_short(label)) for label in labels), default=0)))
+    width = max(WIDTH - left - RIGHT, columns)
+    whole = left + width + RIGHT
     cell = max(4, min(22, 640 // max(rows, 1)))
     height, below = cell * rows, TOP + BARS + GAP
     bottom = below + height
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + width + 40} {bottom + 106}" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="#24292f">',
-        f'<rect width="{LEFT + width + 40}" height="{bottom + 106}" fill="#fff"/>',
-        f'<text x="{LEFT}" y="24" font-size="16">{escape(title)}</text>',
-        f'<text x="{LEFT}" y="42">{devices:,} devices, {int(counts.sum()):,} examples, {rows:,} labels</text>',
-        *_bars(per_device, width),
-        f'<image x="{LEFT}" y="{below}" width="{width}" height="{height}" preserveAspectRatio="none" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {bottom + 106}" width="{whole}" '
+        'style="max-width:100%;height:auto" font-family="system-ui, sans-serif" font-size="13" fill="#24292f">',
+        f'<rect width="{whole}" height="{bottom + 106}" fill="#fff"/>',
+        f'<text x="{left}" y="20" font-weight="600">{escape(title)}</text>',
+        f'<text x="{left}" y="40">{devices:,} devices, {int(counts.sum()):,} examples, {rows:,} labels</text>',
+        *_bars(per_device, left, width),
+        f'<image x="{left}" y="{below}" width="{width}" height="{height}" preserveAspectRatio="none" '
         f'style="image-rendering:pixelated" href="data:image/png;base64,{_png(_colours(shares), width, cell)}"/>',
-        *_label_axis(labels, below, cell),
-        *_device_axis(devices, width, bottom),
-        *_legend(bottom + 66),
+        *_label_axis(labels, left, below, cell),
+        *_device_axis(devices, left, width, bottom),
+        *_legend(left, bottom + 66),
         "</svg>",
         "",
     ]
     return "\n".join(out)
 
 
-def _bars(values: NDArray[np.float64], width: int) -> list[str]:
+def _bars(values: NDArray[np.float64], left: int, width: int) -> list[str]:
     most, step, floor = max(float(values.max()), 1.0), width / len(values), TOP + BARS
     path = "".join(f"V{floor - BARS * value / most:.1f}h{step:.3f}" for value in values)
     return [
-        f'<path d="M{LEFT} {floor}{path}V{floor}z" fill="#0072b2"/>',
-        f'<path d="M{LEFT} {floor}h{width}M{LEFT} {TOP}h{width}" stroke="#d0d7de"/>',
-        f'<text x="{LEFT - 8}" y="{TOP + 10}" text-anchor="end">{most:,.0f}</text>',
-        f'<text x="{LEFT - 8}" y="{floor}" text-anchor="end">0</text>',
+        f'<path d="M{left} {floor}{path}V{floor}z" fill="#0072b2"/>',
+        f'<path d="M{left} {floor}h{width}M{left} {TOP}h{width}" stroke="#d0d7de"/>',
+        f'<text x="{left - 8}" y="{TOP + 10}" text-anchor="end">{most:,.0f}</text>',
+        f'<text x="{left - 8}" y="{floor}" text-anchor="end">0</text>',
         f'<text transform="translate(18 {TOP + BARS / 2}) rotate(-90)" text-anchor="middle">examples</text>',
     ]
 
 
-def _label_axis(labels: Sequence[str], top: float, cell: int) -> list[str]:
+def _label_axis(labels: Sequence[str], left: int, top: float, cell: int) -> list[str]:
     every = 1 if len(labels) <= NAMED and cell >= 10 else -(-10 * len(labels) // (cell * len(labels)))
     texts = [
-        f'<text x="{LEFT - 8}" y="{top + cell * (i + 0.5) + 4:.1f}" text-anchor="end" font-size="{min(12, max(9, cell))}">'
+        f'<text x="{left - 8}" y="{top + cell * (i + 0.5) + 4:.1f}" text-anchor="end" font-size="{min(12, max(9, cell))}">'
         f"{escape(_short(label))}</text>"
         for i, label in enumerate(labels)
         if i % every == 0
@@ -77,26 +80,26 @@ def _short(label: str) -> str:
     return label if len(label) <= 20 else f"{label[:19]}…"
 
 
-def _device_axis(devices: int, width: int, bottom: float) -> list[str]:
+def _device_axis(devices: int, left: int, width: int, bottom: float) -> list[str]:
     every = next(step for step in (10**k * m for k in range(9) for m in (1, 2, 5)) if devices / step <= 20)
-    places = [(i, LEFT + width * (i + 0.5) / devices) for i in range(0, devices, every)]
+    places = [(i, left + width * (i + 0.5) / devices) for i in range(0, devices, every)]
     return [
         *(f'<path d="M{x:.1f} {bottom}v4" stroke="#57606a"/>' for _, x in places),
         *(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{i}</text>' for i, x in places),
-        f'<text x="{LEFT + width / 2}" y="{bottom + 36}" text-anchor="middle">device</text>',
+        f'<text x="{left + width / 2}" y="{bottom + 36}" text-anchor="middle">device</text>',
     ]
 
 
-def _legend(top: float) -> list[str]:
+def _legend(left: int, top: float) -> list[str]:
     shades = _colours(np.linspace(1 / 64, 1, 64)[None])
     return [
-        f'<text x="{LEFT}" y="{top - 6}">share of a device\'s examples</text>',
-        f'<rect x="{LEFT}" y="{top}" width="14" height="14" fill="rgb{NONE}"/>'
-        f'<text x="{LEFT + 18}" y="{top + 12}">none</text>',
-        f'<image x="{LEFT + 70}" y="{top}" width="192" height="14" preserveAspectRatio="none" '
+        f'<text x="{left}" y="{top - 6}">share of a device\'s examples</text>',
+        f'<rect x="{left}" y="{top}" width="14" height="14" fill="rgb{NONE}"/>'
+        f'<text x="{left + 18}" y="{top + 12}">none</text>',
+        f'<image x="{left + 70}" y="{top}" width="192" height="14" preserveAspectRatio="none" '
         f'href="data:image/png;base64,{_png(shades, 192, 1)}"/>',
-        f'<text x="{LEFT + 70}" y="{top + 28}">a few</text>',
-        f'<text x="{LEFT + 262}" y="{top + 28}" text-anchor="end">100 %</text>',
+        f'<text x="{left + 70}" y="{top + 28}">a few</text>',
+        f'<text x="{left + 262}" y="{top + 28}" text-anchor="end">100 %</text>',
     ]
 
 

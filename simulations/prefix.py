@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from hashlib import sha256
 from pathlib import Path
 
 from pocketfed.client_sdk.activations import DiskCache, Hidden, MemoryCache
 from pocketfed.client_sdk.artifacts import Artifact
 from pocketfed.client_sdk.trainer import Ids
+from pocketfed.simulations.backends import BackendError
 
-MEMORY_BYTES = 512 << 20
-DISK_BYTES = 16 << 30
+# MB that a cache may hold in memory and on disk, unless the environment says otherwise.
+BOUNDS = {"POCKETFED_CACHE_MB": 512, "POCKETFED_CACHE_DISK_MB": 16384}
 SEVERAL = 4  # caches of one process; what was used longest ago goes
+
+
+def bound_of(variable: str) -> int:
+    """Bytes.
+
+    Raises:
+        BackendError: the environment has no whole number there.
+    """
+    given = os.environ.get(variable, str(BOUNDS[variable]))
+    if not (given.isascii() and given.isdigit() and 0 < int(given) < 1 << 40):
+        raise BackendError(f"{variable} is {given[:100]!r}; set it to a whole number of MB from 1")
+    return int(given) << 20
 
 
 class TieredCache:
@@ -58,10 +72,10 @@ def open_prefix_cache(
     artifact: Artifact,
     trainable_set: str,
     folder: Path,
-    memory_bytes: int = MEMORY_BYTES,
-    disk_bytes: int = DISK_BYTES,
+    memory_bytes: int | None = None,
+    disk_bytes: int | None = None,
 ) -> TieredCache | None:
-    """A cache for one artifact and set, its file in `folder`; None where the set has no prefix.
+    """A cache for one artifact and set, its file in `folder`; None where the set has no prefix. By default of BOUNDS.
 
     A folder that outlives the simulation serves the next one: the file's name says what it was made of.
     """
@@ -70,7 +84,9 @@ def open_prefix_cache(
         return None
     shape = (chosen.hidden_size, chosen.keeps_tokens)
     path = folder / f"prefix-{prefix_key(artifact, trainable_set)[:32]}.db"
-    return TieredCache(MemoryCache(memory_bytes, *shape), DiskCache(path, disk_bytes, *shape, "float32"))
+    memory = bound_of("POCKETFED_CACHE_MB") if memory_bytes is None else memory_bytes
+    disk = bound_of("POCKETFED_CACHE_DISK_MB") if disk_bytes is None else disk_bytes
+    return TieredCache(MemoryCache(memory, *shape), DiskCache(path, disk, *shape, "float32"))
 
 
 class PrefixCaches:

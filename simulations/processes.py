@@ -23,7 +23,7 @@ from pocketfed.coordinator import flwr_compat  # noqa: F401 - first: it silences
 from flwr.app import Error, Message
 
 from pocketfed.client_sdk.errors import TrainingError
-from pocketfed.client_sdk.flower_app import kept_of, make_client_app, read_task, reply_message
+from pocketfed.client_sdk.flower_app import kept_of, read_task, reply_message
 from pocketfed.client_sdk.outgoing import NOTHING, Kept, UpdateForm
 from pocketfed.client_sdk.perform import Reply, Task, perform
 from pocketfed.client_sdk.trainer import TrainConfig
@@ -31,7 +31,7 @@ from pocketfed.coordinator.grid import FAILED
 from pocketfed.coordinator.store import Store
 from pocketfed.model.parameters import Vector
 from pocketfed.simulations.backends import BackendError
-from pocketfed.simulations.grids import InProcessGrid, Material
+from pocketfed.simulations.grids import DeviceMaterial, InProcessGrid
 from pocketfed.simulations.sharing import open_shared, share
 
 AHEAD = 2  # assignments a process holds: one in work, one that waits
@@ -47,9 +47,10 @@ class PoolGrid(InProcessGrid):
         count: of processes.
     """
 
-    def __init__(self, store: Store, run_id: int, devices: Mapping[int, str], material: Material, count: int) -> None:
-        app = make_client_app(lambda: material.trainer, material.local, seeded_noise=True)
-        super().__init__(store, run_id, app, devices, material.trainer.artifact.manifest.bytes)
+    def __init__(
+        self, store: Store, run_id: int, devices: Mapping[int, str], material: DeviceMaterial, count: int
+    ) -> None:
+        super().__init__(store, run_id, material.app(), devices, material.artifact_bytes)
         folder = share(material)
         self._homes = {node: place % count for place, node in enumerate(devices)}
         self._workers = [_Worker(folder) for _ in range(count)]

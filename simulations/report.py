@@ -1,4 +1,4 @@
-"""What a run has shown, for people: run.json, report.md and an HTML page that needs nothing but itself; runs side by side."""
+"""What a run has shown, for people: run.json, report.md and an HTML page that needs nothing but itself."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from pocketfed.simulations.charts import STYLE, Series, chart, clean, escape
+from pocketfed.simulations.charts import STYLE, Series, chart, clean, escape, unit_of
+from pocketfed.simulations.plots import LINE_NAMES, plots
 from pocketfed.simulations.resuming import flat
 
 FORMAT = 1
 PACKAGES = ("pocketfed", "numpy", "onnxruntime", "flwr", "torch", "tokenizers", "SQLAlchemy")
-LINE_NAMES = {"central": "all data in one place", "local": "each device alone, mean", "previous": "the model before"}
 # What devices do with an assignment, by its kind and phase, and why one ends that nobody lost (simulations/books.py).
 DOING = {
     "train": {"download": "download", "training": "training", "upload": "upload"},
@@ -96,7 +95,7 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def write_report(run: Mapping[str, Any], folder: Path, partition_svg: str = "") -> None:
     """run.json, report.html, report.md and its plots, into `folder`."""
-    pictures = {**plots([run]), **({"partition": partition_svg} if partition_svg else {})}
+    pictures = {**plots([run], ["federated"]), **({"partition": partition_svg} if partition_svg else {})}
     devices = run.get("devices") or {}
     values = sorted(devices["values"].values()) if devices.get("values") else []
     if values:
@@ -104,7 +103,7 @@ def write_report(run: Mapping[str, Any], folder: Path, partition_svg: str = "") 
         title, y = f"Accuracy of each device, on {devices['source']}", "accuracy"
         pictures["devices"] = chart(title, "device, the worst-served first", y, [ranked], unit_y=True)
     tables = {
-        "Final figures": _figures([run]),
+        "Final figures": figures([run], ["value"]),
         "Costs": _costs(run),
         "Where assignments ended": _lost(run),
         "Told to stop by the round": _stopped(run),
@@ -113,73 +112,6 @@ def write_report(run: Mapping[str, Any], folder: Path, partition_svg: str = "") 
         "Environment": _pairs(flat(run["environment"])),
     }
     write_page(folder, run["title"], pictures, tables, {"run.json": json.dumps(run, indent=1, default=str) + "\n"})
-
-
-def write_comparison(runs: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Reports of several runs laid over each other, and what their configurations differ in.
-
-    Raises:
-        ReportError: fewer than two runs.
-    """
-    if len(runs) < 2:
-        raise ReportError(f"{len(runs)} run cannot be compared with anything; give at least two")
-    tables = {"Final figures": _figures(runs), "What differs": _differences(runs)}
-    write_page(folder, f"{len(runs)} runs compared", plots(runs), tables, {})
-
-
-def plots(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """By round and by bytes; of one run also its lines; by the fleet's clock where there is one."""
-    metric = "accuracy" if any(r["accuracy"] is not None for run in runs for r in run["rounds"]) else "loss"
-    share, names = metric == "accuracy", _names(runs)
-    by_round: list[Series] = []
-    by_bytes: list[Series] = []
-    by_clock: list[Series] = []
-    for name, run in zip(names, runs, strict=True):
-        shown = [r for r in run["rounds"] if r[metric] is not None]
-        label = "federated" if len(runs) == 1 else name
-        by_round.append(Series(label, [(r["round"], r[metric]) for r in shown]))
-        costs = run.get("costs") or {}
-        devices = costs.get("devices") or 1
-        spent = accumulate((r["bytes_up"] + r["bytes_down"]) / devices / 1e6 for r in run["rounds"])
-        both = zip(run["rounds"], spent, strict=True)
-        by_bytes.append(Series(label, [(b, r[metric]) for r, b in both if r[metric] is not None]))
-        if any(r.get("virtual_s") is not None for r in run["rounds"]):
-            hours = accumulate((r.get("virtual_s") or 0.0) / 3600 for r in run["rounds"])
-            ended = zip(run["rounds"], hours, strict=True)
-            by_clock.append(Series(label, [(h, r[metric]) for r, h in ended if r[metric] is not None]))
-    if len(runs) == 1:
-        by_round += _lines(runs[0], metric)
-    y = "accuracy on the test" if share else "loss on the test"
-    made = {
-        "rounds": chart(f"{metric.title()} by round", "round", y, by_round, unit_y=share),
-        "bytes": chart(
-            f"{metric.title()} by bytes",
-            "MB up and down a device, the artifact's download included",
-            y,
-            by_bytes,
-            unit_y=share,
-        ),
-    }
-    if by_clock:
-        made["clock"] = chart(f"{metric.title()} by the fleet's clock", "hours", y, by_clock, unit_y=share)
-    return {name: svg for name, svg in made.items() if svg}
-
-
-def _lines(run: Mapping[str, Any], metric: str) -> list[Series]:
-    found = []
-    for name, line in (run.get("lines") or {}).items():
-        if line[metric] is None:
-            continue
-        rounds = len(run["rounds"]) - 1
-        curve = sorted((int(epoch), value) for epoch, value in line.get("curve", {}).items())
-        if metric == "accuracy" and len(curve) > 1:
-            scale = rounds / (
-                line["epochs"] or 1
-            )  # an epoch there is set beside the rounds that go through as much data
-            found.append(Series(LINE_NAMES.get(name, name), [(epoch * scale, value) for epoch, value in curve]))
-        else:
-            found.append(Series(LINE_NAMES.get(name, name), [(0, line[metric]), (rounds, line[metric])], "level"))
-    return found
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------------
@@ -199,7 +131,7 @@ def figure(value: Any) -> str:
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
 
 
-def _figures(runs: Sequence[Mapping[str, Any]]) -> Table:
+def figures(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     """One column a run: the test, the devices, and the lines beside them."""
     rows: list[list[str]] = []
 
@@ -224,14 +156,14 @@ def _figures(runs: Sequence[Mapping[str, Any]]) -> Table:
     row("all phases, s a device", [(run.get("costs") or {}).get("worked_seconds") for run in runs])
     row("estimated energy, J a device", [(run.get("costs") or {}).get("joules") for run in runs])
     row("wall clock, s", [(run.get("costs") or {}).get("wall_s") for run in runs])
-    row("the fleet's clock, h", [_hours(run) for run in runs])
+    row("the fleet's clock", [_passed(run) for run in runs])
     row("test examples", [run["final"]["test_examples"] for run in runs])
-    return (["", *(_names(runs) if len(runs) > 1 else ["value"])], rows)
+    return ["", *names], rows
 
 
-def _hours(run: Mapping[str, Any]) -> float | None:
+def _passed(run: Mapping[str, Any]) -> str | None:
     seconds = (run.get("costs") or {}).get("virtual_s")
-    return None if seconds is None else seconds / 3600
+    return None if seconds is None else f"{figure(seconds / unit_of(seconds).seconds)} {unit_of(seconds).name}"
 
 
 def _costs(run: Mapping[str, Any]) -> Table:
@@ -320,20 +252,6 @@ def _facts(run: Mapping[str, Any]) -> Table:
 
 def _pairs(values: Mapping[str, Any]) -> Table:
     return ["", "value"], [[clean(k), figure(v)] for k, v in values.items()]
-
-
-def _differences(runs: Sequence[Mapping[str, Any]]) -> Table:
-    configs = [flat(run["config"]) for run in runs]
-    names = sorted({name for config in configs for name in config})
-    differing = [name for name in names if len({json.dumps(c.get(name), default=str) for c in configs}) > 1]
-    rows = [[clean(name), *(figure(c.get(name)) for c in configs)] for name in differing]
-    return ["setting", *_names(runs)], rows
-
-
-def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Titles; a number before those that several runs have."""
-    titles = [clean(run["title"], 60) for run in runs]
-    return [f"{i} {t}" if titles.count(t) > 1 else t for i, t in enumerate(titles, 1)]
 
 
 # ---- files --------------------------------------------------------------------------------------------------------------

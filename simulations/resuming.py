@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,27 @@ from pocketfed.coordinator.leadership import claim
 from pocketfed.coordinator.progress import Simulated, simulated_runs
 from pocketfed.coordinator.store import Store
 from pocketfed.model.tasks import Dataset
+from pocketfed.simulations.device_states import states_beside
 from pocketfed.simulations.fleet import Fleet
 
 UNFINISHED = ("waiting", "running")
-Resume = Literal["unfinished", "any", "must"]
+Resume = Literal["unfinished", "any", "must", "only"]
+UNFINISHED_FILE = "unfinished.db"  # of a run without a database, in the folder of its report until that is written
 
 
 class SimulationError(ValueError):
     """A simulation that cannot be set up."""
+
+
+class Stopwatch:
+    """Seconds that a run has taken on this machine. before: in processes that it was stopped in, up to their last commit."""
+
+    def __init__(self) -> None:
+        self.before, self._began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self._began
 
 
 def digest_of(dataset: Dataset) -> str:
@@ -47,6 +61,13 @@ def digest_of_fleet(fleet: Fleet) -> str:
     return hashlib.sha256(repr(fleet).encode()).hexdigest()
 
 
+def forget(database: Path) -> None:
+    """Delete the file of a run that has a report by now, and what lies beside it: its log, what its devices kept."""
+    for name in (database.name, states_beside(database).name):
+        for file in database.parent.glob(f"{name}*"):
+            file.unlink()
+
+
 def plain(value: Any) -> Any:
     """As it comes back from a database: lists for tuples, texts for paths."""
     return json.loads(json.dumps(value, default=str))
@@ -67,29 +88,34 @@ def run_to_drive(
 
     Args:
         described: {"config": the run's, "simulation": what its devices are made of}.
-        resume: "unfinished": one that has finished is left alone; "any": that will do too; "must": and nothing is begun.
+        resume: "unfinished": one that has finished is left alone; "any": that will do too; "must": and nothing is begun;
+            "only": the database is this run's own, whatever lies in it must be this run.
 
     Raises:
         SimulationError: there "must" be one and is none, it was begun with something else, or another process drives it.
     """
     with contextlib.ExitStack() as stack:
         why = f"{store.name} has no simulated run to go on with; leave out --resume to begin one"
-        for left in simulated_runs(store):
+        runs = simulated_runs(store)
+        must = resume == "must" or (resume == "only" and bool(runs))
+        instead = "begin anew without --resume" if resume == "must" else "begin anew with another --report"
+        for left in runs:
             if resume == "unfinished" and left.status not in UNFINISHED:
                 continue
             made_of = {"config": left.config, "simulation": left.simulation}
             if not same(made_of, described) or left.artifact_version != version:
-                why = _difference(left, made_of, described, version)
-                if resume == "must":
+                why = f"{_difference(left, made_of, described, version)}, or {instead}"
+                if must:
                     break
                 continue
             if left.status == "finished" or stack.enter_context(claim(store, f"run-{left.run_id}")):
                 yield left.run_id, left.status == "finished"
                 return
-            why = f"run {left.run_id} is simulated by another process; wait for it, or give another --database"
-            if resume == "must":
+            place = "--report" if resume == "only" else "--database"
+            why = f"run {left.run_id} is simulated by another process; wait for it, or give another {place}"
+            if must:
                 break
-        if resume == "must":
+        if must:
             raise SimulationError(why)
         run_id = begin()
         stack.enter_context(claim(store, f"run-{run_id}"))
@@ -103,12 +129,12 @@ def _difference(left: Simulated, stored: Mapping[str, Any], described: Mapping[s
     if not changed:
         return (
             f"run {left.run_id} was begun with the artifact {left.artifact_version[:12]}, this model makes {version[:12]}; "
-            "give the model as it was, or begin anew without --resume"
+            "give the model as it was"
         )
     name = changed[0].split(".", 1)[-1]
     return (
         f"run {left.run_id} was begun with {name} = {str(before.get(changed[0]))[:100]!r}, not "
-        f"{str(now.get(changed[0]))[:100]!r}; give that, or begin anew without --resume"
+        f"{str(now.get(changed[0]))[:100]!r}; give that"
     )
 
 

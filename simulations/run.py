@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,22 +19,31 @@ from pocketfed.coordinator.progress import RoundResult, create_run, results_of
 from pocketfed.coordinator.rounds import drive_run, recall_end
 from pocketfed.coordinator.spending import spent_in, uncounted_in
 from pocketfed.coordinator.store import Store, by_clock
+from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Dataset, read_dataset
 from pocketfed.simulations.backends import parse_backend
 from pocketfed.simulations.costs import EnergyModel, cost_of
 from pocketfed.simulations.device_states import DeviceStates, states_beside
-from pocketfed.simulations.findings import Material, find, keep_lines
+from pocketfed.simulations.findings import Findings, Material, find, keep_lines
 from pocketfed.simulations.fleet import Fleet
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.partition import label_counts, partition
 from pocketfed.simulations.prefix import PrefixCaches
 from pocketfed.simulations.preparing import device_names, encode_examples, prepare_artifact
-from pocketfed.simulations.resuming import Resume, SimulationError, digest_of, digest_of_fleet, run_to_drive
+from pocketfed.simulations.resuming import (
+    Resume,
+    SimulationError,
+    Stopwatch,
+    digest_of,
+    digest_of_fleet,
+    run_to_drive,
+)
 from pocketfed.simulations.served import hold_out
 from pocketfed.simulations.simulation import SimulationConfig, SimulationResult
 from pocketfed.simulations.virtual import Demand, VirtualClock, VirtualGrid
 
 if TYPE_CHECKING:
+    from pocketfed.coordinator.artifacts import BuiltArtifact
     from pocketfed.simulations.grids import InProcessGrid
 
 __all__ = ["SimulationConfig", "SimulationResult", "device_names", "encode_examples", "prepare_artifact", "simulate"]
@@ -147,6 +155,30 @@ class _Setting:
         return {"name": self.dataset.name, "sha256": digest_of(self.dataset), **sizes}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What comes of a setting: examples as the trainer takes them, the artifact as it is published, all that makes the run."""
+
+    trainer: PlanTrainer
+    trainable_set: str
+    train: Examples
+    test: Examples
+    built: BuiltArtifact
+    made_of: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Driven:
+    """A run that has ended. wall_s: of this machine, where the rounds' own seconds are a fleet's."""
+
+    run_id: int
+    rounds: Sequence[RoundResult]
+    theta: Vector
+    grid: InProcessGrid
+    virtual: VirtualGrid | None
+    wall_s: float | None
+
+
 def _simulate(
     setting: _Setting,
     on_round: Callable[[RoundResult], None],
@@ -155,6 +187,37 @@ def _simulate(
     lines: Collection[str],
     kept: Path | None,
 ) -> SimulationResult:
+    config, dataset = setting.config, setting.dataset
+    prepared = _prepare(setting, on_step)
+    driven = _drive(setting, prepared, on_round, on_step, should_stop)
+    found = _judge(setting, prepared, driven, lines, kept, on_step)
+    if setting.is_kept and found.lines:
+        keep_lines(setting.store, driven.run_id, found.lines)
+    trainer, built, virtual = prepared.trainer, prepared.built, driven.virtual
+    made = {"trainable_set": prepared.trainable_set, "trainable_parameters": trainer.size, "artifact": built.version}
+    title = f"{dataset.name}, {config.partition}"
+    return SimulationResult(
+        rounds=tuple(driven.rounds),
+        theta=driven.theta,
+        model=built.manifest["model"] | made,
+        seed=config.run.seed,
+        test_examples=len(dataset.test),
+        test_source=dataset.test_source,
+        run_id=driven.run_id,
+        skipped=dataset.skipped,
+        found=found,
+        data=setting.data,
+        virtual_s=round(setting.clock.s, 6) if virtual else None,
+        device_s=round(virtual.device_s, 6) if virtual else None,
+        dealt=(label_counts(dataset.train, list(setting.parts.values()), dataset.labels), dataset.labels, title),
+    )
+
+
+def _prepare(setting: _Setting, on_step: Callable[[str], None]) -> _Prepared:
+    """
+    Raises:
+        SimulationError: real devices would get what is simulated.
+    """
     from pocketfed.coordinator.artifacts import read_artifact
 
     config, store, dataset, artifact = setting.config, setting.store, setting.dataset, setting.artifact
@@ -168,25 +231,36 @@ def _simulate(
     trainable_set = next(iter(artifact.manifest.sets))
     trainer = PlanTrainer(artifact, trainable_set, cache=setting.caches.cache_for(artifact, trainable_set))
     on_step("tokenizing")
-    max_length = config.run.local.max_length
-    train_examples = encode_examples(trainer, dataset.train, max_length)
-    test_examples = encode_examples(trainer, dataset.test, max_length)
-    built = read_artifact(artifact.folder)
+    train, test = (
+        encode_examples(trainer, part, config.run.local.max_length) for part in (dataset.train, dataset.test)
+    )
     made_of = config.made_of() | {"data_sha256": setting.data["sha256"]}
     if setting.fleet is not None:  # its file may say something else by the time the run goes on
         made_of["fleet_sha256"] = digest_of_fleet(setting.fleet)
+    return _Prepared(trainer, trainable_set, train, test, read_artifact(artifact.folder), made_of)
+
+
+def _drive(
+    setting: _Setting,
+    prepared: _Prepared,
+    on_round: Callable[[RoundResult], None],
+    on_step: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> _Driven:
+    """From where the run was left, or from its beginning, to its end."""
+    config, store, trainer = setting.config, setting.store, prepared.trainer
 
     def begin() -> int:
         with store.write() as session:
-            publish_artifact(session, built, config.run.channel, trainable_set)
-        return create_run(store, config.run, made_of)
+            publish_artifact(session, prepared.built, config.run.channel, prepared.trainable_set)
+        return create_run(store, config.run, prepared.made_of)
 
-    described = {"config": config.run.to_dict(), "simulation": made_of}
-    with run_to_drive(store, described, built.version, setting.resume, begin) as (run_id, has_finished):
+    described = {"config": config.run.to_dict(), "simulation": prepared.made_of}
+    with run_to_drive(store, described, prepared.built.version, setting.resume, begin) as (run_id, has_finished):
         rounds = results_of(store, run_id)
         if rounds:
             on_step(f"going on with run {run_id} after round {rounds[-1].number} of {config.run.rounds}")
-        grid, virtual = _open_grid(setting, run_id, trainer, train_examples)
+        grid, virtual = _open_grid(setting, run_id, trainer, prepared.train)
 
         def remember(result: RoundResult) -> None:
             result = virtual.told(result) if virtual else result
@@ -194,7 +268,7 @@ def _simulate(
             on_round(result)
 
         on_step("training")
-        began = time.perf_counter()
+        grid.stopwatch = Stopwatch() if virtual else None
         if has_finished:
             theta = recall_end(store, run_id, virtual or grid)
         else:
@@ -203,7 +277,7 @@ def _simulate(
                 run_id,
                 virtual or grid,
                 config.run,
-                lambda values: evaluate(trainer, values, test_examples),
+                lambda values: evaluate(trainer, values, prepared.test),
                 remember,
                 virtual.assignments.forget if virtual else lambda assignment_ids: None,
                 should_stop=should_stop,
@@ -213,54 +287,48 @@ def _simulate(
         if virtual:
             rounds = [virtual.told(result) for result in rounds]  # also those of before it was stopped
             virtual.finish()
+    return _Driven(run_id, rounds, theta, grid, virtual, grid.stopwatch.seconds if grid.stopwatch else None)
+
+
+def _judge(
+    setting: _Setting,
+    prepared: _Prepared,
+    driven: _Driven,
+    lines: Collection[str],
+    kept: Path | None,
+    on_step: Callable[[str], None],
+) -> Findings:
+    """What the run has cost, how well its devices are served, and what it is compared with."""
+    config, dataset, virtual = setting.config, setting.dataset, driven.virtual
     costs = cost_of(
-        rounds,
-        spent_in(store, run_id),
+        driven.rounds,
+        spent_in(setting.store, driven.run_id),
         config.devices,
         config.energy,
-        uncounted_in(store, run_id),
+        uncounted_in(setting.store, driven.run_id),
         virtual.worked if virtual else None,
-        time.perf_counter() - began if virtual else None,
+        driven.wall_s,
     )
-    node_of = {name: node for node, name in grid.devices.items()}
+    node_of = {name: node for node, name in driven.grid.devices.items()}
     material = Material(
-        trainer,
-        (dataset.train, train_examples),
-        (dataset.test, test_examples),
+        prepared.trainer,
+        (dataset.train, prepared.train),
+        (dataset.test, prepared.test),
         setting.parts,
         setting.aside,
         config.partition,
     )
-    found = find(
+    return find(
         material,
         config.run,
-        rounds,
-        theta,
-        trainer.initial_theta(),
-        lambda name: grid.private_of(node_of[name]),
+        driven.rounds,
+        driven.theta,
+        prepared.trainer.initial_theta(),
+        lambda name: driven.grid.private_of(node_of[name]),
         costs,
         lines,
         kept,
         on_step,
-    )
-    if setting.is_kept and found.lines:
-        keep_lines(store, run_id, found.lines)
-    made = {"trainable_set": trainable_set, "trainable_parameters": trainer.size, "artifact": built.version}
-    title = f"{dataset.name}, {config.partition}"
-    return SimulationResult(
-        rounds=tuple(rounds),
-        theta=theta,
-        model=built.manifest["model"] | made,
-        seed=config.run.seed,
-        test_examples=len(dataset.test),
-        test_source=dataset.test_source,
-        run_id=run_id,
-        skipped=dataset.skipped,
-        found=found,
-        data=setting.data,
-        virtual_s=round(setting.clock.s, 6) if virtual else None,
-        device_s=round(virtual.worked.device_s, 6) if virtual else None,
-        dealt=(label_counts(dataset.train, list(setting.parts.values()), dataset.labels), dataset.labels, title),
     )
 
 
@@ -276,7 +344,7 @@ def _open_grid(
     tiers = {name: device.tier for name, device in zip(sizes, drawn, strict=False)}
     with store.write() as session:
         nodes = enrol_virtual(session, config.run.channel, sizes, tiers)
-    material = grids.Material(trainer, examples, setting.parts, setting.scratch)
+    material = grids.DeviceMaterial(trainer, examples, setting.parts, setting.scratch)
     grid = grids.make_grid(config.backend, store, run_id, nodes, material)
     setting.opened.callback(grid.close)
     grid.remembers = setting.is_kept

@@ -13,6 +13,7 @@ from pocketfed.client_sdk.order import derive_seed, split
 from pocketfed.client_sdk.trainer import Examples, Trainer, count
 from pocketfed.model.parameters import Vector
 from pocketfed.model.tasks import Example
+from pocketfed.simulations.partition import value_of
 
 FEW = 50  # devices looked at where each has parameters of its own and none has held examples out
 
@@ -146,18 +147,14 @@ def _of_column(
     """Device -> places of the test examples with a value that only it trains on; {} where it is not half of the devices."""
     places: dict[str, list[int]] = {}
     for place, example in enumerate(test):
-        places.setdefault(_value(example, column), []).append(place)
+        places.setdefault(value_of(example, column) or "", []).append(place)
     found = {}
     for name, part in parts.items():
-        values = {_value(train[i], column) for i in part} - {""}
+        values = {value_of(train[i], column) or "" for i in part} - {""}
         mine = sorted(place for value in values for place in places.get(value, ()))
         if mine:
             found[name] = mine
     return found if 2 * len(found) >= len(parts) else {}
-
-
-def _value(example: Example, column: str) -> str:
-    return (example.user if column == "user" else example.fields.get(column.lower())) or ""
 
 
 def _by_label(train: Examples, test: Examples, parts: Mapping[str, Sequence[int]]) -> Yardstick | None:

@@ -16,14 +16,14 @@ from safetensors.numpy import save_file
 from pocketfed.client_sdk.artifacts import open_artifact
 from pocketfed.client_sdk.plan_trainer import PlanTrainer
 from pocketfed.client_sdk.trainer import Examples
-from pocketfed.simulations.grids import Material
+from pocketfed.simulations.grids import DeviceMaterial
 from pocketfed.simulations.prefix import open_prefix_cache
 
 FILE = "examples.safetensors"
 Array = NDArray[Any]
 
 
-def share(material: Material) -> Path:
+def share(material: DeviceMaterial) -> Path:
     """Write everything but the artifact, which is named; returns the folder for `open_shared`."""
     examples = material.examples
     arrays = _joined("rows", examples.rows) | _joined(
@@ -48,7 +48,7 @@ def share(material: Material) -> Path:
     return folder
 
 
-def open_shared(folder: Path) -> Material:
+def open_shared(folder: Path) -> DeviceMaterial:
     """What `share` wrote, with a trainer and a cache of this process's own."""
     with safe_open(str(folder / FILE), "np") as file:
         told = json.loads(file.metadata()["told"])
@@ -59,7 +59,7 @@ def open_shared(folder: Path) -> Material:
     artifact, chosen = open_artifact(Path(told["artifact"]), told["version"]), told["trainable_set"]
     cache = open_prefix_cache(artifact, chosen, folder / f"process-{os.getpid()}")
     trainer = PlanTrainer(artifact, chosen, cache=cache)
-    return Material(trainer, examples, parts, folder)
+    return DeviceMaterial(trainer, examples, parts, folder)
 
 
 def _joined(name: str, arrays: Sequence[Array]) -> dict[str, Array]:

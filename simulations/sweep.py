@@ -13,12 +13,12 @@ from typing import Any
 
 from pocketfed.coordinator.leadership import holding
 from pocketfed.model.rows import append_row, whole_rows
-from pocketfed.simulations.charts import Series, chart
+from pocketfed.simulations.charts import UNITS, Series, chart, unit_of
 from pocketfed.simulations.experiment import Cell, canonical, config_of, settings_of
 from pocketfed.simulations.fleet_files import load_fleet
 from pocketfed.simulations.prefix import PrefixCaches
 from pocketfed.simulations.report import describe, quoted, write_page, write_report
-from pocketfed.simulations.resuming import digest_of, digest_of_fleet, digest_of_model, plain
+from pocketfed.simulations.resuming import digest_of, digest_of_fleet, digest_of_model, forget, plain
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
 
 RESULTS = "results.jsonl"
@@ -27,8 +27,22 @@ COLUMNS = {
     "accuracy": "accuracy", "loss": "loss", "central": "central", "local": "local", "previous": "before",
     "devices_mean": "devices", "devices_p10": "p10", "worst_decile": "worst decile", "local_p10": "local p10",
     "bytes_up": "B up", "bytes_down": "B down", "device_seconds": "training s", "worked_seconds": "all phases s",
-    "virtual_h": "virtual h",
+    "virtual_h": "fleet's",  # and a unit
 }  # fmt: skip
+LEGEND = {
+    "central": "accuracy of training in one place",
+    "local": "of each device alone, the mean",
+    "before": "of the model that the run started from",
+    "devices": "the final model's accuracy over devices, the mean",
+    "p10": "their 10th percentile",
+    "worst decile": "the mean of their worst tenth",
+    "local p10": "the 10th percentile of each device alone",
+    "B up": "bytes a device sends in a round that it takes part in",
+    "B down": "that it is sent, the artifact left out",
+    "training s": "a device's training in the whole run, the mean over all devices",
+    "all phases s": "its downloads and uploads too",
+    **{f"fleet's {unit.name}": "the whole run on the fleet's clock" for unit in UNITS},
+}
 
 
 @dataclass(frozen=True)
@@ -83,20 +97,27 @@ def run_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     elsewhere = 0
     with tempfile.TemporaryDirectory(prefix="pocketfed-") as scratch, closing(PrefixCaches(Path(scratch))) as caches:
+        done = {row["key"] for row in read_rows(folder)}
         for task in tasks:
+            if task.key in done:
+                continue
             with holding(folder / f"{task.key}.lock") as mine:  # a lock ends with its process, however that ends
-                if task.key in {row["key"] for row in read_rows(folder)}:
-                    continue
-                if not mine:
+                if mine:
+                    done = {
+                        row["key"] for row in read_rows(folder)
+                    }  # another may have done it before the lock was ours
+                    if task.key in done:
+                        continue
+                else:
                     elsewhere += 1
                     continue
                 on_begin(task)
                 place = folder / "runs" / task.key
                 place.mkdir(parents=True, exist_ok=True)
-                database = str(place / "run.db")
+                database = place / "run.db"
                 result = simulate(
                     task.config,
-                    database,
+                    str(database),
                     should_stop=should_stop,
                     lines=lines,
                     resume="any",
@@ -108,8 +129,7 @@ def run_sweep(
                 write_report(run, place, result.partition_svg)
                 row = {"key": task.key, "labels": dict(task.cell.labels), **row_of(result, run)}
                 append_row(folder / RESULTS, plain(row))
-                for file in place.glob("run.*db*"):
-                    file.unlink()
+                forget(database)
                 on_row(task, row)
     return elsewhere
 
@@ -161,12 +181,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     shown = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     if "accuracy" in shown:
         shown = [key for key in shown if key != "loss"]
+    unit, in_hours = unit_of(3600 * max((row.get("virtual_h") or 0.0 for row in rows), default=0.0)), 3600.0
+    scales = {"virtual_h": in_hours / unit.seconds}
     lines = []
     for cell, members in groups.items():
         labels = dict(cell)
-        values = [[m[key] for m in members.values() if m.get(key) is not None] for key in shown]
+        values = [[m[key] * scales.get(key, 1) for m in members.values() if m.get(key) is not None] for key in shown]
         lines.append([*(labels.get(a, "") for a in axes), str(len(members)), *map(spread, values)])
-    return [*axes, "seeds", *(COLUMNS[key] for key in shown)], lines
+    return [*axes, "seeds", *(f"fleet's {unit.name}" if key == "virtual_h" else COLUMNS[key] for key in shown)], lines
+
+
+def legend(columns: Sequence[str]) -> list[tuple[str, str]]:
+    """What the columns of a table are that are not clear from their names."""
+    return [(name, LEGEND[name]) for name in columns if name in LEGEND]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -211,4 +238,9 @@ def write_sweep(rows: Sequence[Mapping[str, Any]], folder: Path, title: str) -> 
         name = f"Accuracy by bytes {panel}".strip()
         x = "kB up and down a device and round, the artifact left out"
         pictures[f"bytes-{number}"] = chart(name, x, "accuracy on the test", series_, log_x=True)
-    write_page(folder, title, pictures, {"Mean [smallest, largest] over the seeds": (columns, lines)}, {})
+    meanings = [list(pair) for pair in legend(columns)]
+    tables = {
+        "Mean [smallest, largest] over the seeds": (columns, lines),
+        "What the columns are": (["column", ""], meanings),
+    }
+    write_page(folder, title, pictures, tables, {})

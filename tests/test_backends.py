@@ -32,7 +32,7 @@ from pocketfed.model.tasks import Dataset
 from pocketfed.simulations import batched, grids
 from pocketfed.simulations.backends import BackendError, parse_backend
 from pocketfed.simulations.batched import gradients, grouped, stack
-from pocketfed.simulations.grids import Material, make_grid
+from pocketfed.simulations.grids import DeviceMaterial, make_grid
 from pocketfed.simulations.prefix import SEVERAL, PrefixCaches, open_prefix_cache, prefix_key
 from pocketfed.simulations.processes import pack_reply, pack_task, unpack_reply, unpack_task
 from pocketfed.simulations.run import encode_examples
@@ -57,15 +57,15 @@ class Simulated:
         self.built, self.artifact, self.dataset, self.folder = built, artifact, dataset, folder
         self.numbers = itertools.count()
 
-    def material(self, trainable_set: str) -> Material:
+    def material(self, trainable_set: str) -> DeviceMaterial:
         trainer = PlanTrainer(self.artifact, trainable_set)
         starts = np.concatenate([[0], np.cumsum(SIZES)])
         parts = {f"d{i}": range(starts[i], starts[i + 1]) for i in range(len(SIZES))}
         scratch = self.folder / str(next(self.numbers))
         scratch.mkdir()
-        return Material(trainer, encode_examples(trainer, self.dataset.train, 32), parts, scratch)
+        return DeviceMaterial(trainer, encode_examples(trainer, self.dataset.train, 32), parts, scratch)
 
-    def run(self, backend: str, trainable_set: str, material: Material | None = None, **settings: Any) -> Ended:
+    def run(self, backend: str, trainable_set: str, material: DeviceMaterial | None = None, **settings: Any) -> Ended:
         material = material or self.material(trainable_set)
         store = Store(str(material.scratch / "run.db"))
         with store.write() as session:
@@ -137,7 +137,9 @@ def ray() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_flowers_ray_backend_ends_with_the_same_bits(simulated: Simulated, sequential: Ended) -> None:
     try:
-        there = simulated.run("ray:1", "lora:4", update=TOPK)
+        there = simulated.run(
+            "ray:2", "lora:4", update=TOPK
+        )  # two actors: who is done first is not who was asked first
     except BackendError as error:
         pytest.skip(str(error))  # the machine is too busy for Ray's own 30 s
     assert there.theta.tobytes() == sequential.theta.tobytes()
@@ -219,6 +221,18 @@ def test_two_rounds_of_devices_in_one_step_end_where_one_after_another_does(
     assert np.abs(together.theta - alone.theta).max() < 1e-5
     assert np.abs(by_twos.theta - together.theta).max() < 1e-5
     assert [row[:4] for row in together.rows] == [row[:4] for row in alone.rows]
+
+
+@pytest.mark.parametrize("trainable_set", ["norms", "lora:4"])
+def test_with_the_default_optimizer_too_it_makes_no_difference_how_many_are_at_work_at_a_time(
+    simulated: Simulated, trainable_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert LOCAL.optimizer == "adamw"
+    together = simulated.run("batched", trainable_set)  # 64 at a time: all six
+    monkeypatch.setattr(batched, "DEVICES", 2)
+    by_twos = simulated.run("batched", trainable_set)
+    assert np.abs(together.theta - simulated.material(trainable_set).trainer.initial_theta()).max() > 1e-3
+    assert np.abs(by_twos.theta - together.theta).max() < 1e-5
 
 
 def test_a_step_holds_at_most_so_many_tokens_padding_counted_and_nobody_is_left_out(simulated: Simulated) -> None:
@@ -344,6 +358,19 @@ def test_the_prefix_reads_every_text_once_for_all_devices_rounds_and_epochs_also
     assert again is not None
     assert sum(again.get(material.examples.rows[i]) is not None for i in held) > 0  # the next simulation finds them
     again.close()
+
+
+def test_the_environment_bounds_the_cache_in_megabytes(
+    simulated: Simulated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCKETFED_CACHE_MB", "3")
+    with contextlib.closing(PrefixCaches(tmp_path)) as caches:
+        cache = caches.cache_for(simulated.artifact, "head")
+        assert cache is not None
+        assert (cache.memory.limit_bytes, cache.disk.limit_bytes) == (3 << 20, 16384 << 20)
+        monkeypatch.setenv("POCKETFED_CACHE_DISK_MB", "much")
+        with pytest.raises(BackendError, match="POCKETFED_CACHE_DISK_MB is 'much'; set it to a whole number of MB"):
+            open_prefix_cache(simulated.artifact, "head", tmp_path)
 
 
 def test_simulations_that_freeze_the_same_blocks_share_what_those_made_of_a_text(

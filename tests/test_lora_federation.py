@@ -86,6 +86,27 @@ def test_naive_averaging_makes_the_product_of_the_means() -> None:
     assert product(theta) == [[0.5, 0.5], [0.5, 0.5]]  # and not the mean of the products, the identity
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "updates", "mean"),
+    [  # of the products 3 · (1, 0)ᵀ (3, 4) and 1 · (0, 3)ᵀ (3, 4): A is one for all
+        ("FFALoRA", 1, [[3, 4, 1, 0, 1], [3, 4, 0, 3, 3]], [[2.25, 3], [2.25, 3]]),
+        ("RoLoRA", 1, [[3, 4, 1, 0, 1], [3, 4, 0, 3, 3]], [[2.25, 3], [2.25, 3]]),
+        # of 3 · (2, 1)ᵀ (1, 0) and 1 · (2, 1)ᵀ (0, 4): B is one for all
+        ("RoLoRA", 2, [[1, 0, 2, 1, 1], [0, 4, 2, 1, 3]], [[1.5, 2], [0.75, 1]]),
+    ],
+)
+def test_where_one_half_is_frozen_the_means_product_is_the_mean_of_the_products(
+    name: str, number: int, updates: list[list[float]], mean: list[list[float]]
+) -> None:
+    strategy = make_ours(name, {})
+    strategy.prepare(RunConfig(), LAYOUT)
+    arrays, _ = strategy.aggregate_train(number, replies_of(updates, [3, 1]))
+    assert arrays is not None
+    theta = arrays[THETA].numpy()
+    assert product(theta) == mean
+    assert theta[4] == 1.5  # the head is averaged as ever: (3 · 1 + 1 · 3) / 4
+
+
 def test_the_exact_mean_of_the_products_is_cut_to_the_rank_and_its_loss_is_told() -> None:
     theta, metrics = aggregated("ExactLoRA", [3, 1])  # the products' mean is diag(1.5, 0.5)
     assert product(theta) == [[1.5, 0], [0, 0]]

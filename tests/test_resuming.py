@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from pocketfed.coordinator.leadership import claim
 from pocketfed.coordinator.progress import Interrupted, RoundResult, simulated_runs, unfinished_runs
 from pocketfed.coordinator.store import Checkpoint, Device, Round, Store, get_blob, latest_release
 from pocketfed.model.tasks import Dataset
+from pocketfed.simulations import resuming
 from pocketfed.simulations.device_states import states_beside
 from pocketfed.simulations.resuming import SimulationError, digest_of, left_in
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, simulate
@@ -67,6 +70,23 @@ def test_a_stopped_simulation_goes_on_to_the_same_bits(tiny_folder: Path, tmp_pa
     assert numbers == [3, 4]
     assert result.theta.tobytes() == whole.theta.tobytes()
     assert told(result) == told(whole)
+
+
+def test_seconds_on_this_machine_add_up_over_processes_where_the_rounds_own_are_a_fleets(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(config_for(tiny_folder, rounds=2), fleet="steady")
+    database, slow = str(tmp_path / "runs.db"), itertools.count(0.0, 100.0)  # 100 s pass between any two looks
+    monkeypatch.setattr(resuming, "time", SimpleNamespace(perf_counter=lambda: next(slow)))
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, database, stop_after(1))
+    before = next(slow)
+    monkeypatch.setattr(resuming, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    for _ in range(2):  # the second time it has finished
+        found = simulate(config, database, resume="must").found
+        assert found is not None
+        assert found.costs is not None
+        assert 100 <= found.costs.wall_s < before
 
 
 KILLED = """

@@ -23,9 +23,11 @@ from pocketfed.coordinator.spending import Spent
 from pocketfed.model.tasks import Dataset, Example
 from pocketfed.simulations import baselines, charts, costs, report, served, sweep
 from pocketfed.simulations.baselines import LINES, BaselineError, budget, parse_lines, training
+from pocketfed.simulations.comparison import names_of, write_comparison
 from pocketfed.simulations.costs import CostError, EnergyModel, FleetWork, cost_of
 from pocketfed.simulations.experiment import settings_of
-from pocketfed.simulations.report import ReportError, describe, read_run, write_comparison, write_report
+from pocketfed.simulations.plots import plots
+from pocketfed.simulations.report import ReportError, describe, read_run, write_report
 from pocketfed.simulations.resuming import SimulationError
 from pocketfed.simulations.run import SimulationConfig, SimulationResult, encode_examples, simulate
 from pocketfed.simulations.served import hold_out, spread_of, yardstick
@@ -342,6 +344,28 @@ def test_runs_are_laid_over_each_other_with_what_differs(
         write_comparison([run], tmp_path)
 
 
+def test_runs_of_one_name_are_called_by_what_differs_and_changed_data_are_no_secret(
+    config: SimulationConfig, result: SimulationResult, tmp_path: Path
+) -> None:
+    run = json.loads(json.dumps(describe(result, settings_of(config), "simulate d.jsonl"), default=str))
+    other = json.loads(json.dumps(run))
+    other["config"]["local"]["learning_rate"], other["config"]["partition"] = 0.25, "iid"
+    assert names_of([run, other]) == ["learning_rate 0.005, partition by:user", "learning_rate 0.25, partition iid"]
+    assert names_of([run, run]) == ["1 simulate d.jsonl", "2 simulate d.jsonl"]
+    other["data"]["sha256"], other["lines"]["central"]["curve"] = "0" * 64, {"0": 0.0, "2": 0.5}
+    write_comparison([run, other], tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "# 2 runs compared: the data changed between them" in markdown
+    assert f"| data, SHA-256 | {run['data']['sha256'][:16]} | {'0' * 16} |" in markdown
+    served = run["devices"]
+    figures = " | ".join(f"{served[key]:.4f}" for key in ("mean", "p10", "worst_decile"))
+    assert f"| learning\\_rate 0.25, partition iid | federated | {figures} |" in markdown
+    labels = [text for text in ET.parse(tmp_path / "rounds.svg").getroot().itertext() if text]
+    whose = [text for text in labels if "all data in one place" in text]
+    assert whose == [f"{name}: all data in one place" for name in names_of([run, other])]
+    assert labels.count("the model before") == 1  # of both the same: drawn once
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "rounds": [], "config": {}}'])
 def test_what_is_no_report_is_refused_in_a_sentence(tmp_path: Path, content: str) -> None:
     with pytest.raises(ReportError, match=r"cannot read .*run.json \(No such file or directory\); give the folder"):
@@ -349,6 +373,39 @@ def test_what_is_no_report_is_refused_in_a_sentence(tmp_path: Path, content: str
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ReportError, match=r"run.json is not the run.json of a --report of this version"):
         read_run(tmp_path)
+
+
+def texts_of(svg: str) -> list[str]:
+    return ["".join(text.itertext()) for text in ET.fromstring(svg).iter("text")]
+
+
+def test_rounds_are_whole_wherever_points_lie_and_long_numbers_have_room() -> None:
+    curve = charts.Series("central", [(0, 0.1), (0.5, 0.2), (1, 0.3), (3, 0.4)])
+    assert [t for t in texts_of(charts.chart("t", "round", "y", [curve], whole_x=True))[1:] if "." not in t][:4] == [
+        "0", "1", "2", "3",
+    ]  # fmt: skip
+    svg = charts.chart("t", "x", "y", [charts.Series("s", [(0, 0), (0.0004, 123456)])])
+    (last,) = [t for t in ET.fromstring(svg).iter("text") if t.text == "0.0004"]
+    assert float(last.attrib["x"]) + charts.DIGIT * len("0.0004") / 2 <= charts.WIDTH
+    assert all(float(t.attrib["x"]) >= 20 + charts.DIGIT * len(t.text or "") for t in ET.fromstring(svg).iter("text")
+               if t.attrib.get("text-anchor") == "end")  # fmt: skip
+
+
+def test_levels_on_one_height_take_turns() -> None:
+    levels = [charts.Series(name, [(0, y), (2, y)], "level") for name, y in (("a", 0.5), ("b", 0.9), ("c", 0.5))]
+    paths = [p.attrib for p in ET.fromstring(charts.chart("t", "x", "y", levels)).iter("path")]
+    drawn = {p["class"]: p for p in paths if p["class"].startswith("line") and "H" in p["d"]}
+    assert (drawn["line c0"]["stroke-dasharray"], drawn["line c2"]["stroke-dasharray"]) == ("6 6", "6 6")
+    assert (drawn["line c0"]["stroke-dashoffset"], drawn["line c2"]["stroke-dashoffset"]) == ("0", "-6")
+    assert "stroke-dashoffset" not in drawn["line c1"]
+
+
+def test_the_fleets_clock_is_told_in_what_fits_it(config: SimulationConfig, result: SimulationResult) -> None:
+    run = describe(result, settings_of(config), "one")
+    for seconds, word, last in ((30.0, "seconds", "60"), (1800.0, "minutes", "60"), (36000.0, "hours", "20")):
+        timed = run | {"rounds": [r | {"virtual_s": seconds * (r["round"] > 0)} for r in run["rounds"]]}
+        shown = texts_of(plots([timed], ["federated"])["clock"])
+        assert {word, last} <= set(shown)
 
 
 def test_axes_have_round_numbers_and_nothing_is_drawn_of_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from pocketfed.coordinator.config import RunConfigError
 from pocketfed.coordinator.leadership import holding
 from pocketfed.coordinator.progress import Interrupted
-from pocketfed.simulations import experiment
+from pocketfed.model.rows import whole_rows
+from pocketfed.simulations import experiment, sweep
 from pocketfed.simulations.experiment import (
     CONFIGS,
     Cell,
@@ -26,7 +28,9 @@ from pocketfed.simulations.experiment import (
 )
 from pocketfed.simulations.fleet import FleetError
 from pocketfed.simulations.sweep import (
+    LEGEND,
     append_row,
+    legend,
     markdown,
     read_rows,
     run_sweep,
@@ -216,3 +220,23 @@ def test_a_table_has_mean_smallest_and_largest_over_seeds(tmp_path: Path) -> Non
     assert "| head | a\\|b | 3 | 0.7500 [0.5000, 1.0000] |" in markdown(columns, lines)
     write_sweep(rows, tmp_path, "t")
     assert "kB up and down a device and round" in (tmp_path / "bytes-0.svg").read_text()
+    assert legend(columns) == [("B up", LEGEND["B up"]), ("B down", LEGEND["B down"])]
+    assert "| B down | that it is sent, the artifact left out |" in (tmp_path / "report.md").read_text()
+    timed = [row | {"virtual_h": 0.25} for row in rows]
+    assert (table(timed)[0][-1], table(timed)[1][0][-1]) == ("fleet's min", "15")
+
+
+def test_what_is_done_is_read_once_and_again_only_by_who_has_a_lock(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tasks_of([Cell({"seed": str(s)}, {**SMALL, "data": str(tiny_folder), "seed": s}) for s in range(5)])
+    for task in tasks:
+        append_row(tmp_path / "results.jsonl", {"key": task.key, "labels": {}})
+    reads: list[Path] = []
+    monkeypatch.setattr(sweep, "whole_rows", lambda path: (reads.append(path), whole_rows(path))[1])
+    assert run_sweep(tmp_path, tasks) == 0
+    assert len(reads) == 1
+    with holding(tmp_path / "0123456789abcdef.lock"):
+        other = dataclasses.replace(tasks[0], key="0123456789abcdef")
+        assert run_sweep(tmp_path, [other, *tasks]) == 1
+    assert len(reads) == 2
