@@ -208,7 +208,7 @@ def _simulate(
         found=found,
         data=setting.data,
         virtual_s=round(setting.clock.s, 6) if virtual else None,
-        device_s=round(virtual.device_s, 6) if virtual else None,
+        device_s=round(virtual.worked.device_s, 6) if virtual else None,
         dealt=(label_counts(dataset.train, list(setting.parts.values()), dataset.labels), dataset.labels, title),
     )
 
