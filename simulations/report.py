@@ -39,7 +39,7 @@ PAGE = """<!doctype html>
 :root{{color-scheme:light dark}}body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}
 table{{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}}
 td{{white-space:nowrap}}td,th{{padding:.2rem .7rem;border-bottom:1px solid #8885;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}
+td:first-child,th:first-child{{text-align:left}}td.words{{white-space:normal;text-align:left;min-width:20rem}}
 figure{{margin:1rem 0}}pre{{overflow-x:auto}}{style}</style></head><body>
 {body}
 </body></html>
@@ -119,14 +119,14 @@ def write_report(run: Mapping[str, Any], folder: Path, partition_svg: str = "") 
 
 def figure(value: Any) -> str:
     """
-    >>> figure(0.97314), figure(1234567.0), figure(None), figure(12)
-    ('0.9731', '1,234,567', '', '12')
+    >>> figure(0.97314), figure(1234567.0), figure(None), figure(12), figure(0.0)
+    ('0.9731', '1,234,567', '', '12', '0')
     """
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return clean(value, 300)
-    if isinstance(value, int) or abs(value) >= 1000:
+    if float(value).is_integer() or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
 
@@ -292,9 +292,14 @@ def to_html(title: str, pictures: Mapping[str, str], tables: Mapping[str, Table]
         if not rows:
             continue
         head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-        lines = "".join("<tr>" + "".join(f"<td>{escape(c, 300)}</td>" for c in row) + "</tr>" for row in rows)
+        lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
         body.append(f"<h2>{escape(name)}</h2><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>")
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
+
+
+def _cell(text: str) -> str:
+    kind = ' class="words"' if len(text) > 60 and " " in text else ""  # a sentence may be broken, a figure not
+    return f"<td{kind}>{escape(text, 300)}</td>"
 
 
 def to_markdown(title: str, pictures: Mapping[str, str], tables: Mapping[str, Table]) -> str:
