@@ -358,7 +358,7 @@ def test_runs_of_one_name_are_called_by_what_differs_and_changed_data_are_no_sec
     assert "# 2 runs compared: the data changed between them" in markdown
     assert f"| data, SHA-256 | {run['data']['sha256'][:16]} | {'0' * 16} |" in markdown
     served = run["devices"]
-    figures = " | ".join(f"{served[key]:.4f}" for key in ("mean", "p10", "worst_decile"))
+    figures = " | ".join(report.figure(served[key]) for key in ("mean", "p10", "worst_decile"))
     assert f"| learning\\_rate 0.25, partition iid | federated | {figures} |" in markdown
     labels = [text for text in ET.parse(tmp_path / "rounds.svg").getroot().itertext() if text]
     whose = [text for text in labels if "all data in one place" in text]
