@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 # A loss is compared with the first one of its stage or phase, which untrained weights give: warm-up and the mix of texts move it
 # by a small factor, weights that run away by powers of ten.
-AT_ONCE = 100.0  # times as high: stop
+AT_ONCE = 1000.0  # times as high: stop; to a hundred times a first step at the full rate may jump, and come back
 FOR_LONG, LONG = 10.0, 25  # times as high, the median of so many steps: stop
 LEAST_START = 10.0  # about what guessing among words costs: a stage that begins with less may well go up to it
 ABOVE_RECENT = 3.0  # times the median of the last ones,
@@ -17,7 +17,7 @@ ABOVE_FIRST = 2.0  # or times the first and not level since: a bad moment to kee
 def has_diverged(first: float, last: Sequence[float]) -> bool:
     """Whether the last of a stage's or a phase's losses, all finite, are far above its first.
 
-    >>> has_diverged(600.0, [3000.0, 59_000.0]), has_diverged(600.0, [3000.0, 61_000.0])
+    >>> has_diverged(600.0, [3000.0, 590_000.0]), has_diverged(600.0, [3000.0, 610_000.0])
     (False, True)
     >>> has_diverged(600.0, [6_100.0] * 24), has_diverged(600.0, [600.0] * 12 + [6_100.0] * 13)
     (False, True)

@@ -567,7 +567,7 @@ def test_what_a_stage_does_not_train_gets_no_gradient_while_it_trains_and_can_ha
     ("rate", "said"),
     [
         (1e30, r"distillation: the loss is (nan|inf) and the gradient's norm nan at step 2 of \d+; "),
-        (30.0, r"distillation: the loss is \S+ at step \d of \d+, far above the \d\S+ that it began with; "),
+        (3000.0, r"distillation: the loss is \S+ at step \d of \d+, far above the \d\S+ that it began with; "),
     ],
     ids=["no number", "too high"],
 )
@@ -610,7 +610,7 @@ def test_weights_that_run_away_stop_the_run_with_the_remedy_and_a_lower_rate_goe
         ({"distillation_rate": 1e30}, "distillation"),
         ({"teacher_rate": 1e30}, "teacher"),
         ({"transfer_rate": 1e30}, "transfer/1"),  # of the first of two phases: the second begins with other losses
-        ({"distillation_rate": 30.0, "optimizer": "lamb"}, "distillation"),
+        ({"distillation_rate": 3000.0, "optimizer": "lamb"}, "distillation"),
     ],
 )
 def test_the_last_update_of_a_stage_or_a_phase_is_looked_at_too(

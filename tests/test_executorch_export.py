@@ -230,7 +230,8 @@ def test_without_executorch_the_command_says_what_to_install(
     )
     assert command(["export", "student", "--to", "coreml", "--out", str(tmp_path / "step.pte")], monkeypatch) == 1
     assert (
-        "'coreml' is nothing to export to; choose onnx, openvino, executorch or huggingface" in capsys.readouterr().err
+        "'coreml' is nothing to export to; choose onnx, openvino, executorch, huggingface or tf1"
+        in capsys.readouterr().err
     )
 
 
