@@ -162,7 +162,7 @@ def run_fleet(
 ) -> list[list[str]]:
     """A coordinator process and one process a device, until the run has ended. Returns the rounds as table rows."""
     (folder / "run.toml").write_text(
-        f'name = "demo"\nrounds = {rounds}\nmin_devices = {len(files)}\nseed = {SEED}\n'
+        f'name = "demo"\nrounds = {rounds}\nround_schedule = "linear"\nmin_devices = {len(files)}\nseed = {SEED}\n'
         f"test_data = {json.dumps(str(folder / 'data' / 'test.jsonl'))}\n"
         f"lease_s = 10.0\n\n[local]\nepochs = 1\nbatch_size = 16\nlearning_rate = {learning_rate}\n"
     )
